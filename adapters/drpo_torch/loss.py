@@ -1,0 +1,197 @@
+"""Per-token and reduced policy losses whose backward pass is the analytic gradient −A r w."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat.torch as xp
+import torch
+
+from drpo_core import diagnostics, token_loss_and_gradient, token_mean
+
+if TYPE_CHECKING:
+    from drpo_core import Objective
+    from drpo_core.diagnostics import Diagnostics
+    from drpo_core.reduction import Reduction
+
+__all__ = ["policy_loss", "token_loss"]
+
+
+def token_loss(
+    objective: Objective,
+    *,
+    log_prob: torch.Tensor,
+    behavior_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    divergence: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Unreduced loss L of an objective, with ∂L/∂log π = −A r w in its backward pass.
+
+    Only `log_prob` receives a gradient, in its own dtype; the other tensors are constants, whatever their
+    `requires_grad`. Only that gradient is kept for the backward pass. Works in eager mode, under `torch.compile`
+    (`fullgraph=True`), autocast and `torch.func` (`grad`, `vmap`, `jacrev`).
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    log_prob, behavior_log_prob, advantages
+        log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
+    mask
+        Boolean, True at tokens that count; the others may hold anything and have loss and gradient 0.
+    divergence
+        Per-token divergence for ``DPPO(divergence="per_token")``.
+
+    Returns
+    -------
+    torch.Tensor
+        L per token, float32 at least.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor or a dtype is wrong.
+    ValueError
+        If the shapes differ.
+    RuntimeError
+        On a second derivative, which is not implemented.
+
+    See Also
+    --------
+    drpo_core.token_loss_and_gradient : the formula and its source.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_core import DRPO
+    >>> from drpo_torch import token_loss
+    >>> log_prob = torch.tensor([0.5, 0.2, 0.3]).log().requires_grad_()
+    >>> behavior = torch.tensor([0.25, 0.2, 0.6]).log()
+    >>> advantages = torch.tensor([1.0, 1.0, -1.0])
+    >>> loss = token_loss(DRPO(delta=0.5), log_prob=log_prob, behavior_log_prob=behavior, advantages=advantages)
+    >>> loss.sum().backward()
+    >>> log_prob.grad
+    tensor([-1.0000, -1.0000,  0.2000])
+    """
+    _check_tensors(log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages)
+    _check_tensors(**{name: t for name, t in (("mask", mask), ("divergence", divergence)) if t is not None})
+    loss, _ = _TokenLoss.apply(log_prob, behavior_log_prob, advantages, mask, divergence, objective)
+    return loss
+
+
+def policy_loss(
+    objective: Objective,
+    *,
+    log_prob: torch.Tensor,
+    behavior_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    reduction: Reduction = token_mean,
+    normalizer: float | torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    divergence: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Diagnostics]:
+    """Scalar loss of a batch of tokens to call `backward` on, and detached diagnostics.
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    log_prob, behavior_log_prob, advantages
+        log π, log μ (nats, ≤ 0) and A of the sampled tokens; (sequences, tokens) padded or (tokens,) packed.
+    mask
+        Boolean, True at tokens that count; the others may hold anything.
+    reduction
+        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean`, `drpo_core.sequence_mean_token_sum` (with its
+        horizon bound by `functools.partial`) or a function with the same arguments.
+    normalizer
+        Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
+    token_weights
+        Detached factors of the per-token losses (truncated importance weights, say).
+    segment_ids
+        Of packed tokens: which sequence each belongs to.
+    divergence
+        Per-token divergence for ``DPPO(divergence="per_token")``.
+
+    Returns
+    -------
+    loss : torch.Tensor
+        0-d, float32 at least.
+    diagnostics : dict
+        See `drpo_core.diagnostics`; on the tensors' device, nothing is synchronised.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor or a dtype is wrong.
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_core import DRPO, summarize
+    >>> from drpo_torch import policy_loss
+    >>> log_prob = torch.tensor([[0.5, 0.2, 0.3]]).log().requires_grad_()
+    >>> loss, diagnostics = policy_loss(
+    ...     DRPO(delta=0.5),
+    ...     log_prob=log_prob,
+    ...     behavior_log_prob=torch.tensor([[0.25, 0.2, float("nan")]]).log(),
+    ...     advantages=torch.tensor([[1.0, 1.0, -1.0]]),
+    ...     mask=torch.tensor([[True, True, False]]),
+    ... )
+    >>> loss.backward()
+    >>> log_prob.grad
+    tensor([[-0.5000, -0.5000,  0.0000]])
+    >>> summarize(diagnostics)["attenuated_fraction"]
+    0.5
+    """
+    tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+    # before the loss: Dynamo can lift an objective's thresholds into an autograd.Function, but not back out of it
+    with torch.no_grad():
+        statistics = diagnostics(objective, **tokens, mask=mask, divergence=divergence, xp=xp)
+    losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
+    constants = None if token_weights is None else token_weights.detach()
+    loss = reduction(losses, mask, normalizer=normalizer, token_weights=constants, segment_ids=segment_ids, xp=xp)
+    return loss, statistics
+
+
+class _TokenLoss(torch.autograd.Function):
+    """(loss, gradient) per token; backward multiplies the gradient, all that is kept, by the cotangent of the loss."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 -- torch hands over what apply got
+        log_prob, behavior_log_prob, advantages, mask, divergence, objective = args
+        # the namespace is explicit because Dynamo can't trace its inference
+        result = token_loss_and_gradient(
+            objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
+        )
+        return result.loss, result.gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401, ARG004
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        of_loss, of_gradient = cotangents
+        if of_gradient is not None and not torch.compiler.is_compiling():
+            # the gradient is an output so that asking for its derivative arrives here instead of being lost
+            # (Dynamo passes zeros for it, and AOTAutograd refuses double backward itself)
+            msg = "drpo_torch: the second derivative of a policy loss is not implemented (double backward, hessian)"
+            raise RuntimeError(msg)
+        (gradient,) = ctx.saved_tensors
+        grad = None if of_loss is None else (of_loss * gradient).to(gradient.dtype)
+        return grad, None, None, None, None, None
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            msg = f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
+            raise TypeError(msg)

@@ -1,0 +1,153 @@
+"""Group-relative advantages, and their expansion from sequences to tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from drpo_core.checks import check_arrays, check_dtype, check_shape
+
+if TYPE_CHECKING:
+    from drpo_core.types import Array, Bool, Float, Int, Namespace
+
+__all__ = ["expand_advantages", "group_advantages"]
+
+
+def group_advantages(
+    rewards: Float[Array, "*sequences"],
+    *,
+    group_ids: Int[Array, " sequences"] | None = None,
+    divide_by_std: bool = False,
+    std_offset: float = 1e-6,
+    leave_one_out: bool = False,
+    xp: Namespace | None = None,
+) -> Float[Array, "*sequences"]:
+    """Group-relative advantages A = R − mean(R of its group), optionally divided by the group's standard deviation.
+
+    Parameters
+    ----------
+    rewards
+        R per sequence: (…, samples) with one group a row, or (sequences,) with `group_ids`.
+    group_ids
+        Which group each sequence belongs to (any integers, in any order); groups may differ in size.
+    divide_by_std
+        A = (R − mean) / (std + `std_offset`), with the sample standard deviation (n − 1).
+    std_offset
+        Added to the standard deviation, in units of the reward.
+    leave_one_out
+        Use the mean of the *other* sequences of the group: A = n/(n − 1)·(R − mean).
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        A per sequence, of the shape and dtype of `rewards`. Exactly 0 in a group of equal rewards or of one sequence.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or `rewards` with `group_ids` is not 1-D.
+
+    References
+    ----------
+    arXiv:2402.03300 (GRPO), section 4.1.1; without the division: arXiv:2503.20783 (Dr. GRPO); leave-one-out:
+    arXiv:2402.14740 (RLOO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import group_advantages
+    >>> group_advantages(np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    array([[ 0.75, -0.25, -0.25, -0.25],
+           [ 0.  ,  0.  ,  0.  ,  0.  ]])
+    >>> group_advantages(np.array([1.0, 5.0, 0.0, 5.0]), group_ids=np.array([7, 3, 7, 3]), leave_one_out=True)
+    array([ 1.,  0., -1.,  0.])
+    """
+    xp = check_arrays(xp=xp, rewards=rewards)
+    if rewards.ndim == 0:
+        msg = "rewards: expected at least one axis, got a 0-d array"
+        raise ValueError(msg)
+    if group_ids is None:
+        # (…, samples) → members of each sequence's group along a new last axis
+        members, same = rewards[..., None, :], xp.ones_like(rewards[..., None, :])
+    else:
+        check_dtype("group_ids", group_ids, "integral", xp=xp)
+        check_shape("group_ids", group_ids, "rewards", rewards)
+        if rewards.ndim != 1:
+            msg = f"rewards: expected 1-D with group_ids, got shape {tuple(rewards.shape)}"
+            raise ValueError(msg)
+        members, same = rewards[None, :], xp.astype(group_ids[:, None] == group_ids[None, :], rewards.dtype)
+    in_group = same == 1.0
+    n = xp.sum(same, axis=-1)
+    mean = xp.sum(xp.where(in_group, members, 0.0), axis=-1) / n
+    centred = rewards - mean
+    others = xp.where(n > 1.0, n - 1.0, 1.0)
+    spread = xp.sqrt(xp.sum(xp.where(in_group, (members - mean[..., None]) ** 2, 0.0), axis=-1) / others)
+    advantages = centred * n / others if leave_one_out else centred
+    if divide_by_std:
+        advantages = advantages / (spread + std_offset)
+    # equal rewards can differ from their rounded mean; dividing that by a tiny spread would be noise of size 1
+    constant = xp.max(xp.where(in_group, members, -xp.inf), axis=-1) == xp.min(xp.where(in_group, members, xp.inf), axis=-1)
+    return xp.where(constant, 0.0, advantages)
+
+
+def expand_advantages(
+    advantages: Float[Array, " sequences"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """Give every token its sequence's advantage: A[s, t] = A[s] where the mask is True, else 0.
+
+    Parameters
+    ----------
+    advantages
+        A per sequence, (sequences,).
+    mask
+        True at tokens that count: (sequences, tokens) padded, or (tokens,) packed.
+    segment_ids
+        Of packed tokens: the index of each token's sequence in `advantages`.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        A per token, of the mask's shape and the advantages' dtype.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the mask is not (sequences, tokens), or not (tokens,) with `segment_ids`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import expand_advantages
+    >>> expand_advantages(np.array([0.5, -0.5]), np.array([[True, True, False], [True, False, False]]))
+    array([[ 0.5,  0.5,  0. ],
+           [-0.5,  0. ,  0. ]])
+    >>> expand_advantages(np.array([0.5, -0.5]), np.ones(3, dtype=bool), segment_ids=np.array([0, 1, 1]))
+    array([ 0.5, -0.5, -0.5])
+    """
+    xp = check_arrays(xp=xp, advantages=advantages)
+    check_dtype("mask", mask, "bool", xp=xp)
+    if advantages.ndim != 1:
+        msg = f"advantages: expected one per sequence, 1-D, got shape {tuple(advantages.shape)}"
+        raise ValueError(msg)
+    if segment_ids is not None:
+        check_dtype("segment_ids", segment_ids, "integral", xp=xp)
+        check_shape("segment_ids", segment_ids, "mask", mask)
+        if mask.ndim != 1:
+            msg = f"segment_ids: expected packed 1-D tokens, got shape {tuple(mask.shape)}; padded rows need none"
+            raise ValueError(msg)
+        return xp.where(mask, xp.take(advantages, xp.where(mask, segment_ids, 0), axis=0), 0.0)
+    if mask.ndim != 2 or mask.shape[0] != advantages.shape[0]:
+        msg = f"mask: expected ({advantages.shape[0]}, tokens), one row per advantage, got {tuple(mask.shape)}"
+        raise ValueError(msg)
+    return xp.where(mask, advantages[:, None], 0.0)

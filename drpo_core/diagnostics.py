@@ -1,0 +1,303 @@
+"""Trust-region telemetry: what an objective does to a batch, and two figures that reveal plumbing bugs.
+
+Every statistic is a small tuple of 0-d arrays that stays on the device, adds up over micro-batches and shards
+(`merge`), and becomes a number once, at the end of a step (`summarize`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from array_api_compat import array_namespace, to_device
+
+from drpo_core.divergence import k3_of
+from drpo_core.ratio import Tokens
+from drpo_core.reduction import count_true
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from drpo_core.objectives import Objective
+    from drpo_core.types import Array, Bool, Float, Namespace
+
+__all__ = [
+    "Diagnostics",
+    "EffectiveSampleSize",
+    "Maximum",
+    "Mean",
+    "Minimum",
+    "diagnostics",
+    "merge_diagnostics",
+    "summarize",
+]
+
+
+class Mean(NamedTuple):
+    """total / count, as (sum, count)."""
+
+    total: Array
+    count: Array
+
+    @property
+    def value(self) -> Array:
+        """The mean; NaN if nothing was counted."""
+        return _quotient(self.total, self.count)
+
+    def merge(self, other: Mean) -> Mean:
+        """The mean over both."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+
+class Maximum(NamedTuple):
+    """The largest of `count` values; −inf if there is none."""
+
+    value: Array
+    count: Array
+
+    def merge(self, other: Maximum) -> Maximum:
+        """The maximum over both."""
+        return Maximum(_extreme(self.value, other.value, self.value > other.value), self.count + other.count)
+
+
+class Minimum(NamedTuple):
+    """The smallest of `count` values; +inf if there is none."""
+
+    value: Array
+    count: Array
+
+    def merge(self, other: Minimum) -> Minimum:
+        """The minimum over both."""
+        return Minimum(_extreme(self.value, other.value, self.value < other.value), self.count + other.count)
+
+
+class EffectiveSampleSize(NamedTuple):
+    """(Σ ρ)² / (n Σ ρ²) of n importance weights ρ: the share of the tokens that still counts, in (0, 1]."""
+
+    total: Array
+    total_of_squares: Array
+    count: Array
+
+    @property
+    def value(self) -> Array:
+        """The effective share; NaN if nothing was counted or every weight is 0."""
+        return _quotient(self.total * self.total, self.total_of_squares * self.count)
+
+    def merge(self, other: EffectiveSampleSize) -> EffectiveSampleSize:
+        """The effective share over both."""
+        return EffectiveSampleSize(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+Statistic = Mean | Maximum | Minimum | EffectiveSampleSize
+Diagnostics = dict[str, Statistic]
+
+
+def diagnostics(
+    objective: Objective,
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    *,
+    mask: Bool[Array, "*tokens"] | None = None,
+    divergence: Float[Array, "*tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Diagnostics:
+    """What an objective does to these tokens, as statistics that add up over micro-batches and shards.
+
+    Over valid tokens:
+
+    =============================  ==================================================================================
+    `ratio_mean`, `ratio_max`      r. The mean estimates E_μ[r], which is 1 if μ is what was sampled from: far from 1,
+                                   suspect truncated sampling (top-p, top-k) or a wrong behaviour policy
+    `log_ratio_abs_mean`           abs(ℓ), nats: large before any update, suspect temperature or log-probs off by one
+    `k1_mean`, `k3_mean`           estimates of KL(μ‖π), nats
+    `binary_tv_mean`, `…_max`      abs(π − μ), a difference of probabilities
+    `invalid_fraction`             tokens with a NaN, an infinite advantage, or a log-prob that is infinite (but π = 0
+                                   is valid): anything but 0 is a bug; these tokens enter nothing else
+    =============================  ==================================================================================
+
+    Over active tokens, the valid ones with A ≠ 0:
+
+    =============================  ==================================================================================
+    `outside_fraction`             outside the objective's trust region; also split as
+                                   `outside_{positive,negative}_{diverging,converging}_fraction` by the sign of A and
+                                   by whether the update moves further from μ (A ℓ > 0) or back
+    `dropped_fraction`             w = 0
+    `attenuated_fraction`          0 < w < 1
+    `amplified_fraction`           w > 1
+    `corrective_fraction`          w < 0: the gradient points back to μ
+    `weight_mean`, `…_min`, `…_max`  w
+    `gradient_mass_kept`           Σ abs(A r w) / Σ abs(A r): gradient magnitude relative to PG-IS
+    `effective_sample_size`        of the importance weights ρ = r abs(w) that the gradient has, in (0, 1]
+    =============================  ==================================================================================
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    log_prob, behavior_log_prob, advantages
+        log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
+    mask
+        True at tokens that count. Masked positions may hold anything. None: every token counts.
+    divergence
+        Per-token divergence for ``DPPO(divergence="per_token")``.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    dict
+        Statistics by name: tuples of 0-d arrays on the tokens' device. See `summarize` and `merge_diagnostics`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import DPPO, diagnostics, summarize
+    >>> log_prob, behavior = np.log([0.5, 0.2, 0.3]), np.log([0.25, 0.2, 0.6])
+    >>> figures = summarize(diagnostics(DPPO(delta=0.2), log_prob, behavior, np.array([1.0, 1.0, -1.0])))
+    >>> round(figures["dropped_fraction"], 6), round(figures["gradient_mass_kept"], 6)
+    (0.666667, 0.285714)
+    """
+    tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+    return _diagnostics(tokens, objective.weight(tokens), objective.inside(tokens), mask)
+
+
+def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
+    """Statistics of several micro-batches or shards as if they had been one.
+
+    Parameters
+    ----------
+    *parts
+        Results of `diagnostics`, at least one, all with the same names.
+
+    Returns
+    -------
+    dict
+        Statistics by name.
+
+    Raises
+    ------
+    ValueError
+        If there is no part or the names differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import DRPO, diagnostics, merge_diagnostics, summarize
+    >>> x, b, a = np.log([0.5, 0.2]), np.log([0.25, 0.4]), np.array([1.0, 1.0])
+    >>> parts = [diagnostics(DRPO(delta=0.5), x[i:], b[i:], a[i:]) for i in (0, 1)]
+    >>> round(summarize(merge_diagnostics(*parts))["binary_tv_mean"], 6)
+    0.216667
+    """
+    if not parts:
+        msg = "expected at least one dict of diagnostics, got none"
+        raise ValueError(msg)
+    merged, *rest = parts
+    for part in rest:
+        if part.keys() != merged.keys():
+            msg = f"diagnostics: expected the same names in every part, got {sorted(part.keys() ^ merged.keys())} in some only"
+            raise ValueError(msg)
+        merged = {name: statistic.merge(part[name]) for name, statistic in merged.items()}  # type: ignore[arg-type]
+    return merged
+
+
+def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
+    """Diagnostics as plain floats, with a single transfer from the device: call it once, at the end of a step.
+
+    Parameters
+    ----------
+    statistics
+        A result of `diagnostics` or `merge_diagnostics`.
+
+    Returns
+    -------
+    dict
+        Number by name, in the same order; NaN for a statistic that counted nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PolicyGradient, diagnostics, summarize
+    >>> x = np.log([0.5, 0.2])
+    >>> summarize(diagnostics(PolicyGradient(), x, x, np.array([1.0, -1.0])))["ratio_mean"]
+    1.0
+    """
+    if not statistics:
+        return {}
+    first = next(iter(statistics.values()))
+    xp = array_namespace(first.count)
+    values = [xp.where(statistic.count > 0.0, statistic.value, xp.nan) for statistic in statistics.values()]
+    on_host = to_device(xp.stack(values), "cpu") if hasattr(first.count, "is_cuda") else xp.stack(values)
+    return {name: float(on_host[i]) for i, name in enumerate(statistics)}
+
+
+def _diagnostics(tokens: Tokens, weight: Array, inside: Array, mask: Array | None) -> Diagnostics:
+    xp, a, ell, r = tokens.xp, tokens.advantages, tokens.log_ratio, tokens.ratio
+    counted = xp.ones_like(a) == 1.0 if mask is None else mask
+    finite = xp.isfinite(a) & xp.isfinite(tokens.behavior_log_prob) & (tokens.log_prob < xp.inf)
+    valid = counted & finite
+    active = valid & (a != 0.0)
+    outside, direction = ~inside, tokens.along_advantage(ell)
+    diverging, converging, positive, negative = direction > 0.0, direction < 0.0, a > 0.0, a < 0.0
+    magnitude, effective = xp.abs(a) * r, r * xp.abs(weight)
+    binary_tv = xp.abs(tokens.shift)
+
+    def total(x: Array, where: Array) -> Array:
+        return xp.sum(xp.where(where, x, 0.0))
+
+    def mean(x: Array, where: Array) -> Mean:
+        return Mean(total(x, where), count_true(where, a.dtype, xp=xp))
+
+    def fraction(condition: Array, where: Array) -> Mean:
+        return Mean(count_true(condition & where, a.dtype, xp=xp), count_true(where, a.dtype, xp=xp))
+
+    def maximum(x: Array, where: Array) -> Maximum:
+        candidates = xp.where(where, x, -xp.inf)
+        largest = xp.max(candidates) if 0 not in x.shape else xp.sum(candidates) - xp.inf
+        return Maximum(largest, count_true(where, a.dtype, xp=xp))
+
+    largest_negated_weight = maximum(-weight, active)
+    return {
+        "ratio_mean": mean(r, valid),
+        "ratio_max": maximum(r, valid),
+        "log_ratio_abs_mean": mean(xp.abs(ell), valid),
+        "k1_mean": mean(-ell, valid),
+        "k3_mean": mean(k3_of(tokens), valid),
+        "binary_tv_mean": mean(binary_tv, valid),
+        "binary_tv_max": maximum(binary_tv, valid),
+        "invalid_fraction": fraction(~finite, counted),
+        "outside_fraction": fraction(outside, active),
+        "outside_positive_diverging_fraction": fraction(outside & positive & diverging, active),
+        "outside_positive_converging_fraction": fraction(outside & positive & converging, active),
+        "outside_negative_diverging_fraction": fraction(outside & negative & diverging, active),
+        "outside_negative_converging_fraction": fraction(outside & negative & converging, active),
+        "dropped_fraction": fraction(weight == 0.0, active),
+        "attenuated_fraction": fraction((weight > 0.0) & (weight < 1.0), active),
+        "amplified_fraction": fraction(weight > 1.0, active),
+        "corrective_fraction": fraction(weight < 0.0, active),
+        "weight_mean": mean(weight, active),
+        "weight_min": Minimum(-largest_negated_weight.value, largest_negated_weight.count),
+        "weight_max": maximum(weight, active),
+        "gradient_mass_kept": Mean(total(magnitude * xp.abs(weight), active), total(magnitude, active)),
+        "effective_sample_size": EffectiveSampleSize(
+            total(effective, active), total(effective * effective, active), count_true(active, a.dtype, xp=xp)
+        ),
+    }
+
+
+def _quotient(numerator: Array, denominator: Array) -> Array:
+    xp = array_namespace(numerator)
+    empty = denominator == 0.0
+    return xp.where(empty, xp.nan, numerator / xp.where(empty, 1.0, denominator))
+
+
+def _extreme(mine: Array, theirs: Array, mine_wins: Array) -> Array:
+    """The winner; NaN if either is NaN."""
+    xp = array_namespace(mine)
+    return xp.where(mine_wins | (mine != mine), mine, theirs)

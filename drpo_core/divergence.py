@@ -1,0 +1,543 @@
+"""Divergences between π and μ: Binary, Top-K and full-vocabulary TV and KL, and the estimators k1, k2, k3.
+
+KL is KL(μ‖π) throughout, in nats. Every KL is summed as Σ μ φ(ℓ) with φ(t) = e^t − 1 − t ≥ 0, which equals Σ μ (−ℓ)
+because probabilities sum to 1, but has no cancellation between outcomes and is never negative.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
+from drpo_core.ratio import Tokens, log_ratio, probability_shift, saturated
+
+if TYPE_CHECKING:
+    from drpo_core.types import Array, Bool, Float, Int, Namespace
+
+__all__ = [
+    "binary_kl",
+    "binary_tv",
+    "full_kl",
+    "full_tv",
+    "k1",
+    "k2",
+    "k3",
+    "sampled_in_top_k",
+    "top_k_kl",
+    "top_k_tv",
+]
+
+
+def binary_tv(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Binary total variation D = abs(π − μ): of "the sampled token" against "any other token".
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        D, a difference of probabilities in [0, 1]. At most the TV of the whole vocabulary.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO), Binary-TV.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import binary_tv
+    >>> binary_tv(np.log([0.5, 0.1]), np.log([0.25, 0.4])).round(12)
+    array([0.25, 0.3 ])
+    """
+    d = probability_shift(log_prob, behavior_log_prob, xp=xp)
+    return abs(d)
+
+
+def binary_kl(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Binary KL(μ‖π) = μ log(μ/π) + (1 − μ) log((1 − μ)/(1 − π)).
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        KL in nats, ≥ 0; infinite where π = 0 < μ or μ < 1 = π.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO), Binary-KL.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import binary_kl
+    >>> binary_kl(np.log([0.5, 0.1]), np.log([0.25, 0.1])).round(6)
+    array([0.130812, 0.      ])
+    """
+    return binary_kl_of(Tokens.checked(log_prob, behavior_log_prob, log_prob, xp=xp))
+
+
+def binary_kl_of(tokens: Tokens) -> Float[Array, "*tokens"]:
+    """Binary KL(μ‖π) of tokens whose ℓ and d are known."""
+    xp, d = tokens.xp, tokens.shift
+    pi_rest = _complement(tokens.log_prob, xp=xp)
+    mu_rest = _complement(tokens.behavior_log_prob, xp=xp)
+    mu = xp.exp(tokens.behavior_log_prob)
+    return _kl_term(mu, tokens.log_ratio, d, xp=xp) + _kl_term(mu_rest, _log_quotient(pi_rest, mu_rest, -d, xp=xp), -d, xp=xp)
+
+
+def top_k_tv(
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    *,
+    top_k_log_prob: Float[Array, "*tokens k"],
+    top_k_behavior_log_prob: Float[Array, "*tokens k"],
+    sampled_in_top_k: Bool[Array, "*tokens"],
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """Top-K total variation: TV = ½ Σ abs(π − μ) over K tokens, the sampled token and one bucket for the rest.
+
+    The sampled token is forced in; without it Top-K TV could be smaller than Binary TV.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0.
+    top_k_log_prob, top_k_behavior_log_prob
+        log π and log μ of K distinct tokens (usually μ's most likely ones), nats; one more axis, the last.
+    sampled_in_top_k
+        Whether the sampled token is one of the K; see `drpo_core.sampled_in_top_k`.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        TV, a difference of probabilities in [0, 1]: at least the Binary, at most the full TV.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If shapes disagree.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO), Top-K divergences.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import top_k_tv
+    >>> pi, mu = np.log([[0.5, 0.3]]), np.log([[0.4, 0.3]])
+    >>> top_k_tv(
+    ...     pi[:, 0], mu[:, 0], top_k_log_prob=pi, top_k_behavior_log_prob=mu, sampled_in_top_k=np.array([True])
+    ... ).round(12)
+    array([0.1])
+    """
+    x, b, xp = _force_sampled(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k, xp)
+    d = probability_shift(x, b, xp=xp)
+    return 0.5 * (xp.sum(xp.abs(d), axis=-1) + xp.abs(xp.sum(d, axis=-1)))
+
+
+def top_k_kl(
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    *,
+    top_k_log_prob: Float[Array, "*tokens k"],
+    top_k_behavior_log_prob: Float[Array, "*tokens k"],
+    sampled_in_top_k: Bool[Array, "*tokens"],
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """Top-K KL(μ‖π) = Σ μ log(μ/π) over K tokens, the sampled token and one bucket for the rest.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0.
+    top_k_log_prob, top_k_behavior_log_prob
+        log π and log μ of K distinct tokens (usually μ's most likely ones), nats; one more axis, the last.
+    sampled_in_top_k
+        Whether the sampled token is one of the K; see `drpo_core.sampled_in_top_k`.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        KL in nats, ≥ 0: at least the Binary, at most the full KL. A rest bucket whose mass is within the rounding of
+        the K probabilities counts as empty.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If shapes disagree.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO), Top-K divergences.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import top_k_kl
+    >>> pi, mu = np.log([[0.5, 0.3]]), np.log([[0.4, 0.3]])
+    >>> top_k_kl(
+    ...     pi[:, 0], mu[:, 0], top_k_log_prob=pi, top_k_behavior_log_prob=mu, sampled_in_top_k=np.array([True])
+    ... ).round(6)
+    array([0.032382])
+    """
+    x, b, xp = _force_sampled(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k, xp)
+    d = probability_shift(x, b, xp=xp)
+    known = xp.sum(_kl_term(xp.exp(b), log_ratio(x, b, xp=xp), d, xp=xp), axis=-1)
+    pi_rest, mu_rest = _rest(x, xp=xp), _rest(b, xp=xp)
+    rest_shift = -xp.sum(d, axis=-1)
+    # rounding may leave μ's rest at 0 and the shift slightly negative: an empty bucket contributes π's rest, ≥ 0
+    rest_shift = xp.where((mu_rest == 0.0) & (rest_shift < 0.0), 0.0, rest_shift)
+    return known + _kl_term(mu_rest, _log_quotient(pi_rest, mu_rest, rest_shift, xp=xp), rest_shift, xp=xp)
+
+
+def sampled_in_top_k(
+    tokens: Int[Array, "*tokens"], top_k_ids: Int[Array, "*tokens k"], *, xp: Namespace | None = None
+) -> Bool[Array, "*tokens"]:
+    """Whether each sampled token is among its K recorded ones.
+
+    Parameters
+    ----------
+    tokens
+        Ids of the sampled tokens.
+    top_k_ids
+        Ids of the K recorded tokens; one more axis, the last.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        Boolean, of the shape of `tokens`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of integers.
+    ValueError
+        If the shapes disagree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import sampled_in_top_k
+    >>> sampled_in_top_k(np.array([7, 8]), np.array([[7, 2], [1, 2]]))
+    array([ True, False])
+    """
+    xp = check_arrays(xp=xp, kind="integral", tokens=tokens)
+    check_dtype("top_k_ids", top_k_ids, "integral", xp=xp)
+    check_shape("top_k_ids", top_k_ids[..., 0], "tokens", tokens)
+    return xp.any(top_k_ids == tokens[..., None], axis=-1)
+
+
+def full_tv(
+    log_prob: Float[Array, "*tokens vocabulary"],
+    behavior_log_prob: Float[Array, "*tokens vocabulary"],
+    *,
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """Total variation over the whole vocabulary: TV = ½ Σ_v abs(π(v) − μ(v)).
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of every token of the vocabulary (a log-softmax), nats; the vocabulary is the last axis.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        TV, a difference of probabilities in [0, 1], without the vocabulary axis.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import full_tv
+    >>> full_tv(np.log([[0.5, 0.3, 0.2]]), np.log([[0.4, 0.3, 0.3]])).round(12)
+    array([0.1])
+    """
+    xp = check_arrays(xp=xp, log_prob=log_prob, behavior_log_prob=behavior_log_prob)
+    return 0.5 * xp.sum(xp.abs(probability_shift(log_prob, behavior_log_prob, xp=xp)), axis=-1)
+
+
+def full_kl(
+    log_prob: Float[Array, "*tokens vocabulary"],
+    behavior_log_prob: Float[Array, "*tokens vocabulary"],
+    *,
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """KL(μ‖π) over the whole vocabulary: Σ_v μ(v) (log μ(v) − log π(v)), summed as Σ_v μ φ(ℓ).
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of every token of the vocabulary (a log-softmax), nats; the vocabulary is the last axis.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        KL in nats, ≥ 0, without the vocabulary axis.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import full_kl
+    >>> full_kl(np.log([[0.5, 0.3, 0.2]]), np.log([[0.4, 0.3, 0.3]])).round(6)
+    array([0.032382])
+    """
+    xp = check_arrays(xp=xp, log_prob=log_prob, behavior_log_prob=behavior_log_prob)
+    dtype = compute_dtype(log_prob, behavior_log_prob, xp=xp)
+    x, b = xp.astype(log_prob, dtype, copy=False), xp.astype(behavior_log_prob, dtype, copy=False)
+    d = probability_shift(x, b, xp=xp)
+    return xp.sum(_kl_term(xp.exp(b), log_ratio(x, b, xp=xp), d, xp=xp), axis=-1)
+
+
+def k1(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Estimator k1 = −ℓ of KL(μ‖π) from tokens sampled by μ: unbiased, of either sign.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        k1 in nats.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    J. Schulman, "Approximating KL Divergence", 2020.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import k1
+    >>> k1(np.log([0.5]), np.log([0.25])).round(6)
+    array([-0.693147])
+    """
+    return -log_ratio(log_prob, behavior_log_prob, xp=xp)
+
+
+def k2(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Estimator k2 = ℓ²/2 of KL(μ‖π): biased, never negative.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        k2 in nats.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    J. Schulman, "Approximating KL Divergence", 2020.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import k2
+    >>> k2(np.log([0.5]), np.log([0.25])).round(6)
+    array([0.240227])
+    """
+    ell = log_ratio(log_prob, behavior_log_prob, xp=xp)
+    return 0.5 * ell * ell
+
+
+def k3(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Estimator k3 = r − 1 − ℓ of KL(μ‖π) from tokens sampled by μ: unbiased, never negative.
+
+    Beyond ℓ = 20 it saturates with the ratio. Near ℓ = 0 it is a series: the difference would lose every digit.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        k3 in nats.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    J. Schulman, "Approximating KL Divergence", 2020.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import k3
+    >>> k3(np.log([0.5]), np.log([0.25])).round(6)
+    array([0.306853])
+    """
+    return k3_of(Tokens.checked(log_prob, behavior_log_prob, log_prob, xp=xp))
+
+
+def k3_of(tokens: Tokens) -> Float[Array, "*tokens"]:
+    """k3 of tokens whose ℓ and r − 1 are known."""
+    xp, one = tokens.xp, tokens.xp.ones_like(tokens.log_ratio)
+    return _kl_term(one, saturated(tokens.log_ratio, xp=xp), tokens.ratio_minus_one, xp=xp)
+
+
+def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:
+    """One outcome's share μ φ(ℓ) = d − μ ℓ of KL(μ‖π), given μ, ℓ and d = π − μ.
+
+    Where abs(ℓ) < ½ the difference cancels; the series of φ, 14 terms of which reach double precision, does not.
+    """
+    massless = mass == 0.0
+    near = (xp.abs(ell) < 0.5) & ~massless
+    t = xp.where(near, ell, 0.0)
+    series = xp.ones_like(t)
+    for n in range(14, 2, -1):
+        series = 1.0 + t / n * series
+    # an outcome that μ gives no mass adds π; 0·inf would be a NaN
+    far = shift - mass * xp.where(near | massless, 0.0, ell)
+    return xp.where(near, mass * (0.5 * t * t * series), far)
+
+
+def _complement(log_p: Array, *, xp: Namespace) -> Array:
+    """1 − p; 0 where rounding has left log p above 0."""
+    return -xp.expm1(xp.where(log_p > 0.0, 0.0, log_p))
+
+
+def _log_quotient(pi: Array, mu: Array, shift: Array, *, xp: Namespace) -> Array:
+    """log(π/μ) of two masses whose difference π − μ is known more exactly than they are."""
+    ratio = shift / xp.where(mu == 0.0, 1.0, mu)
+    near = xp.abs(ratio) < 0.5
+    far = _log_mass(pi, xp=xp) - xp.where(mu == 0.0, -1.0, _log_mass(mu, xp=xp))
+    return xp.where(near, xp.log1p(xp.where(near, ratio, 0.0)), far)
+
+
+def _log_mass(mass: Array, *, xp: Namespace) -> Array:
+    zero = mass <= 0.0
+    return xp.where(zero, -xp.inf, xp.log(xp.where(zero, 1.0, mass)))
+
+
+def _force_sampled(
+    x: Array, b: Array, top_x: Array, top_b: Array, inside: Array, xp: Namespace | None
+) -> tuple[Array, Array, Namespace]:
+    """Top-K log-probs with the sampled token appended; where it is one of the K already, an outcome of no mass."""
+    xp = check_arrays(xp=xp, log_prob=x, behavior_log_prob=b)
+    check_arrays(xp=xp, top_k_log_prob=top_x, top_k_behavior_log_prob=top_b)
+    check_dtype("sampled_in_top_k", inside, "bool", xp=xp)
+    check_shape("sampled_in_top_k", inside, "log_prob", x)
+    if top_x.ndim != x.ndim + 1 or tuple(top_x.shape[:-1]) != tuple(x.shape):
+        msg = f"top_k_log_prob: expected the shape of log_prob and one more axis, {(*x.shape, 'K')}, got {tuple(top_x.shape)}"
+        raise ValueError(msg)
+    dtype = compute_dtype(x, b, top_x, top_b, xp=xp)
+
+    def append(sampled: Array, top: Array) -> Array:
+        sampled = xp.where(inside, -xp.inf, xp.astype(sampled, dtype, copy=False))
+        return xp.concat((xp.astype(top, dtype, copy=False), sampled[..., None]), axis=-1)
+
+    return append(x, top_x), append(b, top_b), xp
+
+
+def _rest(log_p: Array, *, xp: Namespace) -> Array:
+    """1 − Σ p over the last axis, accurate also where one token holds nearly all the mass; 0 within its rounding."""
+    top = xp.max(log_p, axis=-1, keepdims=True)
+    is_top = log_p == top
+    beside_top = xp.where(is_top, 0.0, xp.exp(log_p))
+    ties = xp.sum(xp.astype(is_top, log_p.dtype), axis=-1) - 1.0
+    below_top = _complement(top[..., 0], xp=xp)
+    rest = below_top - xp.sum(beside_top, axis=-1) - ties * xp.exp(top[..., 0])
+    rounding = log_p.shape[-1] * xp.finfo(log_p.dtype).eps * below_top
+    return xp.where(rest > rounding, rest, 0.0)

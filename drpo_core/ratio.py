@@ -1,0 +1,267 @@
+"""Log-ratio, importance ratio and probability shift: the numbers every objective is a function of.
+
+The numerical care of the library is here; `docs/derivations/ratio.md` derives the error bounds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
+
+if TYPE_CHECKING:
+    from drpo_core.types import Array, Bool, Float, Namespace
+
+__all__ = ["Tokens", "importance_ratio", "log_ratio", "probability_shift"]
+
+class Tokens(NamedTuple):
+    """What every objective is a function of, per token: arrays of one shape and one dtype.
+
+    ======================  ========================================================
+    `log_prob`              log π of the sampled token, nats
+    `behavior_log_prob`     log μ of the sampled token, nats
+    `advantages`            A
+    `log_ratio`             ℓ = log π − log μ, nats
+    `ratio`                 r = π/μ = e^ℓ, saturated at e²⁰
+    `ratio_minus_one`       r − 1, accurate near r = 1
+    `shift`                 d = π − μ, a difference of probabilities in [−1, 1]
+    `divergence`            a per-token divergence the caller measured, or None
+    `xp`                    the namespace of the arrays
+    ======================  ========================================================
+
+    Build it with `Tokens.of`; objectives read it (see `drpo_core.Objective`).
+    """
+
+    log_prob: Array
+    behavior_log_prob: Array
+    advantages: Array
+    log_ratio: Array
+    ratio: Array
+    ratio_minus_one: Array
+    shift: Array
+    divergence: Array | None
+    xp: Namespace
+
+    @classmethod
+    def of(
+        cls,
+        log_prob: Float[Array, "*tokens"],
+        behavior_log_prob: Float[Array, "*tokens"],
+        advantages: Float[Array, "*tokens"],
+        *,
+        divergence: Float[Array, "*tokens"] | None = None,
+        xp: Namespace,
+    ) -> Tokens:
+        """Compute ℓ, r, r − 1 and d in one pass, with three exponentials; checks nothing."""
+        ell = _log_ratio(log_prob, behavior_log_prob, xp=xp)
+        ratio = xp.exp(saturated(ell, xp=xp))
+        gap = _relative_gap(ell, xp=xp)
+        return cls(
+            log_prob=log_prob,
+            behavior_log_prob=behavior_log_prob,
+            advantages=advantages,
+            log_ratio=ell,
+            ratio=ratio,
+            # e^ℓ − 1 = e^ℓ (1 − e^−ℓ): both branches keep full relative accuracy
+            ratio_minus_one=xp.where(ell < 0.0, -gap, ratio * gap),
+            shift=_shift(log_prob, behavior_log_prob, ell, gap, xp=xp),
+            divergence=divergence,
+            xp=xp,
+        )
+
+    @classmethod
+    def checked(
+        cls,
+        log_prob: Float[Array, "*tokens"],
+        behavior_log_prob: Float[Array, "*tokens"],
+        advantages: Float[Array, "*tokens"],
+        *,
+        mask: Bool[Array, "*tokens"] | None = None,
+        divergence: Float[Array, "*tokens"] | None = None,
+        xp: Namespace | None = None,
+    ) -> Tokens:
+        """`Tokens.of` after checking dtypes and shapes, promoting to float32 at least, and selecting by the mask.
+
+        Masked positions are replaced before any arithmetic by an inert on-policy token, so nothing they hold,
+        NaN included, can reach a value or a derivative.
+        """
+        arrays = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+        if divergence is not None:
+            arrays["divergence"] = divergence
+        xp = check_arrays(xp=xp, **arrays)
+        if mask is not None:
+            check_dtype("mask", mask, "bool", xp=xp)
+            check_shape("mask", mask, "log_prob", log_prob)
+        dtype = compute_dtype(log_prob, behavior_log_prob, advantages, xp=xp)
+
+        def select(array: Array) -> Array:
+            array = xp.astype(array, dtype, copy=False)
+            return array if mask is None else xp.where(mask, array, 0.0)
+
+        return cls.of(**{name: select(array) for name, array in arrays.items()}, xp=xp)
+
+    def along_advantage(self, x: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
+        """sign(A)·x; a token is *diverging* where sign(A)·ℓ > 0.
+
+        Gives 0 at A = 0, and NaN where A or x is NaN, so that every comparison with it fails closed.
+        """
+        # not xp.sign: array-api-compat's torch version can't be vmapped
+        a, where = self.advantages, self.xp.where
+        return where(a > 0.0, x, where(a < 0.0, -x, a))
+
+    def by_advantage(self, low: float, high: float) -> Array | float:
+        """The bound that governs each token: `high` where A ≥ 0, `low` where A < 0."""
+        if low == high:
+            return high
+        return self.xp.where(self.advantages < 0.0, low, self.xp.full_like(self.advantages, high))
+
+    def indicator(self, condition: Bool[Array, "*tokens"]) -> Float[Array, "*tokens"]:
+        """1 where the condition holds, else 0, in the dtype of the tokens."""
+        return self.xp.where(condition, self.xp.ones_like(self.advantages), 0.0)
+
+
+def log_ratio(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Log importance ratio ℓ = log π − log μ.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+        float16 and bfloat16 are computed in float32.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        ℓ in nats, of the inputs' shape. −inf where π = 0, +inf where μ = 0, and 0 where both are 0.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import log_ratio
+    >>> log_ratio(np.log([0.5, 0.1]), np.log([0.25, 0.1]))
+    array([0.69314718, 0.        ])
+    """
+    x, b, xp = _prepare(log_prob, behavior_log_prob, xp)
+    return _log_ratio(x, b, xp=xp)
+
+
+def importance_ratio(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Importance ratio r = π/μ = e^min(ℓ, 20).
+
+    The ratio saturates at e²⁰ ≈ 4.85e8 rather than overflow. Objectives keep the sign of their gradient there
+    (see `drpo_core.token_loss_and_gradient`).
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+        float16 and bfloat16 are computed in float32.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        r, of the inputs' shape, in [0, e²⁰].
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import importance_ratio
+    >>> importance_ratio(np.log([0.5, 0.1]), np.log([0.25, 0.1])).round(12)
+    array([2., 1.])
+    """
+    x, b, xp = _prepare(log_prob, behavior_log_prob, xp)
+    return xp.exp(saturated(_log_ratio(x, b, xp=xp), xp=xp))
+
+
+def probability_shift(
+    log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Probability shift d = π − μ of the sampled token, computed as sign(ℓ)·max(π, μ)·(1 − e^−|ℓ|).
+
+    Within 4 units in the last place of the exact difference of the given log-probs, also near on-policy,
+    where e^{log π} − e^{log μ} loses every digit; it can't overflow.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+        float16 and bfloat16 are computed in float32.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        d, a difference of probabilities in [−1, 1], of the inputs' shape.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of real floating-point numbers.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO) uses abs(d), the Binary TV, as the trust region's divergence.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import probability_shift
+    >>> probability_shift(np.log([0.5, 0.1]), np.log([0.25, 0.4])).round(12)
+    array([ 0.25, -0.3 ])
+    """
+    x, b, xp = _prepare(log_prob, behavior_log_prob, xp)
+    ell = _log_ratio(x, b, xp=xp)
+    return _shift(x, b, ell, _relative_gap(ell, xp=xp), xp=xp)
+
+
+def saturated(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:
+    """min(ℓ, 20): the log of the importance ratio, which saturates at e²⁰ ≈ 4.85e8."""
+    # a literal: torch.compile(dynamic=True) turns a global float into a graph input
+    return xp.where(ell > 20.0, 20.0, ell)
+
+
+def _prepare(log_prob: Array, behavior_log_prob: Array, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
+    xp = check_arrays(xp=xp, log_prob=log_prob, behavior_log_prob=behavior_log_prob)
+    dtype = compute_dtype(log_prob, behavior_log_prob, xp=xp)
+    return xp.astype(log_prob, dtype, copy=False), xp.astype(behavior_log_prob, dtype, copy=False), xp
+
+
+def _log_ratio(x: Array, b: Array, *, xp: Namespace) -> Array:
+    # −inf − (−inf) is a NaN, in value and in derivative: select before subtracting
+    impossible = (x == -xp.inf) & (b == -xp.inf)
+    return xp.where(impossible, 0.0, x) - xp.where(impossible, 0.0, b)
+
+
+def _relative_gap(ell: Array, *, xp: Namespace) -> Array:
+    """1 − e^−|ℓ| = |π − μ| / max(π, μ)."""
+    return -xp.expm1(xp.where(ell < 0.0, ell, -ell))
+
+
+def _shift(x: Array, b: Array, ell: Array, gap: Array, *, xp: Namespace) -> Array:
+    size = xp.exp(xp.where(ell < 0.0, b, x)) * gap
+    return xp.where(ell < 0.0, -size, size)

@@ -1,0 +1,336 @@
+"""Reductions of per-token values to a scalar: the same weighted sum, with three choices of weight and denominator.
+
+A padded array has one sequence a row, tokens on the last axis. A packed one is 1-D with `segment_ids`, which name the
+sequence of each token (any integers, in any order). Both give the same scalar.
+
+A denominator counts what the mask of this call contains. Where a batch is split over micro-batches or devices, pass
+the denominator of the whole batch as `normalizer` and sum the results.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
+
+if TYPE_CHECKING:
+    from drpo_core.types import Array, Bool, Float, Int, Namespace
+
+__all__ = [
+    "MaskedSum",
+    "Reduction",
+    "masked_sum",
+    "sequence_mean_token_mean",
+    "sequence_mean_token_sum",
+    "token_mean",
+]
+
+
+class Reduction(Protocol):
+    """A function of per-token values and a mask to a scalar, such as `token_mean`."""
+
+    def __call__(
+        self,
+        values: Array,
+        mask: Array,
+        *,
+        normalizer: float | Array | None = None,
+        token_weights: Array | None = None,
+        segment_ids: Array | None = None,
+        xp: Namespace | None = None,
+    ) -> Array:
+        """Reduce."""
+        ...
+
+
+class MaskedSum(NamedTuple):
+    """`total` of the values at valid tokens, and their `count`; both 0-d, in the dtype of the arithmetic."""
+
+    total: Array
+    count: Array
+
+
+def masked_sum(
+    values: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> MaskedSum:
+    """Sum of m·u·v over tokens and the number of valid tokens, Σ m.
+
+    Parameters
+    ----------
+    values
+        v per token, any shape; anything, NaN included, where the mask is False.
+    mask
+        m: True at tokens that count.
+    token_weights
+        u: factors of the values (truncated importance weights, say). They do not enter the count.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    MaskedSum
+        `total` and `count`; divide them once every shard has added its own.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import masked_sum
+    >>> total, count = masked_sum(np.array([1.0, 2.0, np.nan]), np.array([True, True, False]))
+    >>> float(total), float(count)
+    (3.0, 2.0)
+    """
+    values, mask, xp = _selected(values, mask, token_weights, xp)
+    return MaskedSum(xp.sum(values), count_true(mask, values.dtype, xp=xp))
+
+
+def token_mean(
+    values: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    normalizer: float | Array | None = None,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, ""]:
+    """Mean over valid tokens: Σ m u v / N, every token counting the same ("token-mean").
+
+    Parameters
+    ----------
+    values
+        v per token, any shape; anything, NaN included, where the mask is False.
+    mask
+        m: True at tokens that count.
+    normalizer
+        N, the number of valid tokens of the whole batch; default: of this mask.
+    token_weights
+        u: factors of the values (truncated importance weights, say). They do not enter N.
+    segment_ids
+        Accepted, checked and not needed: sequences play no part.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        0-d; 0 if no token is valid.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or the normalizer is negative or not finite.
+
+    References
+    ----------
+    arXiv:2503.14476 (DAPO), token-level loss.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import token_mean
+    >>> values, mask = np.array([[1.0, 2.0], [6.0, 0.0]]), np.array([[True, True], [True, False]])
+    >>> float(token_mean(values, mask))
+    3.0
+    >>> float(token_mean(values, mask, normalizer=6))
+    1.5
+    """
+    values, mask, xp = _selected(values, mask, token_weights, xp)
+    _check_segments(segment_ids, mask, xp=xp)
+    return xp.sum(values) / _denominator(normalizer, count_true(mask, values.dtype, xp=xp), xp=xp)
+
+
+def sequence_mean_token_mean(
+    values: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    normalizer: float | Array | None = None,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, ""]:
+    """Mean over sequences of each sequence's token mean: Σ_s (Σ_t m u v / n_s) / S ("seq-mean-token-mean").
+
+    n_s is the number of valid tokens of sequence s; S counts sequences that have one.
+
+    Parameters
+    ----------
+    values
+        v per token: (…, tokens) padded, or (tokens,) packed. Anything, NaN included, where the mask is False.
+    mask
+        m: True at tokens that count.
+    normalizer
+        S of the whole batch; default: of this mask.
+    token_weights
+        u: factors of the values (truncated importance weights, say). They do not enter n_s.
+    segment_ids
+        Of packed tokens: which sequence each belongs to.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        0-d; 0 if no token is valid.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or the normalizer is negative or not finite.
+
+    References
+    ----------
+    arXiv:2402.03300 (GRPO), eq. 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import sequence_mean_token_mean
+    >>> values, mask = np.array([[1.0, 2.0], [6.0, 0.0]]), np.array([[True, True], [True, False]])
+    >>> float(sequence_mean_token_mean(values, mask))
+    3.75
+    >>> packed, ids = np.array([1.0, 2.0, 6.0]), np.array([0, 0, 1])
+    >>> float(sequence_mean_token_mean(packed, np.ones(3, dtype=bool), segment_ids=ids))
+    3.75
+    """
+    values, mask, xp = _selected(values, mask, token_weights, xp)
+    length, sequences = _sequences(mask, segment_ids, values.dtype, xp=xp)
+    return xp.sum(values / _nonzero(length, xp=xp)) / _denominator(normalizer, sequences, xp=xp)
+
+
+def sequence_mean_token_sum(
+    values: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    horizon: float = 1.0,
+    normalizer: float | Array | None = None,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, ""]:
+    """Mean over sequences of each sequence's token sum over a horizon: Σ_s (Σ_t m u v / H) / S ("seq-mean-token-sum").
+
+    Parameters
+    ----------
+    values
+        v per token: (…, tokens) padded, or (tokens,) packed. Anything, NaN included, where the mask is False.
+    mask
+        m: True at tokens that count.
+    horizon
+        H > 0, a constant such as the longest completion a run allows. Never the padded width, which changes from batch
+        to batch.
+    normalizer
+        S, the number of non-empty sequences of the whole batch; default: of this mask.
+    token_weights
+        u: factors of the values (truncated importance weights, say).
+    segment_ids
+        Of packed tokens: which sequence each belongs to.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        0-d; 0 if no token is valid.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, the horizon is not finite and positive, or the normalizer is negative or not finite.
+
+    References
+    ----------
+    arXiv:2503.20783 (Dr. GRPO): a constant instead of the sequence length.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import sequence_mean_token_sum
+    >>> values, mask = np.array([[1.0, 2.0], [6.0, 0.0]]), np.array([[True, True], [True, False]])
+    >>> float(sequence_mean_token_sum(values, mask, horizon=2))
+    2.25
+    """
+    if isinstance(horizon, (int, float)) and not (math.isfinite(horizon) and horizon > 0.0):
+        msg = f"horizon: expected a finite number greater than 0, got {horizon!r}"
+        raise ValueError(msg)
+    values, mask, xp = _selected(values, mask, token_weights, xp)
+    _, sequences = _sequences(mask, segment_ids, values.dtype, xp=xp)
+    return xp.sum(values) / horizon / _denominator(normalizer, sequences, xp=xp)
+
+
+def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
+    """m·u·v, by selection: what masked positions hold is never multiplied."""
+    xp = check_arrays(xp=xp, values=values)
+    check_dtype("mask", mask, "bool", xp=xp)
+    check_shape("mask", mask, "values", values)
+    dtype = compute_dtype(values, xp=xp)
+    selected = xp.where(mask, xp.astype(values, dtype, copy=False), 0.0)
+    if token_weights is not None:
+        check_dtype("token_weights", token_weights, "real floating", xp=xp)
+        check_shape("token_weights", token_weights, "values", values)
+        selected = selected * xp.where(mask, xp.astype(token_weights, dtype, copy=False), 0.0)
+    return selected, mask, xp
+
+
+def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[Array, Array]:
+    """Number of valid tokens of each token's own sequence, and number of sequences that have a valid token."""
+    _check_segments(segment_ids, mask, xp=xp)
+    if segment_ids is None:
+        length = xp.sum(xp.astype(mask, xp.int32), axis=-1, keepdims=True)
+        return xp.astype(length, dtype), count_true(length > 0, dtype, xp=xp)
+    # count equal ids by their range in the sorted ids of the valid tokens: exact, of static shape, in any namespace
+    beyond = xp.max(segment_ids) + 1 if segment_ids.shape[0] else 0
+    valid_ids = xp.sort(xp.where(mask, segment_ids, beyond))
+    length = xp.searchsorted(valid_ids, segment_ids, side="right") - xp.searchsorted(valid_ids, segment_ids, side="left")
+    starts = xp.concat((xp.ones_like(mask[:1]), valid_ids[1:] != valid_ids[:-1]))
+    return xp.astype(length, dtype), count_true(starts & (valid_ids != beyond), dtype, xp=xp)
+
+
+def _check_segments(segment_ids: Array | None, mask: Array, *, xp: Namespace) -> None:
+    if segment_ids is None:
+        return
+    check_dtype("segment_ids", segment_ids, "integral", xp=xp)
+    check_shape("segment_ids", segment_ids, "mask", mask)
+    if mask.ndim != 1:
+        msg = f"segment_ids: expected packed 1-D tokens, got shape {tuple(mask.shape)}; padded rows need none"
+        raise ValueError(msg)
+
+
+def count_true(condition: Bool[Array, "*tokens"], dtype: object, *, xp: Namespace) -> Float[Array, ""]:
+    """Number of True elements, counted in integers, as a 0-d array of a floating dtype."""
+    return xp.astype(xp.sum(xp.astype(condition, xp.int32)), dtype)
+
+
+def _nonzero(count: Array, *, xp: Namespace) -> Array:
+    return xp.where(count == 0.0, 1.0, count)
+
+
+def _denominator(normalizer: float | Array | None, count: Array, *, xp: Namespace) -> Array | float:
+    """The caller's denominator, else the local count; 1 where it is 0, because then nothing was summed."""
+    if normalizer is None:
+        return _nonzero(count, xp=xp)
+    if isinstance(normalizer, (int, float)):
+        if not (math.isfinite(normalizer) and normalizer >= 0.0):
+            msg = f"normalizer: expected a finite number, 0 or more, got {normalizer!r}"
+            raise ValueError(msg)
+        return float(normalizer) or 1.0
+    if getattr(normalizer, "shape", None) != ():
+        msg = f"normalizer: expected a number or a 0-d array, got {getattr(normalizer, 'shape', type(normalizer).__name__)}"
+        raise ValueError(msg)
+    return _nonzero(xp.astype(normalizer, count.dtype), xp=xp)

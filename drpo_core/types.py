@@ -1,0 +1,25 @@
+"""Array types: a signature states its shapes, which are checked at run time in this project's tests only.
+
+`Array` is whatever the caller's namespace calls an array. jaxtyping is used at run time only if something
+imported it first (the tests do), so `drpo_core` itself depends on it for type checking alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+__all__ = ["Array", "Bool", "Float", "Int", "Namespace"]
+
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from jaxtyping import Bool, Float, Int
+else:
+
+    class _Unchecked:
+        def __class_getitem__(cls, item: object) -> object:
+            return Any
+
+    Bool = Float = Int = _Unchecked
