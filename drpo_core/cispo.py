@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from drpo_core import policy_gradient
 from drpo_core.ratio import Tokens
-from drpo_core.policy_gradient import weight
 from drpo_core.thresholds import cap
 
 if TYPE_CHECKING:
@@ -119,3 +119,8 @@ def loss(tokens: Tokens, max_ratio: float) -> Float[Array, "*tokens"]:
     # where π = 0 the limit of r log π is 0, but 0·(−inf) is a NaN
     score = xp.where(log_prob == -xp.inf, 0.0, log_prob)
     return -xp.where(r > max_ratio, max_ratio, r) * tokens.advantages * score
+
+
+def weight(tokens: Tokens, max_ratio: float) -> Float[Array, "*tokens"]:
+    """min(1, c/r), that of the truncated surrogate: only the value differs from it."""
+    return policy_gradient.weight(tokens, max_ratio)

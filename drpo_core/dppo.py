@@ -179,7 +179,13 @@ def weight(tokens: Tokens, delta: Bounds, divergence: str, max_ratio: float | No
 
 
 def check(
-    delta: float | None, low: float | None, high: float | None, divergence: str, max_ratio: float | None, *, stacklevel: int = 4
+    delta: float | None,
+    low: float | None,
+    high: float | None,
+    divergence: str,
+    max_ratio: float | None,
+    *,
+    stacklevel: int = 4,
 ) -> tuple[Bounds, str, float | None]:
     """The checked hyper-parameters, in the order `loss` and `weight` take them."""
     region = bounds("delta", delta, low, high)

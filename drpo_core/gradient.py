@@ -85,4 +85,3 @@ def token_loss_and_gradient(
     if mask is None:
         return result
     return TokenLoss(*(xp.where(mask, array, 0.0) for array in result))
-

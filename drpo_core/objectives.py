@@ -47,7 +47,7 @@ class Objective(Protocol):
         ...
 
     def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
-        """w in ∂L/∂log π = −A r w."""
+        """W in ∂L/∂log π = −A r w."""
         ...
 
     def inside(self, tokens: Tokens) -> Bool[Array, "*tokens"]:

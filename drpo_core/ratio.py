@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokens", "importance_ratio", "log_ratio", "probability_shift"]
 
+
 class Tokens(NamedTuple):
     """What every objective is a function of, per token: arrays of one shape and one dtype.
 

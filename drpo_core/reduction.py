@@ -13,6 +13,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
+from drpo_core.thresholds import cap
 
 if TYPE_CHECKING:
     from drpo_core.types import Array, Bool, Float, Int, Namespace
@@ -266,9 +267,7 @@ def sequence_mean_token_sum(
     >>> float(sequence_mean_token_sum(values, mask, horizon=2))
     2.25
     """
-    if isinstance(horizon, (int, float)) and not (math.isfinite(horizon) and horizon > 0.0):
-        msg = f"horizon: expected a finite number greater than 0, got {horizon!r}"
-        raise ValueError(msg)
+    cap("horizon", horizon)
     values, mask, xp = _selected(values, mask, token_weights, xp)
     _, sequences = _sequences(mask, segment_ids, values.dtype, xp=xp)
     return xp.sum(values) / horizon / _denominator(normalizer, sequences, xp=xp)

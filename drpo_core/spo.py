@@ -25,6 +25,7 @@ def spo_loss(
 ) -> Float[Array, "*tokens"]:
     """SPO loss: L = −A r + abs(A) (r − 1)² / (2ε).
 
+    The penalty keeps pulling a token back once it is outside abs(r − 1) ≤ ε, where clipping only stops pushing.
 
     Parameters
     ----------

@@ -41,12 +41,12 @@ def sides(value: float | None, low: float | None, high: float | None) -> Bounds:
     return Bounds(low, high) if value is None else Bounds(value, value)  # type: ignore[arg-type]
 
 
-def cap(name: str, value: float, *, above: float = 0.0) -> float:
+def cap(name: str, value: object, *, above: float = 0.0) -> float:
     """A finite number greater than `above`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         msg = f"{name}: expected a real number, got {type(value).__name__}"
         raise TypeError(msg)
-    if not (math.isfinite(value) and value > above):
+    if not above < float(value) < math.inf:
         msg = f"{name}: expected a finite number greater than {above:g}, got {value!r}"
         raise ValueError(msg)
     return float(value)
@@ -73,4 +73,3 @@ def kept(tokens: Tokens, inside: Bool[Array, "*tokens"]) -> Bool[Array, "*tokens
 def within(x: Float[Array, "*tokens"], region: Bounds) -> Bool[Array, "*tokens"]:
     """−low ≤ x ≤ high, the boundary included; False where x is NaN."""
     return (x >= -region.low) & (x <= region.high)
-

@@ -17,13 +17,13 @@ class Problem(NamedTuple):
 
     argument: str
     kind: str
-    count: int
+    occurrences: int
     first: tuple[int, ...]
 
     def __str__(self) -> str:
         """One clause of an error message."""
-        where = f"at index {self.first}" if self.count == 1 else f"the first at index {self.first}"
-        return f"{self.argument}: {self.count} {self.kind} at valid tokens, {where}"
+        where = f"at index {self.first}" if self.occurrences == 1 else f"the first at index {self.first}"
+        return f"{self.argument}: {self.occurrences} {self.kind} at valid tokens, {where}"
 
 
 def validate(

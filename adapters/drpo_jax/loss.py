@@ -166,9 +166,10 @@ def _token_loss(
     mask: jax.Array | None,
     divergence: jax.Array | None,
 ) -> jax.Array:
-    return token_loss_and_gradient(
+    loss: jax.Array = token_loss_and_gradient(
         objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=jnp
     ).loss
+    return loss
 
 
 # a forward rule: it is linear in the tangent, so JAX transposes it for reverse mode and keeps only the gradient

@@ -76,7 +76,8 @@ def token_loss(
     """
     _check_tensors(log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages)
     _check_tensors(**{name: t for name, t in (("mask", mask), ("divergence", divergence)) if t is not None})
-    loss, _ = _TokenLoss.apply(log_prob, behavior_log_prob, advantages, mask, divergence, objective)
+    loss: torch.Tensor
+    loss, _ = _TokenLoss.apply(log_prob, behavior_log_prob, advantages, mask, divergence, objective)  # type: ignore[no-untyped-call]
     return loss
 
 
