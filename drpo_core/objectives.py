@@ -5,7 +5,8 @@ Each delegates to the functions of its own file. Write another by giving a class
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol
 
 from drpo_core import cispo, dppo, drpo, policy_gradient, ppo, spo
@@ -71,8 +72,9 @@ class PolicyGradient:
     max_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters."""
+        """Check the hyper-parameters and keep them as plain floats."""
         _cap_or_none("max_ratio", self.max_ratio)
+        _to_floats(self)
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """See `drpo_core.policy_gradient_loss`."""
@@ -105,9 +107,10 @@ class PPOClip:
     dual_clip: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters."""
+        """Check the hyper-parameters and keep them as plain floats."""
         bounds("eps", self.eps, self.eps_low, self.eps_high)
         _cap_or_none("dual_clip", self.dual_clip, above=1.0)
+        _to_floats(self)
 
     @property
     def region(self) -> Bounds:
@@ -143,8 +146,9 @@ class CISPO:
     max_ratio: float
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters."""
+        """Check the hyper-parameters and keep them as plain floats."""
         cap("max_ratio", self.max_ratio)
+        _to_floats(self)
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """See `drpo_core.cispo_loss`."""
@@ -176,8 +180,9 @@ class SPO:
     eps_high: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters."""
+        """Check the hyper-parameters and keep them as plain floats."""
         bounds("eps", self.eps, self.eps_low, self.eps_high)
+        _to_floats(self)
 
     @property
     def region(self) -> Bounds:
@@ -217,8 +222,9 @@ class DPPO:
     max_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters."""
+        """Check the hyper-parameters and keep them as plain floats."""
         dppo.check(self.delta, self.delta_low, self.delta_high, self.divergence, self.max_ratio, stacklevel=5)
+        _to_floats(self)
 
     @property
     def region(self) -> Bounds:
@@ -255,8 +261,9 @@ class DRPO:
     delta_high: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters."""
+        """Check the hyper-parameters and keep them as plain floats."""
         warn_if_vacuous("DRPO", bounds("delta", self.delta, self.delta_low, self.delta_high))
+        _to_floats(self)
 
     @property
     def region(self) -> Bounds:
@@ -293,8 +300,9 @@ class MaskDRPO:
     delta_high: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters."""
+        """Check the hyper-parameters and keep them as plain floats."""
         warn_if_vacuous("Mask-DRPO", bounds("delta", self.delta, self.delta_low, self.delta_high))
+        _to_floats(self)
 
     @property
     def region(self) -> Bounds:
@@ -312,6 +320,14 @@ class MaskDRPO:
     def inside(self, tokens: Tokens) -> Bool[Array, "*tokens"]:
         """−δ_low ≤ π − μ ≤ δ_high."""
         return drpo.inside(tokens, self.region)
+
+
+def _to_floats(objective: object) -> None:
+    # a NumPy scalar would promote float32 arrays to float64
+    for field in fields(objective):  # type: ignore[arg-type]
+        value = getattr(objective, field.name)
+        if isinstance(value, numbers.Real):
+            object.__setattr__(objective, field.name, float(value))
 
 
 def _cap_or_none(name: str, value: float | None, *, above: float = 0.0) -> None:

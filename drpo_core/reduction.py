@@ -13,7 +13,6 @@ import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
-from drpo_core.thresholds import cap
 
 if TYPE_CHECKING:
     from drpo_core.types import Array, Bool, Float, Int, Namespace
@@ -217,7 +216,7 @@ def sequence_mean_token_sum(
     values: Float[Array, "*tokens"],
     mask: Bool[Array, "*tokens"],
     *,
-    horizon: float = 1.0,
+    horizon: float | Array = 1.0,
     normalizer: float | Array | None = None,
     token_weights: Float[Array, "*tokens"] | None = None,
     segment_ids: Int[Array, " tokens"] | None = None,
@@ -267,7 +266,9 @@ def sequence_mean_token_sum(
     >>> float(sequence_mean_token_sum(values, mask, horizon=2))
     2.25
     """
-    cap("horizon", horizon)
+    if isinstance(horizon, (int, float)) and not 0.0 < horizon < math.inf:
+        msg = f"horizon: expected a finite number greater than 0, got {horizon!r}"
+        raise ValueError(msg)
     values, mask, xp = _selected(values, mask, token_weights, xp)
     _, sequences = _sequences(mask, segment_ids, values.dtype, xp=xp)
     return xp.sum(values) / horizon / _denominator(normalizer, sequences, xp=xp)
@@ -325,11 +326,11 @@ def _denominator(normalizer: float | Array | None, count: Array, *, xp: Namespac
     if normalizer is None:
         return _nonzero(count, xp=xp)
     if isinstance(normalizer, (int, float)):
-        if not (math.isfinite(normalizer) and normalizer >= 0.0):
+        if not 0.0 <= normalizer < math.inf:
             msg = f"normalizer: expected a finite number, 0 or more, got {normalizer!r}"
             raise ValueError(msg)
-        return float(normalizer) or 1.0
+        return normalizer if normalizer > 0.0 else 1.0
     if getattr(normalizer, "shape", None) != ():
         msg = f"normalizer: expected a number or a 0-d array, got {getattr(normalizer, 'shape', type(normalizer).__name__)}"
         raise ValueError(msg)
-    return _nonzero(xp.astype(normalizer, count.dtype), xp=xp)
+    return _nonzero(xp.astype(xp.asarray(normalizer), count.dtype), xp=xp)

@@ -31,9 +31,8 @@ def bounds(name: str, value: float | None, low: float | None, high: float | None
     if list(given) not in ([name], [f"{name}_low", f"{name}_high"]):
         msg = f"expected either {name} or both {name}_low and {name}_high, got {' and '.join(given) or 'none of them'}"
         raise TypeError(msg)
-    for key, v in given.items():
-        cap(key, v)
-    return sides(value, low, high)
+    checked = [cap(key, v) for key, v in given.items()]
+    return Bounds(checked[0], checked[-1])
 
 
 def sides(value: float | None, low: float | None, high: float | None) -> Bounds:

@@ -165,8 +165,14 @@ class _TokenLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 -- torch hands over what apply got
-        log_prob, behavior_log_prob, advantages, mask, divergence, objective = args
+    def forward(
+        log_prob: torch.Tensor,
+        behavior_log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        mask: torch.Tensor | None,
+        divergence: torch.Tensor | None,
+        objective: Objective,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # the namespace is explicit because Dynamo can't trace its inference
         result = token_loss_and_gradient(
             objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
