@@ -79,17 +79,20 @@ def group_advantages(
             msg = f"rewards: expected 1-D with group_ids, got shape {tuple(rewards.shape)}"
             raise ValueError(msg)
         members, same = rewards[None, :], xp.astype(group_ids[:, None] == group_ids[None, :], rewards.dtype)
+    if 0 in rewards.shape:
+        return rewards
     in_group = same == 1.0
     n = xp.sum(same, axis=-1)
     mean = xp.sum(xp.where(in_group, members, 0.0), axis=-1) / n
     centred = rewards - mean
     others = xp.where(n > 1.0, n - 1.0, 1.0)
-    spread = xp.sqrt(xp.sum(xp.where(in_group, (members - mean[..., None]) ** 2, 0.0), axis=-1) / others)
+    # equal rewards can differ from their rounded mean; dividing that by a tiny spread would be noise of size 1
+    largest = xp.max(xp.where(in_group, members, -xp.inf), axis=-1)
+    constant = largest == xp.min(xp.where(in_group, members, xp.inf), axis=-1)
     advantages = centred * n / others if leave_one_out else centred
     if divide_by_std:
-        advantages = advantages / (spread + std_offset)
-    # equal rewards can differ from their rounded mean; dividing that by a tiny spread would be noise of size 1
-    constant = xp.max(xp.where(in_group, members, -xp.inf), axis=-1) == xp.min(xp.where(in_group, members, xp.inf), axis=-1)
+        squares = xp.sum(xp.where(in_group, (members - mean[..., None]) ** 2, 0.0), axis=-1)
+        advantages = advantages / xp.where(constant, 1.0, xp.sqrt(squares / others) + std_offset)
     return xp.where(constant, 0.0, advantages)
 
 

@@ -33,7 +33,7 @@ def cispo_loss(
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
         Only `log_prob` is meant to be differentiated.
     max_ratio
-        c > 0, the cap on the importance ratio.
+        c > 0, the cap on the importance ratio. Below 1 it also scales on-policy gradients.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -82,7 +82,7 @@ def cispo_weight(
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
         Only `log_prob` is meant to be differentiated.
     max_ratio
-        c > 0, the cap on the importance ratio.
+        c > 0, the cap on the importance ratio. Below 1 it also scales on-policy gradients.
     xp
         Namespace of the arrays; inferred when omitted.
 

@@ -97,6 +97,7 @@ def _app() -> "typer.Typer":
         else:
             _print_tables(report)
 
+    __import__("drpo_core.check_cli").check_cli.register(app)
     return app
 
 

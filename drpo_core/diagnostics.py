@@ -245,7 +245,9 @@ def _diagnostics(tokens: Tokens, weight: Array, inside: Array, mask: Array | Non
     active = valid & (a != 0.0)
     outside, direction = ~inside, tokens.along_advantage(ell)
     diverging, converging, positive, negative = direction > 0.0, direction < 0.0, a > 0.0, a < 0.0
-    magnitude, effective = xp.abs(a) * r, r * xp.abs(weight)
+    # selected before multiplying, as inf·0 is a NaN
+    magnitude, effective_weight = r * xp.where(active, xp.abs(a), 0.0), xp.where(active, xp.abs(weight), 0.0)
+    effective = r * effective_weight
     binary_tv = xp.abs(tokens.shift)
 
     def total(x: Array, where: Array) -> Array:
@@ -284,7 +286,7 @@ def _diagnostics(tokens: Tokens, weight: Array, inside: Array, mask: Array | Non
         "weight_mean": mean(weight, active),
         "weight_min": Minimum(-largest_negated_weight.value, largest_negated_weight.count),
         "weight_max": maximum(weight, active),
-        "gradient_mass_kept": Mean(total(magnitude * xp.abs(weight), active), total(magnitude, active)),
+        "gradient_mass_kept": Mean(total(magnitude * effective_weight, active), total(magnitude, active)),
         "effective_sample_size": EffectiveSampleSize(
             total(effective, active), total(effective * effective, active), count_true(active, a.dtype, xp=xp)
         ),

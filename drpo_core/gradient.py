@@ -33,7 +33,8 @@ def token_loss_and_gradient(
 ) -> TokenLoss:
     """Unreduced loss L of an objective with its analytic gradient ∂L/∂log π = −A r w.
 
-    The ratio in the gradient saturates at e²⁰ (ℓ = 20 nats); its sign never vanishes there. A token whose weight is 0
+    The ratio in the gradient saturates at e²⁰ (ℓ = 20 nats); the gradient keeps its sign there, where the derivative of
+    the saturated value would be 0. A token whose weight is 0
     has a gradient of exactly 0, whatever its ratio. A NaN at a valid token gives a NaN gradient, or drops the token
     where the weight is a mask; see `drpo_core.validate`.
 

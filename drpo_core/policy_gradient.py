@@ -32,7 +32,8 @@ def policy_gradient_loss(
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
         Only `log_prob` is meant to be differentiated.
     max_ratio
-        c > 0, the largest importance ratio a gradient is multiplied with; None for no truncation.
+        c > 0, the largest importance ratio a gradient is multiplied with; None for no truncation. Below 1 it also scales
+        on-policy gradients.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -50,7 +51,7 @@ def policy_gradient_loss(
 
     References
     ----------
-    Off-policy policy gradient with importance sampling; truncation as in arXiv:2602.04879 (DPPO), eq. for r̄.
+    Off-policy policy gradient with importance sampling; truncation as DPPO's (arXiv:2602.04879).
 
     Examples
     --------
@@ -82,7 +83,8 @@ def policy_gradient_weight(
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
         Only `log_prob` is meant to be differentiated.
     max_ratio
-        c > 0, the largest importance ratio a gradient is multiplied with; None for no truncation.
+        c > 0, the largest importance ratio a gradient is multiplied with; None for no truncation. Below 1 it also scales
+        on-policy gradients.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -100,7 +102,7 @@ def policy_gradient_weight(
 
     References
     ----------
-    Off-policy policy gradient with importance sampling; truncation as in arXiv:2602.04879 (DPPO), eq. for r̄.
+    Off-policy policy gradient with importance sampling; truncation as DPPO's (arXiv:2602.04879).
 
     Examples
     --------

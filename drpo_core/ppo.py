@@ -56,8 +56,8 @@ def ppo_clip_loss(
 
     References
     ----------
-    arXiv:1707.06347 (PPO), eq. 7; arXiv:2402.03300 (GRPO); ε_low ≠ ε_high: arXiv:2503.14476 (DAPO, clip-higher);
-    dual clip: arXiv:1912.09729.
+    arXiv:1707.06347 (PPO), eq. 7; arXiv:2402.03300 (GRPO), eq. 3; ε_low ≠ ε_high: arXiv:2503.14476 (DAPO), eq. 10;
+    dual clip: arXiv:1912.09729, eq. 5.
 
     Examples
     --------
@@ -116,8 +116,8 @@ def ppo_clip_weight(
 
     References
     ----------
-    arXiv:1707.06347 (PPO), eq. 7; arXiv:2402.03300 (GRPO); ε_low ≠ ε_high: arXiv:2503.14476 (DAPO, clip-higher);
-    dual clip: arXiv:1912.09729.
+    arXiv:1707.06347 (PPO), eq. 7; arXiv:2402.03300 (GRPO), eq. 3; ε_low ≠ ε_high: arXiv:2503.14476 (DAPO), eq. 10;
+    dual clip: arXiv:1912.09729, eq. 5.
 
     Examples
     --------

@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
             log_ratio=ell,
             ratio=ratio,
             # e^ℓ − 1 = e^ℓ (1 − e^−ℓ): both branches keep full relative accuracy
-            ratio_minus_one=xp.where(ell < 0.0, -gap, ratio * gap),
+            ratio_minus_one=xp.where(ell > 1.0, ratio - 1.0, xp.where(ell < 0.0, -gap, ratio * gap)),
             shift=_shift(log_prob, behavior_log_prob, ell, gap, xp=xp),
             divergence=divergence,
             xp=xp,
@@ -201,8 +201,8 @@ def probability_shift(
 ) -> Float[Array, "*tokens"]:
     """Probability shift d = π − μ of the sampled token, computed as sign(ℓ)·max(π, μ)·(1 − e^−|ℓ|).
 
-    Within 4 units in the last place of the exact difference of the given log-probs, also near on-policy,
-    where e^{log π} − e^{log μ} loses every digit; it can't overflow.
+    Within 3 machine epsilons (relative) of the exact difference of the given log-probs, also near on-policy, where
+    e^{log π} − e^{log μ} loses every digit; it can't overflow.
 
     Parameters
     ----------

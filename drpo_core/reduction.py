@@ -135,7 +135,7 @@ def token_mean(
 
     References
     ----------
-    arXiv:2503.14476 (DAPO), token-level loss.
+    arXiv:2503.14476 (DAPO), eq. 12.
 
     Examples
     --------
@@ -294,12 +294,16 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     if segment_ids is None:
         length = xp.sum(xp.astype(mask, xp.int32), axis=-1, keepdims=True)
         return xp.astype(length, dtype), count_true(length > 0, dtype, xp=xp)
-    # count equal ids by their range in the sorted ids of the valid tokens: exact, of static shape, in any namespace
-    beyond = xp.max(segment_ids) + 1 if segment_ids.shape[0] else 0
-    valid_ids = xp.sort(xp.where(mask, segment_ids, beyond))
-    length = xp.searchsorted(valid_ids, segment_ids, side="right") - xp.searchsorted(valid_ids, segment_ids, side="left")
-    starts = xp.concat((xp.ones_like(mask[:1]), valid_ids[1:] != valid_ids[:-1]))
-    return xp.astype(length, dtype), count_true(starts & (valid_ids != beyond), dtype, xp=xp)
+    # count equal ids by their range among the sorted ids: exact, of static shape, in any namespace. The place of an id
+    # there stands for it, so that one more number, for masked tokens, can't collide with an id or leave its dtype
+    n = segment_ids.shape[0]
+    if n == 0:
+        return xp.astype(mask, dtype), count_true(mask, dtype, xp=xp)
+    place = xp.searchsorted(xp.sort(segment_ids), segment_ids, side="left")
+    valid = xp.sort(xp.where(mask, place, n))
+    length = xp.searchsorted(valid, place, side="right") - xp.searchsorted(valid, place, side="left")
+    starts = xp.concat((xp.ones_like(mask[:1]), valid[1:] != valid[:-1]))
+    return xp.astype(length, dtype), count_true(starts & (valid != n), dtype, xp=xp)
 
 
 def _check_segments(segment_ids: Array | None, mask: Array, *, xp: Namespace) -> None:
@@ -330,7 +334,8 @@ def _denominator(normalizer: float | Array | None, count: Array, *, xp: Namespac
             msg = f"normalizer: expected a finite number, 0 or more, got {normalizer!r}"
             raise ValueError(msg)
         return normalizer if normalizer > 0.0 else 1.0
-    if getattr(normalizer, "shape", None) != ():
-        msg = f"normalizer: expected a number or a 0-d array, got {getattr(normalizer, 'shape', type(normalizer).__name__)}"
+    if not hasattr(normalizer, "shape") or tuple(normalizer.shape):
+        got = tuple(normalizer.shape) if hasattr(normalizer, "shape") else type(normalizer).__name__
+        msg = f"normalizer: expected a number or a 0-d array, got {got}"
         raise ValueError(msg)
     return _nonzero(xp.astype(xp.asarray(normalizer), count.dtype), xp=xp)

@@ -75,8 +75,9 @@ def token_loss(
     >>> [round(g, 4) for g in gradient.tolist()]
     [-1.0, -1.0, 0.2]
     """
-    _check_arrays(log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages)
-    _check_arrays(**{name: a for name, a in (("mask", mask), ("divergence", divergence)) if a is not None})
+    _check_arrays(
+        log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages, mask=mask, divergence=divergence
+    )
     return _token_loss(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
 
 
@@ -149,12 +150,18 @@ def policy_loss(
     >>> summarize(diagnostics)["attenuated_fraction"]
     0.5
     """
+    _check_arrays(token_weights=token_weights, segment_ids=segment_ids)
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
     losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
     constants = None if token_weights is None else jax.lax.stop_gradient(token_weights)
-    loss = reduction(losses, mask, normalizer=normalizer, token_weights=constants, segment_ids=segment_ids, xp=jnp)
+
+    # differentiated on its own, a reduction would keep arrays of the tokens' shape, some of them zeros
+    @partial(jax.checkpoint, prevent_cse=False)
+    def reduce(losses: jax.Array) -> jax.Array:
+        return reduction(losses, mask, normalizer=normalizer, token_weights=constants, segment_ids=segment_ids, xp=jnp)  # type: ignore[no-any-return]
+
     detached = {name: jax.lax.stop_gradient(array) for name, array in tokens.items()}
-    return loss, diagnostics(objective, **detached, mask=mask, divergence=divergence, xp=jnp)
+    return reduce(losses), diagnostics(objective, **detached, mask=mask, divergence=divergence, xp=jnp)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -184,7 +191,8 @@ def _token_loss_jvp(objective: Objective, primals: tuple[Any, ...], tangents: tu
 
 
 def _check_arrays(**arrays: object) -> None:
+    """Raise for what is neither a JAX array nor None; the core names a None that it can't do without."""
     for name, array in arrays.items():
-        if not isinstance(array, jax.Array):
+        if array is not None and not isinstance(array, jax.Array):
             msg = f"{name}: expected a jax.Array, got {type(array).__name__}"
             raise TypeError(msg)

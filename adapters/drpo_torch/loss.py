@@ -55,7 +55,7 @@ def token_loss(
     ValueError
         If the shapes differ.
     RuntimeError
-        On a second derivative, which is not implemented.
+        On a second derivative or forward-mode differentiation, which are not implemented.
 
     See Also
     --------
@@ -74,10 +74,17 @@ def token_loss(
     >>> log_prob.grad
     tensor([-1.0000, -1.0000,  0.2000])
     """
-    _check_tensors(log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages)
-    _check_tensors(**{name: t for name, t in (("mask", mask), ("divergence", divergence)) if t is not None})
+    _check_tensors(
+        log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages, mask=mask, divergence=divergence
+    )
     loss: torch.Tensor
-    loss, _ = _TokenLoss.apply(log_prob, behavior_log_prob, advantages, mask, divergence, objective)  # type: ignore[no-untyped-call]
+    # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code;
+    # the namespace is explicit because Dynamo can't trace its inference
+    with torch.no_grad():
+        result = token_loss_and_gradient(
+            objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
+        )
+    loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -110,9 +117,9 @@ def policy_loss(
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
     token_weights
-        Detached factors of the per-token losses (truncated importance weights, say).
+        Detached factors of the per-token losses (truncated importance weights, say). Kept for the backward pass too.
     segment_ids
-        Of packed tokens: which sequence each belongs to.
+        Of packed tokens: which sequence each belongs to. Sequence means keep each token's length for the backward pass.
     divergence
         Per-token divergence for ``DPPO(divergence="per_token")``.
 
@@ -149,35 +156,23 @@ def policy_loss(
     >>> summarize(diagnostics)["attenuated_fraction"]
     0.5
     """
+    _check_tensors(token_weights=token_weights, segment_ids=segment_ids)
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    # before the loss: Dynamo can lift an objective's thresholds into an autograd.Function, but not back out of it
-    with torch.no_grad():
-        statistics = diagnostics(objective, **tokens, mask=mask, divergence=divergence, xp=xp)
     losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
     constants = None if token_weights is None else token_weights.detach()
     loss = reduction(losses, mask, normalizer=normalizer, token_weights=constants, segment_ids=segment_ids, xp=xp)
-    return loss, statistics
+    with torch.no_grad():
+        return loss, diagnostics(objective, **tokens, mask=mask, divergence=divergence, xp=xp)
 
 
-class _TokenLoss(torch.autograd.Function):
-    """(loss, gradient) per token; backward multiplies the gradient, all that is kept, by the cotangent of the loss."""
+class _WithGradient(torch.autograd.Function):
+    """A loss with its gradient in `log_prob`; backward multiplies that gradient, all that is kept, by the cotangent."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        log_prob: torch.Tensor,
-        behavior_log_prob: torch.Tensor,
-        advantages: torch.Tensor,
-        mask: torch.Tensor | None,
-        divergence: torch.Tensor | None,
-        objective: Objective,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # the namespace is explicit because Dynamo can't trace its inference
-        result = token_loss_and_gradient(
-            objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
-        )
-        return result.loss, result.gradient
+    def forward(log_prob: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG004
+        return loss.clone(), gradient.view_as(gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401, ARG004
@@ -185,7 +180,7 @@ class _TokenLoss(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN401
         of_loss, of_gradient = cotangents
         if of_gradient is not None and not torch.compiler.is_compiling():
             # the gradient is an output so that asking for its derivative arrives here instead of being lost
@@ -193,12 +188,12 @@ class _TokenLoss(torch.autograd.Function):
             msg = "drpo_torch: the second derivative of a policy loss is not implemented (double backward, hessian)"
             raise RuntimeError(msg)
         (gradient,) = ctx.saved_tensors
-        grad = None if of_loss is None else (of_loss * gradient).to(gradient.dtype)
-        return grad, None, None, None, None, None
+        return None if of_loss is None else (of_loss * gradient).to(gradient.dtype), None, None
 
 
 def _check_tensors(**tensors: object) -> None:
+    """Raise for what is neither a tensor nor None; the core names a None that it can't do without."""
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
             msg = f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
             raise TypeError(msg)
