@@ -1,0 +1,43 @@
+"""What all tests share: the namespaces they run on, and warnings that third parties raise about themselves."""
+
+import array_api_strict
+import jax
+import pytest
+from backends import STRICTEST, Backend
+
+jax.config.update("jax_enable_x64", True)  # noqa: FBT003 -- JAX's signature
+# "raise": a silent (B,) → (B, T) broadcast is how losses went wrong elsewhere
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+THIRD_PARTY_WARNINGS = (
+    # Dynamo instantiates the autograd.Function it traces, which torch itself deprecates
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    # inductor imports torch.utils.mkldnn, which still uses torch.jit
+    "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning",
+)
+
+
+def pytest_configure(config):
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_generate_tests(metafunc):
+    """Run a test with `backend` on each of its module's BACKENDS, by default all, unless it names its own."""
+    named = any(mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "backend" in metafunc.fixturenames and not named:
+        backends = getattr(metafunc.module, "BACKENDS", list(Backend))
+        metafunc.parametrize("backend", backends, ids=[b.value for b in backends], indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """A namespace; array-api-strict with its strictest flags."""
+    with array_api_strict.ArrayAPIStrictFlags(**STRICTEST):
+        yield request.param
+
+
+@pytest.fixture(params=[Backend.TORCH, Backend.JAX], ids=lambda backend: backend.value)
+def low_precision_backend(request):
+    """The namespaces that have bfloat16."""
+    return request.param

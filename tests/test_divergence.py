@@ -1,0 +1,213 @@
+"""Binary, Top-K and full-vocabulary divergences and the KL estimators on hand-computed distributions."""
+
+import math
+from math import log
+
+import numpy as np
+import pytest
+from backends import Backend
+
+from drpo_core import (
+    binary_kl,
+    binary_tv,
+    full_kl,
+    full_tv,
+    k1,
+    k2,
+    k3,
+    sampled_in_top_k,
+    top_k_kl,
+    top_k_tv,
+)
+
+# eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
+BACKENDS = [b for b in Backend if b is not Backend.JAX]
+
+# sampled tokens: π = 1/2, 1/5, 3/10 and μ = 1/4, 1/5, 3/5
+LOG_PROB, BEHAVIOR = np.log([0.5, 0.2, 0.3]), np.log([0.25, 0.2, 0.6])
+# one distribution over five tokens
+PI, MU = [0.5, 0.2, 0.15, 0.1, 0.05], [0.4, 0.3, 0.1, 0.15, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (binary_tv, [0.5 - 0.25, 0.0, 0.6 - 0.3]),
+        (binary_kl, [0.25 * log(0.25 / 0.5) + 0.75 * log(0.75 / 0.5), 0.0, 0.6 * log(0.6 / 0.3) + 0.4 * log(0.4 / 0.7)]),
+        (k1, [-log(2), 0.0, log(2)]),
+        (k2, [log(2) ** 2 / 2, 0.0, log(2) ** 2 / 2]),
+        (k3, [2 - 1 - log(2), 0.0, 0.5 - 1 + log(2)]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_of_sampled_tokens(backend, function, expected):
+    np.testing.assert_allclose(backend.run(function, LOG_PROB, BEHAVIOR), expected, rtol=2e-15, atol=1e-16)
+
+
+def test_full_vocabulary(backend):
+    tv = (0.1 + 0.1 + 0.05 + 0.05 + 0.0) / 2
+    kl = 0.4 * log(0.4 / 0.5) + 0.3 * log(0.3 / 0.2) + 0.1 * log(0.1 / 0.15) + 0.15 * log(0.15 / 0.1)
+    x, b = np.log([PI, PI]), np.log([MU, PI])
+    np.testing.assert_allclose(backend.run(full_tv, x, b), [tv, 0.0], rtol=1e-14)
+    np.testing.assert_allclose(backend.run(full_kl, x, b), [kl, 0.0], rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("sampled", "inside", "tv", "kl"),
+    [
+        # the two most likely of μ and the rest: (0.5, 0.2, 0.3) against (0.4, 0.3, 0.3)
+        (0, True, (0.1 + 0.1 + 0.0) / 2, 0.4 * log(0.4 / 0.5) + 0.3 * log(0.3 / 0.2)),
+        # token 2 is forced in: (0.5, 0.2, 0.15, 0.15) against (0.4, 0.3, 0.1, 0.2)
+        (
+            2,
+            False,
+            (0.1 + 0.1 + 0.05 + 0.05) / 2,
+            0.4 * log(0.4 / 0.5) + 0.3 * log(0.3 / 0.2) + 0.1 * log(0.1 / 0.15) + 0.2 * log(0.2 / 0.15),
+        ),
+    ],
+    ids=["sampled token among the K", "sampled token forced in"],
+)
+def test_top_two(backend, sampled, inside, tv, kl):
+    arguments = [np.log([p[sampled]]) for p in (PI, MU)]
+    top = {"top_k_log_prob": np.log([PI[:2]]), "top_k_behavior_log_prob": np.log([MU[:2]])}
+    for function, expected in ((top_k_tv, tv), (top_k_kl, kl)):
+        result = backend.run(function, *arguments, **top, sampled_in_top_k=np.array([inside]))
+        np.testing.assert_allclose(result, [expected], rtol=2e-14)
+
+
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(backend):
+    x, b = np.log([PI]), np.log([MU])
+    top = {"top_k_log_prob": x, "top_k_behavior_log_prob": b, "sampled_in_top_k": np.array([True])}
+    np.testing.assert_allclose(backend.run(top_k_tv, x[:, 3], b[:, 3], **top), backend.run(full_tv, x, b), rtol=1e-14)
+    np.testing.assert_allclose(backend.run(top_k_kl, x[:, 3], b[:, 3], **top), backend.run(full_kl, x, b), rtol=1e-14)
+
+
+def test_top_one_with_the_sampled_token_inside_is_the_binary_divergence(backend):
+    top = {"top_k_log_prob": LOG_PROB[:, None], "top_k_behavior_log_prob": BEHAVIOR[:, None]}
+    top["sampled_in_top_k"] = np.ones(3, dtype=bool)
+    for top_1, binary in ((top_k_tv, binary_tv), (top_k_kl, binary_kl)):
+        result = backend.run(top_1, LOG_PROB, BEHAVIOR, **top)
+        np.testing.assert_allclose(result, backend.run(binary, LOG_PROB, BEHAVIOR), rtol=2e-15, atol=1e-16)
+
+
+def test_an_outcome_without_mass_under_the_behavior_policy(backend):
+    """Π = (0.5, 0.3, 0.2), μ = (0.5, 0.5, 0): the third outcome adds nothing to KL(μ‖π) but its π to TV."""
+    x, b = np.log([[0.5, 0.3, 0.2]]), np.array([[log(0.5), log(0.5), -math.inf]])
+    np.testing.assert_allclose(backend.run(full_tv, x, b), [0.2], rtol=1e-14)
+    np.testing.assert_allclose(backend.run(full_kl, x, b), [0.5 * log(0.5 / 0.3)], rtol=1e-14)
+
+
+def test_an_outcome_without_mass_under_the_trained_policy_costs_infinitely_much(backend):
+    x, b = np.array([[log(0.5), log(0.5), -math.inf]]), np.log([[0.5, 0.3, 0.2]])
+    np.testing.assert_allclose(backend.run(full_tv, x, b), [0.2], rtol=1e-14)
+    assert backend.run(full_kl, x, b) == math.inf
+    assert backend.run(binary_kl, np.array([-math.inf]), np.array([log(0.2)])) == math.inf
+
+
+def test_binary_kl_beside_certainty(backend):
+    """π → 1, where an offset of 1e-8 inside the logarithm gives 1.4386 instead of 2.3151."""
+    rest = 1e-12
+    mu = 0.9
+    exact = mu * log(mu / (1 - rest)) + (1 - mu) * (log(1 - mu) - log(rest))
+    result = backend.run(binary_kl, np.array([math.log1p(-rest)]), np.log([mu]))
+    np.testing.assert_allclose(result, [exact], rtol=1e-12)
+    assert backend.run(binary_kl, np.array([0.0]), np.log([mu])) == math.inf
+
+
+def test_k3_saturates_with_the_ratio(backend):
+    result = backend.run(k3, np.zeros(3), np.array([-19.0, -20.0, -700.0]))
+    expected = [math.exp(19) - 1 - 19, math.exp(20) - 1 - 20, math.exp(20) - 1 - 20]
+    np.testing.assert_allclose(result, expected, rtol=1e-14)
+
+
+def test_nan_is_not_hidden(backend):
+    x, b = np.array([np.nan, -1.0]), np.array([-1.0, np.nan])
+    for function in (binary_tv, binary_kl, k1, k2, k3):
+        assert np.isnan(backend.run(function, x, b)).all(), function.__name__
+    for function in (full_tv, full_kl):
+        assert np.isnan(backend.run(function, x[None], b[None])).all(), function.__name__
+
+
+def test_rounding_above_certainty_is_no_nan(backend):
+    """A log-softmax in float32 can round a log-prob to just above 0."""
+    x, b = np.array([1e-7, 1e-7], dtype=np.float32), np.array([-0.1, 1e-7], dtype=np.float32)
+    assert backend.run(binary_kl, x, b)[0] == math.inf
+    assert np.isfinite(backend.run(binary_kl, x, b)[1])
+    assert np.isfinite(backend.run(binary_tv, x, b)).all()
+
+
+def test_half_precision_is_computed_in_float32(low_precision_backend):
+    backend = low_precision_backend
+    for dtype in ("float16", "bfloat16"):
+        x, b = backend.asarray([[-0.5, -1.0]], dtype), backend.asarray([[-1.0, -0.5]], dtype)
+        top = {"top_k_log_prob": x[:, :1], "top_k_behavior_log_prob": b[:, :1], "sampled_in_top_k": backend.asarray([True])}
+        for result in (
+            binary_tv(x, b),
+            binary_kl(x, b),
+            k1(x, b),
+            k2(x, b),
+            k3(x, b),
+            full_tv(x, b),
+            full_kl(x, b),
+            top_k_tv(x[:, 0], b[:, 0], **top),
+            top_k_kl(x[:, 0], b[:, 0], **top),
+        ):
+            assert backend.to_numpy(result).dtype == np.float32
+        gap = math.exp(-0.5) - math.exp(-1.0)
+        np.testing.assert_allclose(backend.to_numpy(binary_tv(x, b)), [[gap, gap]], rtol=5e-7)
+
+
+def test_sampled_in_top_k(backend):
+    result = backend.run(sampled_in_top_k, np.array([7, 8, 9]), np.array([[7, 2], [1, 2], [1, 9]]))
+    assert result.tolist() == [True, False, True]
+
+
+def top_k_arguments(**changes):
+    top = {"top_k_log_prob": np.log([PI[:2]]), "top_k_behavior_log_prob": np.log([MU[:2]])}
+    return top | {"sampled_in_top_k": np.array([True])} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sampled_in_top_k": np.array([1])}, TypeError, "sampled_in_top_k: expected a bool dtype, got .*int64"),
+        (
+            {"sampled_in_top_k": np.array([[True]])},
+            ValueError,
+            r"sampled_in_top_k: expected the shape of log_prob, \(1,\), got \(1, 1\)",
+        ),
+        (
+            {"top_k_behavior_log_prob": np.log([MU])},
+            ValueError,
+            r"top_k_behavior_log_prob: expected the shape of top_k_log_prob, \(1, 2\), got \(1, 5\)",
+        ),
+        (
+            {"top_k_log_prob": np.log(PI), "top_k_behavior_log_prob": np.log(MU)},
+            ValueError,
+            r"top_k_log_prob: expected the shape of log_prob and one more axis, \(1, 'K'\), got \(5,\)",
+        ),
+        ({"top_k_log_prob": np.array([[1, 2]])}, TypeError, "top_k_log_prob: expected a real floating dtype, got .*int64"),
+    ],
+)
+def test_top_k_errors(backend, changes, error, message):
+    for function in (top_k_tv, top_k_kl):
+        with pytest.raises(error, match=message):
+            backend.run(function, np.log([0.5]), np.log([0.4]), **top_k_arguments(**changes))
+
+
+def test_sampled_in_top_k_errors(backend):
+    with pytest.raises(TypeError, match=r"tokens: expected a integral dtype, got .*float64"):
+        backend.run(sampled_in_top_k, np.array([7.0]), np.array([[7]]))
+    with pytest.raises(TypeError, match=r"top_k_ids: expected a integral dtype, got .*float64"):
+        backend.run(sampled_in_top_k, np.array([7]), np.array([[7.0]]))
+    with pytest.raises(ValueError, match=r"top_k_ids: expected the shape of tokens, \(2,\), got \(1,\)"):
+        backend.run(sampled_in_top_k, np.array([7, 8]), np.array([[7, 8]]))
+
+
+@pytest.mark.parametrize("function", [binary_tv, binary_kl, full_tv, full_kl, k1, k2, k3], ids=lambda f: f.__name__)
+def test_errors_name_the_argument(backend, function):
+    x = np.array([[-1.0, -2.0]])
+    with pytest.raises(ValueError, match=r"behavior_log_prob: expected the shape of log_prob, \(1, 2\), got \(1, 1\)"):
+        backend.run(function, x, x[:, :1])
+    with pytest.raises(TypeError, match=r"behavior_log_prob: expected a real floating dtype, got .*int64"):
+        backend.run(function, x, np.array([[1, 2]]))

@@ -1,0 +1,125 @@
+"""Log-ratio, importance ratio and probability shift on hand-computed tokens."""
+
+import math
+
+import numpy as np
+import pytest
+
+from drpo_core import Tokens, importance_ratio, log_ratio, probability_shift
+
+# π = 1/2, 1/5, 3/10 and μ = 1/4, 1/5, 3/5
+LOG_PROB, BEHAVIOR = np.log([0.5, 0.2, 0.3]), np.log([0.25, 0.2, 0.6])
+FUNCTIONS = [log_ratio, importance_ratio, probability_shift]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (log_ratio, [math.log(2), 0.0, -math.log(2)]),
+        (importance_ratio, [0.5 / 0.25, 1.0, 0.3 / 0.6]),
+        (probability_shift, [0.5 - 0.25, 0.0, 0.3 - 0.6]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_by_hand(backend, function, expected):
+    np.testing.assert_allclose(backend.run(function, LOG_PROB, BEHAVIOR), expected, rtol=1e-14)
+
+
+def test_tokens_hold_all_four_quantities(backend):
+    def four(log_prob, behavior, advantages):
+        tokens = Tokens.checked(log_prob, behavior, advantages)
+        return tokens.log_ratio, tokens.ratio, tokens.ratio_minus_one, tokens.shift
+
+    ell, ratio, ratio_minus_one, shift = backend.run(four, LOG_PROB, BEHAVIOR, np.ones(3))
+    np.testing.assert_allclose(ell, [math.log(2), 0.0, -math.log(2)], rtol=1e-14)
+    np.testing.assert_allclose(ratio, [2.0, 1.0, 0.5], rtol=1e-14)
+    np.testing.assert_allclose(ratio_minus_one, [2.0 - 1.0, 0.0, 0.5 - 1.0], rtol=1e-14)
+    np.testing.assert_allclose(shift, [0.25, 0.0, -0.3], rtol=1e-14)
+
+
+def test_the_ratio_saturates_at_e_to_the_20(backend):
+    behavior = np.array([-19.0, -20.0, -21.0, -90.0, -800.0])
+    ratio = backend.run(importance_ratio, np.zeros(5), behavior)
+    np.testing.assert_allclose(ratio, [math.exp(19)] + [math.exp(20)] * 4, rtol=1e-14)
+
+
+def test_the_log_ratio_does_not_saturate(backend):
+    assert backend.run(log_ratio, np.array([-1.0]), np.array([-801.0])) == 800.0
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "behavior", "ell", "ratio", "shift"),
+    [
+        (-INF, -INF, 0.0, 1.0, 0.0),  # both impossible: on-policy
+        (-INF, -1.0, -INF, 0.0, -math.exp(-1)),
+        (-INF, 0.0, -INF, 0.0, -1.0),
+        (-1.0, -INF, INF, math.exp(20), math.exp(-1)),
+        (-1.0, -1.0, 0.0, 1.0, 0.0),
+        (-1.0, 0.0, -1.0, math.exp(-1), math.exp(-1) - 1.0),
+        (0.0, -INF, INF, math.exp(20), 1.0),
+        (0.0, -1.0, 1.0, math.exp(1), 1.0 - math.exp(-1)),
+        (0.0, 0.0, 0.0, 1.0, 0.0),
+    ],
+)
+def test_impossible_and_certain_tokens(backend, log_prob, behavior, ell, ratio, shift):
+    x, b = np.array([log_prob]), np.array([behavior])
+    assert backend.run(log_ratio, x, b) == ell
+    np.testing.assert_allclose(backend.run(importance_ratio, x, b), [ratio], rtol=1e-14)
+    np.testing.assert_allclose(backend.run(probability_shift, x, b), [shift], rtol=1e-14)
+
+
+def test_nan_stays_nan(backend):
+    for function in FUNCTIONS:
+        result = backend.run(function, np.array([np.nan, -1.0]), np.array([-1.0, np.nan]))
+        assert np.isnan(result).all(), function.__name__
+
+
+def test_any_shape_is_kept(backend):
+    for shape in [(), (0,), (2, 3), (2, 0), (2, 1, 3)]:
+        assert backend.run(probability_shift, np.full(shape, -1.0), np.full(shape, -2.0)).shape == shape
+
+
+def test_float32_stays_float32(backend):
+    x, b = np.array([-1.0], dtype=np.float32), np.array([-2.0], dtype=np.float32)
+    for function in FUNCTIONS:
+        assert backend.run(function, x, b).dtype == np.float32
+
+
+def test_half_precision_is_computed_in_float32(low_precision_backend):
+    backend = low_precision_backend
+    for dtype in ("float16", "bfloat16"):
+        x, b = backend.asarray([-1.0, -0.5], dtype), backend.asarray([-1.0078125, -1.0], dtype)
+        expected = [math.exp(-1.0) - math.exp(-1.0078125), math.exp(-0.5) - math.exp(-1.0)]
+        result = backend.to_numpy(probability_shift(x, b))
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, expected, rtol=5e-7)
+
+
+def test_mixed_dtypes_are_promoted(backend):
+    assert backend.run(log_ratio, np.array([-1.0], dtype=np.float32), np.array([-2.0])).dtype == np.float64
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_errors_name_the_argument_what_was_given_and_what_was_expected(backend, function):
+    x = np.array([-1.0, -2.0])
+    with pytest.raises(ValueError, match=r"(?m)^behavior_log_prob: expected the shape of log_prob, \(2,\), got \(1,\)$"):
+        backend.run(function, x, x[:1])
+    with pytest.raises(ValueError, match=r"(?m)^behavior_log_prob: expected the shape of log_prob, \(2,\), got \(2, 1\)$"):
+        backend.run(function, x, x[:, None])
+    with pytest.raises(TypeError, match=r"(?m)^log_prob: expected a real floating dtype, got .*int64"):
+        backend.run(function, np.array([-1, -2]), x)
+    with pytest.raises(TypeError, match=r"(?m)^behavior_log_prob: expected an array of real floating dtype, got list$"):
+        backend.run(function, x, [-1.0, -2.0])
+    with pytest.raises(TypeError, match=r"(?m)^log_prob: expected an array of real floating dtype, got float$"):
+        backend.run(function, -1.0, x)
+
+
+def test_arrays_of_two_libraries_are_refused(low_precision_backend):
+    other = low_precision_backend.asarray([-1.0])
+    with pytest.raises(
+        TypeError, match=r"^expected arrays of one library, but log_prob is a numpy.ndarray, behavior_log_prob"
+    ):
+        log_ratio(np.array([-1.0]), other)

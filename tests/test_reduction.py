@@ -1,0 +1,218 @@
+"""Reductions by hand on two sequences, of three tokens and of one, padded and packed."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+from backends import Backend
+
+from drpo_core import masked_sum, sequence_mean_token_mean, sequence_mean_token_sum, token_mean
+
+VALUES = np.array([[1.0, 2.0, 6.0, np.nan], [5.0, np.inf, np.nan, -np.inf]])
+MASK = np.array([[True, True, True, False], [True, False, False, False]])
+WEIGHTS = np.array([[1.0, 0.5, 2.0, np.nan], [4.0, np.nan, np.inf, 1.0]])
+PACKED = VALUES[MASK]
+IDS = np.array([7, 7, 7, -3])
+token_sum_over_10 = partial(sequence_mean_token_sum, horizon=10)
+REDUCTIONS = [token_mean, sequence_mean_token_mean, sequence_mean_token_sum, token_sum_over_10]
+BY_HAND = [(1 + 2 + 6 + 5) / 4, ((1 + 2 + 6) / 3 + 5) / 2, ((1 + 2 + 6) + 5) / 2, ((1 + 2 + 6) / 10 + 5 / 10) / 2]
+WEIGHTED = [(1 + 1 + 12 + 20) / 4, ((1 + 1 + 12) / 3 + 20) / 2, (14 + 20) / 2, (14 + 20) / 10 / 2]
+NAMES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum over 10"]
+# Σ m v with the denominator of each reduction replaced by a normalizer of 8
+NORMALIZED = [14 / 8, (3 + 5) / 8, 14 / 8, 1.4 / 8]
+
+each = pytest.mark.parametrize("reduction", REDUCTIONS, ids=NAMES)
+
+
+@pytest.mark.parametrize(("reduction", "expected"), list(zip(REDUCTIONS, BY_HAND, strict=True)), ids=NAMES)
+def test_by_hand_padded_and_packed(backend, reduction, expected):
+    padded = backend.run(reduction, VALUES, MASK)
+    packed = backend.run(reduction, PACKED, np.ones(4, dtype=bool), segment_ids=IDS)
+    assert padded.shape == packed.shape == ()
+    np.testing.assert_allclose([padded, packed], expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize(("reduction", "expected"), list(zip(REDUCTIONS, WEIGHTED, strict=True)), ids=NAMES)
+def test_token_weights_multiply_values_and_enter_no_count(backend, reduction, expected):
+    padded = backend.run(reduction, VALUES, MASK, token_weights=WEIGHTS)
+    packed = backend.run(reduction, PACKED, np.ones(4, dtype=bool), token_weights=WEIGHTS[MASK], segment_ids=IDS)
+    np.testing.assert_allclose([padded, packed], expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize(("reduction", "expected"), list(zip(REDUCTIONS, NORMALIZED, strict=True)), ids=NAMES)
+@pytest.mark.parametrize("kind", ["int", "float", "0-d array", "0-d integer array"])
+def test_normalizer_replaces_the_denominator(backend, reduction, expected, kind):
+    normalizer = {"int": 8, "float": 8.0, "0-d array": np.array(8.0), "0-d integer array": np.array(8)}[kind]
+    np.testing.assert_allclose(backend.run(reduction, VALUES, MASK, normalizer=normalizer), expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("backend", [b for b in Backend if b is not Backend.STRICT], ids=lambda b: b.value, indirect=True)
+def test_a_numpy_scalar_normalizer_such_as_mask_sum(backend):
+    """`mask.sum()` of a NumPy mask is an np.int64, which is neither an int nor an array; strict arrays know no NumPy."""
+    for scalar in (MASK.sum(), np.float32(4.0), np.float64(4.0)):
+        np.testing.assert_allclose(backend.run(token_mean, VALUES, MASK, normalizer=scalar), BY_HAND[0], rtol=1e-15)
+
+
+@each
+def test_micro_batches_with_the_normalizer_of_the_batch_add_up(backend, reduction):
+    whole = backend.run(reduction, VALUES, MASK)
+    normalizer = 4 if reduction is token_mean else 2
+    parts = [backend.run(reduction, VALUES[i : i + 1], MASK[i : i + 1], normalizer=normalizer) for i in (0, 1)]
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-15)
+
+
+def test_masked_sum(backend):
+    total, count = backend.run(masked_sum, VALUES, MASK)
+    assert (total, count) == (14.0, 4.0)
+    assert total.shape == count.shape == ()
+    total, count = backend.run(masked_sum, VALUES, MASK, token_weights=WEIGHTS)
+    assert (total, count) == (34.0, 4.0)
+
+
+@each
+def test_fully_masked_is_zero(backend, reduction):
+    for normalizer in (None, 0, 0.0, np.array(0.0)):
+        nothing = np.zeros((2, 4), dtype=bool)
+        assert backend.run(reduction, VALUES, nothing, normalizer=normalizer) == 0.0
+        packed = backend.run(reduction, PACKED, nothing[0], segment_ids=IDS, normalizer=normalizer)
+        assert packed == 0.0
+
+
+@each
+def test_empty_arrays_are_zero(backend, reduction):
+    for shape in [(0,), (2, 0), (0, 3)]:
+        assert backend.run(reduction, np.zeros(shape), np.zeros(shape, dtype=bool)) == 0.0
+    ids = np.zeros(0, dtype=np.int64)
+    assert backend.run(reduction, np.zeros(0), np.zeros(0, dtype=bool), segment_ids=ids) == 0.0
+
+
+@each
+def test_appended_empty_rows_and_a_wider_pad_change_nothing(backend, reduction):
+    expected = backend.run(reduction, VALUES, MASK)
+    taller = [np.concatenate([x, np.zeros_like(x)]) for x in (VALUES, MASK)]
+    wider = [np.concatenate([x, np.zeros_like(x)], axis=1) for x in (VALUES, MASK)]
+    np.testing.assert_array_equal(backend.run(reduction, *taller), expected)
+    np.testing.assert_allclose(backend.run(reduction, *wider), expected, rtol=1e-15)
+
+
+@each
+def test_a_leading_axis_more_changes_nothing(backend, reduction):
+    expected = backend.run(reduction, VALUES, MASK)
+    np.testing.assert_allclose(backend.run(reduction, VALUES[None], MASK[None]), expected, rtol=1e-15)
+
+
+@each
+def test_segments_in_any_order_with_any_ids_and_masked_tokens(backend, reduction):
+    """Interleaved sequences 7 and −3, masked tokens of both and of a third sequence that is then empty."""
+    values = np.array([1.0, np.nan, 5.0, 2.0, np.nan, 6.0, np.inf])
+    ids = np.array([7, 7, -3, 7, 99, 7, -3])
+    mask = np.array([True, False, True, True, False, True, False])
+    expected = backend.run(reduction, VALUES, MASK)
+    np.testing.assert_allclose(backend.run(reduction, values, mask, segment_ids=ids), expected, rtol=1e-15)
+
+
+def with_extreme_ids(dtype):
+    """The two sequences with the least and the largest id of a dtype, and a masked token."""
+    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    values, mask = np.array([1.0, 2.0, 6.0, np.nan, 5.0]), np.array([True, True, True, False, True])
+    return (values, mask), {"segment_ids": np.array([most, most, most, most, least], dtype=dtype)}
+
+
+def test_segment_ids_at_the_ends_of_their_dtype(backend):
+    """Ids are "any integers": the largest of the dtype too, where adding 1 wraps around."""
+    arrays, ids = with_extreme_ids(np.int32)
+    for reduction, expected in zip(REDUCTIONS, BY_HAND, strict=True):
+        np.testing.assert_allclose(backend.run(reduction, *arrays, **ids), expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
+def test_segment_ids_of_any_integer_dtype(dtype):
+    arrays, ids = with_extreme_ids(dtype)
+    for reduction, expected in zip(REDUCTIONS, BY_HAND, strict=True):
+        np.testing.assert_allclose(reduction(*arrays, **ids), expected, rtol=1e-15)
+
+
+def test_padded_rows_do_not_share_a_denominator(backend):
+    """Row means of 10 and 0 over 1 and 3 tokens: 5, where a token mean gives 2.5."""
+    values = np.array([[10.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    mask = np.array([[True, False, False], [True, True, True]])
+    assert backend.run(sequence_mean_token_mean, values, mask) == 5.0
+    assert backend.run(token_mean, values, mask) == 2.5
+
+
+def test_half_precision_is_reduced_in_float32(low_precision_backend):
+    """4096 ones: float16 holds the count but not the sum of larger values, bfloat16 stops counting at 256."""
+    backend = low_precision_backend
+    for dtype in ("float16", "bfloat16"):
+        values = backend.asarray(np.full((2, 2048), 60.0), dtype)
+        mask = backend.asarray(np.ones((2, 2048), dtype=bool))
+        weights = backend.asarray(np.full((2, 2048), 2.0), dtype)
+        total, count = masked_sum(values, mask)
+        assert (float(total), float(count)) == (60.0 * 4096, 4096.0)
+        for reduction, expected in (
+            (token_mean, 60.0),
+            (sequence_mean_token_mean, 60.0),
+            (sequence_mean_token_sum, 60.0 * 2048),
+        ):
+            result = reduction(values, mask)
+            assert backend.to_numpy(result).dtype == np.float32
+            assert float(result) == expected
+            assert float(reduction(values, mask, token_weights=weights)) == 2 * expected
+
+
+def test_float32_counts_exactly_and_stays_float32(backend):
+    values, mask = np.ones((3, 5), dtype=np.float32), np.ones((3, 5), dtype=bool)
+    for reduction in REDUCTIONS:
+        assert backend.run(reduction, values, mask).dtype == np.float32
+    assert backend.run(masked_sum, values, mask).count.dtype == np.float32
+
+
+def test_nan_at_a_valid_token_is_not_hidden(backend):
+    for reduction in REDUCTIONS:
+        assert np.isnan(backend.run(reduction, np.array([[1.0, np.nan]]), np.ones((1, 2), dtype=bool)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mask": MASK * 1.0}, TypeError, r"mask: expected a bool dtype, got .*float64.*; pass `mask != 0`"),
+        ({"mask": MASK[0]}, ValueError, r"mask: expected the shape of values, \(2, 4\), got \(4,\)"),
+        ({"mask": MASK[:, None]}, ValueError, r"mask: expected the shape of values, \(2, 4\), got \(2, 1, 4\)"),
+        ({"values": np.array([[1, 2, 3, 4]] * 2)}, TypeError, "values: expected a real floating dtype, got .*int64"),
+        ({"values": 1.0}, TypeError, "values: expected an array of real floating dtype, got float"),
+        ({"token_weights": WEIGHTS[:1]}, ValueError, r"token_weights: expected the shape of values, \(2, 4\), got \(1, 4\)"),
+        ({"token_weights": MASK}, TypeError, "token_weights: expected a real floating dtype, got .*bool"),
+        ({"segment_ids": np.zeros((2, 4))}, TypeError, "segment_ids: expected a integral dtype, got .*float64"),
+        ({"segment_ids": IDS}, ValueError, r"segment_ids: expected the shape of mask, \(2, 4\), got \(4,\)"),
+        (
+            {"segment_ids": np.zeros((2, 4), dtype=np.int64)},
+            ValueError,
+            r"segment_ids: expected packed 1-D tokens, got shape \(2, 4\); padded rows need none",
+        ),
+        ({"normalizer": -1}, ValueError, "normalizer: expected a finite number, 0 or more, got -1"),
+        ({"normalizer": math.nan}, ValueError, "normalizer: expected a finite number, 0 or more, got nan"),
+        ({"normalizer": math.inf}, ValueError, "normalizer: expected a finite number, 0 or more, got inf"),
+        ({"normalizer": np.ones(2)}, ValueError, r"normalizer: expected a number or a 0-d array, got \(2,\)"),
+        ({"normalizer": np.ones(1)}, ValueError, r"normalizer: expected a number or a 0-d array, got \(1,\)"),
+        ({"normalizer": "4"}, ValueError, "normalizer: expected a number or a 0-d array, got str"),
+    ],
+)
+def test_errors(backend, changes, error, message):
+    arguments = {"values": VALUES, "mask": MASK} | changes
+    for reduction in REDUCTIONS:
+        with pytest.raises(error, match=message):
+            backend.run(reduction, **arguments)
+
+
+@pytest.mark.parametrize("horizon", [0.0, -1.0, math.nan, math.inf])
+def test_horizon_errors(horizon):
+    with pytest.raises(ValueError, match="horizon: expected a finite number greater than 0, got"):
+        sequence_mean_token_sum(VALUES, MASK, horizon=horizon)
+
+
+def test_masked_sum_errors(backend):
+    with pytest.raises(TypeError, match="mask: expected a bool dtype"):
+        backend.run(masked_sum, VALUES, MASK * 1.0)
+    with pytest.raises(ValueError, match="token_weights: expected the shape of values"):
+        backend.run(masked_sum, VALUES, MASK, token_weights=WEIGHTS[0])
