@@ -194,8 +194,8 @@ def top_k_kl(
     Returns
     -------
     array
-        KL in nats, ≥ 0: at least the Binary, at most the full KL. A rest bucket whose mass is within the rounding of
-        the K probabilities counts as empty.
+        KL in nats, ≥ 0: at least the Binary, at most the full KL. The rest's mass is known to the rounding of the K
+        probabilities only: within it, μ's counts as 0 and π's as that rounding.
 
     Raises
     ------
@@ -221,7 +221,10 @@ def top_k_kl(
     x, b, xp = _force_sampled(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k, xp)
     d = probability_shift(x, b, xp=xp)
     known = xp.sum(_kl_term(xp.exp(b), log_ratio(x, b, xp=xp), d, xp=xp), axis=-1)
-    pi_rest, mu_rest = _rest(x, xp=xp), _rest(b, xp=xp)
+    (pi_rest, pi_rounding), (mu_rest, mu_rounding) = _rest(x, xp=xp), _rest(b, xp=xp)
+    # what is within rounding is as good as nothing for μ; for π it must not become an infinite divergence
+    mu_rest = xp.where(mu_rest > mu_rounding, mu_rest, 0.0)
+    pi_rest = xp.where(pi_rest > pi_rounding, pi_rest, pi_rounding)
     rest_shift = -xp.sum(d, axis=-1)
     # rounding may leave μ's rest at 0 and the shift slightly negative: an empty bucket contributes π's rest, ≥ 0
     rest_shift = xp.where((mu_rest == 0.0) & (rest_shift < 0.0), 0.0, rest_shift)
@@ -533,13 +536,12 @@ def _force_sampled(
     return append(x, top_x), append(b, top_b), xp
 
 
-def _rest(log_p: Array, *, xp: Namespace) -> Array:
-    """1 − Σ p over the last axis, accurate also where one token holds nearly all the mass; 0 within its rounding."""
+def _rest(log_p: Array, *, xp: Namespace) -> tuple[Array, Array]:
+    """1 − Σ p over the last axis, accurate also where one token holds nearly all the mass, and its rounding error."""
     top = xp.max(log_p, axis=-1, keepdims=True)
     is_top = log_p == top
     beside_top = xp.where(is_top, 0.0, xp.exp(log_p))
     ties = xp.sum(xp.astype(is_top, log_p.dtype), axis=-1) - 1.0
     below_top = _complement(top[..., 0], xp=xp)
     rest = below_top - xp.sum(beside_top, axis=-1) - ties * xp.exp(top[..., 0])
-    rounding = log_p.shape[-1] * xp.finfo(log_p.dtype).eps * below_top
-    return xp.where(rest > rounding, rest, 0.0)
+    return rest, log_p.shape[-1] * xp.finfo(log_p.dtype).eps * below_top
