@@ -81,11 +81,13 @@ def answers(path):
     try:
         report = audit.audit(open_rollouts(path), audit.rows(delta=[0.15], delta_kl=[0.05], eps=[(0.2, 0.2)]))
     except RolloutError as error:
-        assert "\n" not in str(error)
-        assert path.name in str(error)
-        return False
-    json.dumps(report.as_dict(), allow_nan=False)
-    return True
+        refusal = str(error)
+    else:
+        json.dumps(report.as_dict(), allow_nan=False)
+        return True
+    assert "\n" not in refusal
+    assert path.name in refusal
+    return False
 
 
 @pytest.mark.parametrize("suffix", VALID)
