@@ -568,6 +568,6 @@ def test_thresholds_may_be_any_real_number():
 
 
 def test_cispo_of_an_impossible_token_is_0():
-    """r log π → 0 as π → 0, and 0·(−∞) must not become a NaN; where μ = 0 too, r = 1 and the value is 0."""
+    """The limit of r log π at π = 0 is 0, where 0·(−∞) would be a NaN; where μ = 0 too, r = 1 and the value is 0."""
     impossible = np.array([-np.inf, -np.inf])
     np.testing.assert_array_equal(cispo_loss(impossible, np.array([-1.0, -np.inf]), np.ones(2), max_ratio=2.0), 0.0)
