@@ -39,4 +39,4 @@ def run(whole: Example) -> None:
         Example(whole.document, line, column, region, whole.namespace).evaluate()
 
 
-pytest_collect_file = Sybil(parsers=[page], patterns=["README.md", "docs/**/*.md"]).pytest()
+pytest_collect_file = Sybil(parsers=[page], patterns=["README.md", "docs/*.md", "docs/**/*.md"]).pytest()

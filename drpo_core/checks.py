@@ -54,7 +54,8 @@ def check_shape(name: str, array: Array, reference_name: str, reference: Array) 
 
 def compute_dtype(*arrays: Array, xp: Namespace) -> object:
     """Dtype of the arithmetic: the inputs' common dtype, but float32 at least."""
-    return xp.result_type(*(array.dtype for array in arrays), xp.float32)
+    # not xp.result_type: Dynamo can't trace torch's for float16 and bfloat16
+    return xp.float64 if any(array.dtype == xp.float64 for array in arrays) else xp.float32
 
 
 def _common_namespace(arrays: dict[str, Array]) -> Namespace:

@@ -11,6 +11,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+from drpo_core import check_cli
 from drpo_core.audit import Audited, Report, Row, Snapshot, Threshold, audit, rows
 from drpo_core.rollouts import RolloutError, open_rollouts
 
@@ -97,7 +98,7 @@ def _app() -> "typer.Typer":
         else:
             _print_tables(report)
 
-    __import__("drpo_core.check_cli").check_cli.register(app)
+    check_cli.register(app)
     return app
 
 

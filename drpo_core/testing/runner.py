@@ -1,0 +1,289 @@
+"""Running the checks: a report for a person, parametrised tests for pytest."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+from hypothesis import given
+
+from drpo_core.testing import profiles
+from drpo_core.testing.checks import CHECKS, CheckInfo, PropertyViolated
+from drpo_core.testing.checks._base import scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from drpo_core.testing.implementation import Implementation
+
+__all__ = ["CheckResult", "Report", "check_implementation", "parametrize_with_checks", "run_check"]
+
+PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "not applicable"
+EXPECTED_FAILURE, UNEXPECTED_PASS = "expected failure", "unexpected pass"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What one check found.
+
+    Parameters
+    ----------
+    check, property, statement
+        Its name, ``"P1"`` to ``"P24"``, and what it states.
+    status
+        ``"passed"``, ``"failed"``, ``"not applicable"``, ``"expected failure"`` or ``"unexpected pass"``.
+    reason
+        Why it failed or does not apply; empty if it passed.
+    counterexample
+        The smallest case found that fails, as an expression; empty otherwise.
+    snippet
+        Source that reproduces the failure without the kit; empty otherwise.
+    """
+
+    check: str
+    property: str
+    statement: str
+    status: str
+    reason: str = ""
+    counterexample: str = ""
+    snippet: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the checks found about one implementation."""
+
+    implementation: Implementation
+    results: tuple[CheckResult, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed and nothing passed that was expected to fail."""
+        return not any(result.status in (FAILED, UNEXPECTED_PASS) for result in self.results)
+
+    @property
+    def failed(self) -> tuple[CheckResult, ...]:
+        """The failures."""
+        return tuple(result for result in self.results if result.status == FAILED)
+
+    def __str__(self) -> str:
+        """A line a check, then each failure with its snippet."""
+        width = max(len(result.check) for result in self.results)
+        lines = [f"{self.implementation.name}"]
+        for result in self.results:
+            reason = f"  {result.reason}" if result.reason else ""
+            lines.append(f"  {result.property:>3}  {result.check:<{width}}  {result.status}{reason}")
+        counts = Counter(result.status for result in self.results)
+        lines.append(", ".join(f"{number} {status}" for status, number in counts.items()))
+        for result in self.failed:
+            lines += ["", f"--- {result.property} {result.check}: {result.statement}", result.reason, "", result.snippet]
+        return "\n".join(lines)
+
+
+def run_check(
+    info: CheckInfo, implementation: Implementation, settings: hypothesis.settings | str | None = None
+) -> CheckResult:
+    """Search for a counterexample to one check and return what was found.
+
+    Parameters
+    ----------
+    info
+        From `CHECKS`.
+    implementation
+        What to check.
+    settings
+        Hypothesis settings or the name of a profile; see `drpo_core.testing.profiles`.
+
+    Returns
+    -------
+    CheckResult
+        Never raises for a failing implementation, whatever it raises itself.
+    """
+    described = (info.name, info.property, info.statement)
+    reason = info.not_applicable(implementation)
+    if reason is not None:
+        return CheckResult(*described, NOT_APPLICABLE, reason)
+    last: list[Any] = []
+    try:
+        _search(info, implementation, settings, last)
+    except PropertyViolated as violation:
+        return CheckResult(*described, FAILED, violation.because, repr(last[-1]), violation.snippet)
+    except Exception as error:  # noqa: BLE001 -- the function under test may raise anything; that is a finding
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]} ({where.name}, line {where.lineno})"
+        return CheckResult(*described, FAILED, why, repr(last[-1]) if last else "")
+    return CheckResult(*described, PASSED)
+
+
+def check_implementation(
+    implementation: Implementation,
+    *,
+    checks: Sequence[str] | None = None,
+    settings: hypothesis.settings | str | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Report:
+    """Run every check on an implementation.
+
+    Parameters
+    ----------
+    implementation
+        From `from_function` or `from_core`.
+    checks
+        Names of checks or properties (``"P7"``); default: all.
+    settings
+        Hypothesis settings or the name of a profile (``"dev"``, ``"ci"``, ``"nightly"``); default: the environment
+        variable ``DRPO_PROFILE``, else ``"dev"``.
+    expected_failures
+        Check or property → why it is known to fail. One that passes makes the report not ok.
+
+    Returns
+    -------
+    Report
+        Print it, or read its `results`.
+
+    Raises
+    ------
+    ValueError
+        If a name is not that of a check or a property.
+
+    Examples
+    --------
+    >>> from drpo_core import DRPO
+    >>> from drpo_core.testing import check_implementation, from_core
+    >>> report = check_implementation(from_core(DRPO(delta=0.25)), checks=["P1", "P9"])
+    >>> report.ok
+    True
+    """
+    known = _known_failures(expected_failures)
+    results = []
+    for info in select(checks):
+        result = run_check(info, implementation, settings)
+        expected = known.get(info.name, known.get(info.property))
+        if expected is not None and result.status == FAILED:
+            result = CheckResult(*_described(result), EXPECTED_FAILURE, expected, result.counterexample, result.snippet)
+        elif expected is not None and result.status == PASSED and info.name in known:
+            result = CheckResult(*_described(result), UNEXPECTED_PASS, f"expected to fail: {expected}")
+        results.append(result)
+    return Report(implementation, tuple(results))
+
+
+def parametrize_with_checks(
+    implementations: Sequence[Implementation],
+    *,
+    checks: Sequence[str] | None = None,
+    settings: hypothesis.settings | str | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Turn a test with one argument, `check`, into a test for every implementation and check.
+
+    Parameters
+    ----------
+    implementations
+        From `from_function` or `from_core`.
+    checks
+        Names of checks or properties; default: all.
+    settings
+        As for `check_implementation`.
+    expected_failures
+        Name of a check, a property or a test id (``"my_loss-check_…"``) → why it is known to fail. Strict: one that
+        passes is an error.
+
+    Returns
+    -------
+    decorator
+        Like ``pytest.mark.parametrize``. What does not apply is skipped with its reason.
+
+    Raises
+    ------
+    ValueError
+        If a name is not that of a check or a property.
+
+    Examples
+    --------
+    A user's own test file, complete:
+
+    >>> from drpo_core import DPPO
+    >>> from drpo_core.testing import from_core, parametrize_with_checks
+    >>> @parametrize_with_checks([from_core(DPPO(delta=0.25))])
+    ... def test_my_loss(check):
+    ...     check()
+    """
+    # pytest is the caller's: the extra `testing` does not bring it
+    pytest = importlib.import_module("pytest")
+    known = _known_failures(expected_failures, {str(implementation) for implementation in implementations})
+    parameters = []
+    for implementation in implementations:
+        for info in select(checks):
+            test_id = f"{implementation}-{info.name}"
+            marks = []
+            reason = info.not_applicable(implementation)
+            expected = known.get(test_id, known.get(info.name, known.get(info.property)))
+            if reason is not None:
+                marks.append(pytest.mark.skip(reason=f"not applicable: {reason}"))
+            elif expected is not None:
+                marks.append(pytest.mark.xfail(reason=expected, strict=True))
+            parameters.append(pytest.param(_bound(info, implementation, settings), id=test_id, marks=marks))
+    decorator: Callable[[Callable[..., Any]], Callable[..., Any]] = pytest.mark.parametrize("check", parameters)
+    return decorator
+
+
+def select(names: Sequence[str] | None) -> list[CheckInfo]:
+    """The checks of some names or properties, all by default."""
+    if names is None:
+        return list(CHECKS.values())
+    _refuse_unknown(names)
+    return [info for info in CHECKS.values() if info.name in names or info.property in names]
+
+
+def _bound(info: CheckInfo, implementation: Implementation, settings: hypothesis.settings | str | None) -> Callable[[], None]:
+    def check() -> None:
+        __tracebackhide__ = True
+        _search(info, implementation, settings, [])
+
+    return check
+
+
+def _search(
+    info: CheckInfo, implementation: Implementation, settings: hypothesis.settings | str | None, last: list[Any]
+) -> None:
+    """Let Hypothesis look for a case that fails; the exception that leaves is that of the smallest."""
+    chosen = profiles.settings_for(settings, cost=implementation.cost)
+    aiming = hypothesis.Phase.target in chosen.phases
+
+    def property_holds(case: Any) -> None:
+        __tracebackhide__ = True
+        last[:] = [case]
+        scores.clear()
+        info.function(implementation, case)
+        if aiming:
+            for quantity, score in scores.items():
+                hypothesis.target(score, label=f"error of {quantity} / bound")
+
+    # otherwise all checks would share one entry of the example database
+    property_holds._hypothesis_internal_add_digest = f"{info.name} {implementation.name}".encode()  # type: ignore[attr-defined]  # noqa: SLF001
+    hypothesis.settings(chosen)(given(info.cases(implementation))(property_holds))()
+
+
+def _known_failures(expected: Mapping[str, str] | None, implementations: set[str] | None = None) -> Mapping[str, str]:
+    names = []
+    for key in expected or {}:
+        prefix = next((name for name in implementations or () if key.startswith(name + "-")), None)
+        names.append(key if prefix is None else key.removeprefix(prefix + "-"))
+    _refuse_unknown(names)
+    return expected or {}
+
+
+def _refuse_unknown(names: Sequence[str]) -> None:
+    valid = set(CHECKS) | {info.property for info in CHECKS.values()}
+    unknown = sorted(set(names) - valid)
+    if unknown:
+        msg = f"checks: expected names of checks or properties (P1 to P24), got {', '.join(unknown)}"
+        raise ValueError(msg)
+
+
+def _described(result: CheckResult) -> tuple[str, str, str]:
+    return result.check, result.property, result.statement
