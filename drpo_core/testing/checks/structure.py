@@ -169,6 +169,8 @@ def check_micro_batches_sum_to_the_batch(implementation: Implementation, batch: 
         # a normalizer that is accepted and ignored
         doubled = implementation(batch, normalizer=2.0 * implementation.denominator(batch))
         close(doubled, "gradient", whole.gradient / 2.0, because="twice the normalizer gives half the gradient")
+        # a constant factor, such as a number of ranks that is never divided out again
+        close(implementation(batch), "gradient", whole.gradient, because="its own denominator is that of the whole batch")
 
 
 @check("P8")
