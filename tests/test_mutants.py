@@ -1,16 +1,12 @@
 """The kit kills every seeded mutant, and what kills it is the property that should."""
 
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "mutants"))
-
 import matrix
 import mutants
+import pytest
 from mutants import CORRECT, FAILURES, MUTANTS, NOT_ABOUT_THE_LOSS
 
 from drpo_core.testing import CHECKS, run_check
