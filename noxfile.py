@@ -1,0 +1,57 @@
+"""The scorecard: pinned public releases, each in its own environment, under the verification kit.
+
+``pipx run nox -s scorecard`` (nox ≥ 2024.10, Python 3.11) makes the environments, runs the kit in each and writes
+docs/scorecard.md. One environment is about 1.4 GB and a few minutes; ``nox -s scorecard-verl scorecard-write`` runs one
+of them again and rewrites the page from the results of all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+FRAMEWORKS = ("drpo", "verl", "trl", "torchrl", "skyrl")
+HERE = Path(__file__).parent / "tests" / "scorecard"
+
+nox.options.sessions = ["scorecard"]
+
+
+def _results(session: nox.Session) -> Path:
+    return session.cache_dir / "scorecard"
+
+
+@nox.session(venv_backend="none")
+def scorecard(session: nox.Session) -> None:
+    """Run the kit on every release, then write docs/scorecard.md."""
+    for old in _results(session).glob("*.json"):
+        old.unlink()
+    for framework in FRAMEWORKS:
+        session.notify(f"scorecard-{framework}")
+    session.notify("scorecard-write")
+
+
+def _run(session: nox.Session, framework: str) -> None:
+    # torch first and pinned: a bare torch fetches gigabytes of CUDA, and what follows must not replace it
+    session.install("-c", "constraints.txt", "torch==2.13.0")
+    # complete lists, so nothing is resolved; verl and SkyRL get what importing their losses needs, not all they declare
+    session.install("--no-deps", "-r", str(HERE / "requirements" / f"{framework}.txt"))
+    session.install("--no-deps", "-e", ".")
+    output = _results(session) / f"{framework}.json"
+    session.run(
+        "python", str(HERE / "run.py"), framework, str(output), env={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    )
+
+
+for _framework in FRAMEWORKS:
+
+    @nox.session(name=f"scorecard-{_framework}", python="3.11", venv_backend="venv")
+    def _session(session: nox.Session, framework: str = _framework) -> None:
+        """Run the kit on one release."""
+        _run(session, framework)
+
+
+@nox.session(name="scorecard-write", venv_backend="none")
+def write(session: nox.Session) -> None:
+    """Write docs/scorecard.md from the results."""
+    session.run("python3", str(HERE / "write.py"), str(_results(session)), "docs/scorecard.md", external=True)
