@@ -56,8 +56,7 @@ def warn_if_vacuous(objective: str, delta: Bounds, *, stacklevel: int = 4) -> No
     if max(delta) >= 1.0:
         msg = (
             f"{objective}: delta = {max(delta):g} is at least 1, but abs(π − μ) never exceeds 1, so no token can leave "
-            "the trust region: nothing is masked and no gradient is corrected, weights are only re-scaled "
-            "within 1 ± 1/delta"
+            "the trust region: nothing is masked and no gradient is corrected"
         )
         warnings.warn(msg, VacuousTrustRegionWarning, stacklevel=stacklevel)
 
