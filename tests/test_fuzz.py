@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pyarrow import parquet
@@ -18,7 +18,14 @@ from safetensors.numpy import save
 from drpo_core import DPPO, DRPO, audit, diagnostics, summarize, token_loss_and_gradient, validate
 from drpo_core.rollouts import RolloutError, open_rollouts
 
-FUZZ = settings(max_examples=150, derandomize=True, deadline=None, print_blob=True)
+FUZZ = settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    # a loaded machine is not a finding
+    suppress_health_check=[HealthCheck.too_slow],
+)
 MEMORY = 64 * 2**20
 """Bytes, more than any chunk and every library's own buffers need: beyond it memory grows with what a file claims."""
 
