@@ -158,7 +158,8 @@ def _decode(
     x, b = _log_probs(regime, u / 65536.0, v / 65536.0, advantages, objective)
     x, b = round_to(dtype, x), round_to(dtype, b)
     steps = np.where(regime == "near_boundary", np.rint(max_ulp * (ulp.view(np.int8) / 128.0)), 0.0)
-    x = np.minimum(x + steps * np.nan_to_num(_spacing(x, dtype)), 0.0)
+    # rounded again, because steps may cross into a binade with wider spacing
+    x = round_to(dtype, np.minimum(x + steps * np.nan_to_num(_spacing(x, dtype)), 0.0))
     if np.isfinite(max_abs_log_ratio):
         limit = max_abs_log_ratio * (1.0 - 4.0 * unit_roundoff(dtype)) - 1e-6
         b = round_to(dtype, np.clip(b, x - limit, np.minimum(x + limit, 0.0)))
