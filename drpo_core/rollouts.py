@@ -11,6 +11,7 @@ import math
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -419,15 +420,15 @@ class _OnePerSequence:
         return self.held[rows - self.first]
 
 
-class _Rectangular:
+class _Rectangular(ABC):
     """What .npz and .safetensors have in common: arrays in C order that are read side by side."""
 
     arrays: dict[str, Stored]
     problems: dict[str, str]
 
+    @abstractmethod
     def run(self, name: str, stack: ExitStack) -> _Run:
         """Open an array for reading front to back."""
-        raise NotImplementedError
 
     def chunks(self, roles: _Roles) -> Iterator[Chunk]:
         """The tokens, at most `CHUNK_TOKENS` at a time, whatever the length of a sequence."""
