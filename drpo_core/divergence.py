@@ -485,14 +485,14 @@ def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:
 
     Where abs(ℓ) < ½ the difference cancels; the series of φ up to t¹⁴, exact to 2⁻⁵² there, does not.
     """
-    massless = mass == 0.0
+    massless = mass <= 1e-37
     near = (xp.abs(ell) < 0.5) & ~massless
     t = xp.where(near, ell, 0.0)
     series = xp.ones_like(t)
     for n in range(14, 2, -1):
         series = 1.0 + t / n * series
     # an outcome that μ gives no mass adds π; 0·inf would be a NaN
-    far = shift - mass * xp.where(near | massless, 0.0, ell)
+    far = xp.where(massless & (shift < 0.0), 0.0, shift) - mass * xp.where(near | massless, 0.0, ell)
     return xp.where(near, mass * (0.5 * t * t * series), far)
 
 

@@ -97,6 +97,46 @@ def test_an_outcome_without_mass_under_the_behavior_policy(backend):
     np.testing.assert_allclose(backend.run(full_kl, x, b), [0.5 * log(0.5 / 0.3)], rtol=1e-14)
 
 
+def test_a_rest_without_mass_under_the_behavior_policy(backend):
+    """The same with the third outcome as the rest of the top two: the share of the rest is its π."""
+    x, b = np.log([0.5]), np.log([0.5])
+    top = {"top_k_log_prob": np.log([[0.5, 0.3]]), "top_k_behavior_log_prob": np.log([[0.5, 0.5]])}
+    top["sampled_in_top_k"] = np.array([True])
+    np.testing.assert_allclose(backend.run(top_k_tv, x, b, **top), [0.2], rtol=1e-14)
+    np.testing.assert_allclose(backend.run(top_k_kl, x, b, **top), [0.5 * log(0.5 / 0.3)], rtol=1e-14)
+
+
+def test_top_k_kl_of_a_whole_vocabulary_is_not_negative():
+    """With nothing in the rest, rounding of Σ (π − μ) exceeds a KL this small and must not show."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 1, (500, 6))
+    x, b = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in (logits + rng.normal(0, 1e-9, logits.shape), logits))
+    top = {"top_k_log_prob": x, "top_k_behavior_log_prob": b, "sampled_in_top_k": np.ones(500, dtype=bool)}
+    kl = top_k_kl(x[:, 0], b[:, 0], **top)
+    assert (kl >= 0.0).all()
+    assert (kl < 1e-15).all()
+
+
+def test_a_rest_is_resolved_beside_a_nearly_certain_token(backend):
+    """μ = (1 − 1e-6, 1e-6 − 1e-12) with a rest of 1e-12, which π doubles: the rounding of the rest is that of 1e-6."""
+    x, b = (np.array([[math.log1p(-1e-6 - excess), log(1e-6 - 1e-12)]]) for excess in (1e-12, 0.0))
+    top = {"top_k_log_prob": x, "top_k_behavior_log_prob": b, "sampled_in_top_k": np.array([True])}
+    result = backend.run(top_k_kl, x[:, 0], b[:, 0], **top)
+    np.testing.assert_allclose(result, [1e-12 * (1 - log(2))], rtol=1e-6)
+
+
+def test_the_number_of_tokens_does_not_change_what_a_rest_is(backend):
+    """A rest of 3e-15 under π is above the rounding of three outcomes, however many tokens are beside it."""
+    x, b = np.log([[0.5, 0.5 - 3e-15]]), np.log([[0.5, 0.3]])
+
+    def kl(shape):
+        tops = [np.broadcast_to(top, (*shape, 2)).copy() for top in (x, b)]
+        top = dict(zip(("top_k_log_prob", "top_k_behavior_log_prob"), tops, strict=True))
+        return backend.run(top_k_kl, *(t[..., 0] for t in tops), **top, sampled_in_top_k=np.ones(shape, dtype=bool))
+
+    np.testing.assert_allclose(kl((2, 40)), np.full((2, 40), kl((1,))), rtol=1e-15)
+
+
 def test_an_outcome_without_mass_under_the_trained_policy_costs_infinitely_much(backend):
     x, b = np.array([[log(0.5), log(0.5), -math.inf]]), np.log([[0.5, 0.3, 0.2]])
     np.testing.assert_allclose(backend.run(full_tv, x, b), [0.2], rtol=1e-14)
@@ -136,6 +176,13 @@ def test_rounding_above_certainty_is_no_nan(backend):
     assert np.isfinite(backend.run(binary_tv, x, b)).all()
 
 
+def test_a_behavior_policy_rounded_above_certainty_has_no_rest(backend):
+    """Then KL(μ‖π) is μ log(μ/π), without a share of the other tokens."""
+    b = 1e-7
+    result = backend.run(binary_kl, np.array([-0.1, -2.0]), np.array([b, b]))
+    np.testing.assert_allclose(result, [math.exp(b) * (b + 0.1), math.exp(b) * (b + 2.0)], rtol=1e-14)
+
+
 def test_half_precision_is_computed_in_float32(low_precision_backend):
     backend = low_precision_backend
     for dtype in ("float16", "bfloat16"):
@@ -155,6 +202,28 @@ def test_half_precision_is_computed_in_float32(low_precision_backend):
             assert backend.to_numpy(result).dtype == np.float32
         gap = math.exp(-0.5) - math.exp(-1.0)
         np.testing.assert_allclose(backend.to_numpy(binary_tv(x, b)), [[gap, gap]], rtol=5e-7)
+
+
+TOP_K = ("top_k_log_prob", "top_k_behavior_log_prob")
+
+
+@pytest.mark.parametrize("function", [binary_tv, binary_kl, full_tv, full_kl, k1, k2, k3, top_k_tv, top_k_kl])
+def test_float32_stays_float32_unless_an_argument_is_float64(backend, function):
+    arrays = [np.array([[-0.7, -1.1]]), np.array([[-0.8, -0.9]])]
+    if function in {top_k_tv, top_k_kl}:
+        arrays = [*(array[:, 0] for array in arrays), *arrays]
+
+    def run(arrays):
+        top = dict(zip(TOP_K, arrays[2:], strict=True)) | {"sampled_in_top_k": np.array([False])} if arrays[2:] else {}
+        return backend.run(function, *arrays[:2], **top)
+
+    singles = [array.astype(np.float32) for array in arrays]
+    assert run(singles).dtype == np.float32
+    for i, double in enumerate(arrays):
+        mixed = [*singles[:i], double, *singles[i + 1 :]]
+        result = run(mixed)
+        assert result.dtype == np.float64
+        np.testing.assert_array_equal(result, run([array.astype(np.float64) for array in mixed]))
 
 
 def test_sampled_in_top_k(backend):
@@ -186,13 +255,25 @@ def top_k_arguments(**changes):
             ValueError,
             r"top_k_log_prob: expected the shape of log_prob and one more axis, \(1, 'K'\), got \(5,\)",
         ),
+        (
+            {"top_k_log_prob": np.log([PI, PI]), "top_k_behavior_log_prob": np.log([MU, MU])},
+            ValueError,
+            r"top_k_log_prob: expected the shape of log_prob and one more axis, \(1, 'K'\), got \(2, 5\)",
+        ),
         ({"top_k_log_prob": np.array([[1, 2]])}, TypeError, "top_k_log_prob: expected a real floating dtype, got .*int64"),
+        ({"log_prob": np.array([-1])}, TypeError, "log_prob: expected a real floating dtype, got .*int64"),
+        (
+            {"behavior_log_prob": np.log(MU)},
+            ValueError,
+            r"behavior_log_prob: expected the shape of log_prob, \(1,\), got \(5,\)",
+        ),
     ],
 )
 def test_top_k_errors(backend, changes, error, message):
+    arguments = {"log_prob": np.log([0.5]), "behavior_log_prob": np.log([0.4])} | top_k_arguments(**changes)
     for function in (top_k_tv, top_k_kl):
-        with pytest.raises(error, match=message):
-            backend.run(function, np.log([0.5]), np.log([0.4]), **top_k_arguments(**changes))
+        with pytest.raises(error, match="^" + message):
+            backend.run(function, **arguments)
 
 
 def test_sampled_in_top_k_errors(backend):
@@ -211,3 +292,11 @@ def test_errors_name_the_argument(backend, function):
         backend.run(function, x, x[:, :1])
     with pytest.raises(TypeError, match=r"behavior_log_prob: expected a real floating dtype, got .*int64"):
         backend.run(function, x, np.array([[1, 2]]))
+    with pytest.raises(TypeError, match=r"^log_prob: expected a real floating dtype, got .*int64"):
+        backend.run(function, np.array([[-1, -2]]), x)
+
+
+@pytest.mark.parametrize("log_mu", [0.0, -1e-300, -1e-40, -1e-38, -9e-38, -1.1e-37, -1e-36])
+def test_binary_kl_beside_certainty_does_not_lose_the_rest(backend, log_mu):
+    kl = backend.run(binary_kl, np.array([math.log(0.7), log_mu]), np.array([log_mu, log_mu]))
+    np.testing.assert_allclose(kl, [-math.log(0.7), 0.0], rtol=1e-14)
