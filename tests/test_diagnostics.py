@@ -1,6 +1,7 @@
 """Every diagnostic on six hand-computed tokens; merging, summaries, masks, invalid tokens, and real rollouts."""
 
 import math
+import sys
 from math import log
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def test_merging_does_not_change_its_arguments():
 
 
 def test_merging_errors():
-    with pytest.raises(ValueError, match="expected at least one dict of diagnostics, got none"):
+    with pytest.raises(ValueError, match=r"^expected at least one dict of diagnostics, got none$"):
         merge_diagnostics()
     part = diagnostics(DRPO(delta=0.2), *TOKENS)
     other = {name: statistic for name, statistic in part.items() if name != "k3_mean"}
@@ -252,6 +253,36 @@ def test_summaries_are_floats(backend):
     assert summarize({}) == {}
 
 
+def test_a_single_token_is_enough():
+    got = figures(DRPO(delta=0.2), *(array[:1] for array in TOKENS))
+    assert not any(math.isnan(value) for value in got.values())
+    np.testing.assert_allclose([got["ratio_mean"], got["weight_min"]], [2.0, W[0]], rtol=1e-14)
+
+
+def test_float32_stays_float32(backend):
+    statistics = backend.run(diagnostics, DRPO(delta=0.2), *(array.astype(np.float32) for array in TOKENS))
+    assert {part.dtype for statistic in statistics.values() for part in statistic} == {np.dtype(np.float32)}
+
+
+def test_a_summary_is_one_transfer_from_a_device(monkeypatch):
+    class OnDevice(np.ndarray):
+        is_cuda = True
+
+    transfers = []
+
+    def transfer(array, device):
+        transfers.append((array.shape, device))
+        return array
+
+    monkeypatch.setattr(sys.modules["drpo_core.diagnostics"], "to_device", transfer)
+    statistics = {"mean": Mean(np.asarray(6.0), np.asarray(4.0)), "maximum": Maximum(np.asarray(7.0), np.asarray(1.0))}
+    expected = {"mean": 1.5, "maximum": 7.0}
+    assert summarize(statistics) == expected
+    assert not transfers
+    assert summarize({n: type(s)(*(part.view(OnDevice) for part in s)) for n, s in statistics.items()}) == expected
+    assert transfers == [((2,), "cpu")]
+
+
 def test_statistics_by_hand():
     array = np.asarray
     assert Mean(array(6.0), array(4.0)).merge(Mean(array(2.0), array(1.0))).value == 8 / 5
@@ -277,6 +308,12 @@ def test_a_measured_divergence_is_used():
     got = figures(DPPO(delta=0.2, divergence="per_token"), *TOKENS, divergence=measured)
     assert got["outside_fraction"] == 2 / 5
     assert got["dropped_fraction"] == 1 / 5
+
+
+def test_a_token_without_a_direction_is_outside_only():
+    """ℓ = 0 with a measured divergence above δ: neither diverging nor converging."""
+    got = figures(DPPO(delta=0.2, divergence="per_token"), *(array[1:2] for array in TOKENS), divergence=np.array([0.5]))
+    assert {name: value for name, value in got.items() if name.startswith("outside") and value} == {"outside_fraction": 1.0}
 
 
 def test_errors(backend):

@@ -170,6 +170,13 @@ def test_the_gradient_has_the_dtype_of_the_log_prob(low_precision_backend):
         np.testing.assert_allclose(np.asarray(backend.to_numpy(result.gradient), float), expected, rtol=4 * resolution)
 
 
+def test_the_gradient_of_float32_log_probs_is_float32_whatever_the_arithmetic(backend):
+    single = [array.astype(np.float32) for array in (LOG_PROB, BEHAVIOR, ADVANTAGES)]
+    for advantages, computed in ((single[2], np.float32), (ADVANTAGES, np.float64)):
+        result = backend.run(token_loss_and_gradient, DRPO(delta=0.5), *single[:2], advantages)
+        assert [array.dtype for array in result] == [computed, np.float32, computed]
+
+
 def test_half_precision_log_probs_with_float32_advantages(low_precision_backend):
     backend = low_precision_backend
     half, single = backend.asarray([-0.5], "bfloat16"), backend.asarray([1.0], "float32")
@@ -207,7 +214,7 @@ def test_inputs_are_not_changed():
         (
             {"mask": np.ones(4)},
             TypeError,
-            r"mask: expected a bool dtype, got .*float64.*; pass `mask != 0` \(per-token weights",
+            r"(?m)^mask: expected a bool dtype, got .*64.*; pass `mask != 0` \(per-token weights belong in token_weights\)$",
         ),
         ({"mask": np.ones((1, 4), dtype=bool)}, ValueError, r"mask: expected the shape of log_prob, \(4,\), got \(1, 4\)"),
         ({"mask": [True] * 4}, TypeError, "mask: expected an array of bool dtype, got list"),

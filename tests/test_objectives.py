@@ -316,9 +316,10 @@ def test_the_boundary_of_the_ratio_and_of_the_kl_is_kept(backend):
     assert backend.run(ppo_clip_weight, x, b, a, eps=eps) == 1.0
     assert backend.run(spo_weight, x, b, a, eps=eps) == 0.0
     assert backend.run(ppo_clip_weight, x, b, a, eps=math.nextafter(eps, 0.0)) == 0.0
-    kl = float(backend.run(binary_kl, x, b)[0])
-    assert backend.run(dppo_weight, x, b, a, delta=kl, divergence="binary_kl") == 1.0
-    assert backend.run(dppo_weight, x, b, a, delta=math.nextafter(kl, 0.0), divergence="binary_kl") == 0.0
+    for pi, mu, advantage in ((x, b, a), (b, x, -a)):
+        kl = float(backend.run(binary_kl, pi, mu)[0])
+        assert backend.run(dppo_weight, pi, mu, advantage, delta=kl, divergence="binary_kl") == 1.0
+        assert backend.run(dppo_weight, pi, mu, advantage, delta=math.nextafter(kl, 0.0), divergence="binary_kl") == 0.0
     ratio = float(backend.run(importance_ratio, x, b)[0])
     assert backend.run(ppo_clip_weight, x, b, -a, eps=0.2, dual_clip=ratio) == 1.0
     assert backend.run(ppo_clip_weight, x, b, -a, eps=0.2, dual_clip=math.nextafter(ratio, 0.0)) == 0.0
@@ -474,7 +475,8 @@ def test_other_hyper_parameter_errors_of_the_functions():
 
 def test_dppo_per_token_without_a_divergence_says_so():
     x = np.array([-1.0])
-    with pytest.raises(TypeError, match=r"divergence: expected an array, because .* divergence='per_token', got None"):
+    message = r"^divergence: expected an array, because this DPPO objective has divergence='per_token', got None$"
+    with pytest.raises(TypeError, match=message):
         drpo_core.token_loss_and_gradient(DPPO(delta=0.1, divergence="per_token"), x, x, x)
 
 
@@ -503,10 +505,21 @@ def test_a_threshold_no_token_can_exceed_warns_once_and_at_the_caller(name):
     for delta in (1.0, 12.5):
         with pytest.warns(VacuousTrustRegionWarning, match=f"delta = {delta:g} is at least 1, but abs") as caught:
             VACUOUS[name](x, delta)
-        assert [w.filename for w in caught] == [__file__]
+        assert [(w.filename, w.lineno) for w in caught] == [(__file__, VACUOUS[name].__code__.co_firstlineno)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         VACUOUS[name](x, math.nextafter(1.0, 0.0))
+
+
+@pytest.mark.parametrize("name", VACUOUS)
+def test_the_warning_names_the_objective_and_says_what_follows(name):
+    objective = "Mask-DRPO" if name.lower().startswith("mask") else name.split("_")[0].upper()
+    message = (
+        f"^{objective}: delta = 1 is at least 1, but abs\\(π − μ\\) never exceeds 1, so no token can leave the trust region: "
+        "nothing is masked and no gradient is corrected$"
+    )
+    with pytest.warns(VacuousTrustRegionWarning, match=message):
+        VACUOUS[name](np.array([-1.0]), 1.0)
 
 
 def test_thresholds_in_nats_or_of_the_callers_unit_do_not_warn():
@@ -557,6 +570,22 @@ def test_regions_are_low_then_high():
     assert MaskDRPO(delta_low=0.1, delta_high=0.3).region == (0.1, 0.3)
     assert PPOClip(eps_low=0.2, eps_high=0.28).region == (0.2, 0.28)
     assert SPO(eps=0.2).region == (0.2, 0.2)
+
+
+def test_an_on_policy_token_is_on_the_high_side():
+    """A measured divergence can be positive where ℓ = 0: δ_high bounds it, however large δ_low is."""
+    x = np.array([-1.0, -1.0])
+    made = DPPO(delta_low=0.4, delta_high=0.2, divergence="per_token")
+    assert made.inside(Tokens.checked(x, x, x, divergence=np.array([0.2, 0.3]))).tolist() == [True, False]
+
+
+def test_hyper_parameters_are_kept_as_plain_floats():
+    """A NumPy scalar would promote float32 tokens to float64."""
+    half, x = np.float64(0.5), np.array([-1.0], dtype=np.float32)
+    for made in (DRPO(delta=half), DPPO(delta=half, max_ratio=half), SPO(eps=half), CISPO(max_ratio=half), PPOClip(eps=half)):
+        given = [value for value in dataclasses.astuple(made) if isinstance(value, float)]
+        assert {type(value) for value in given} == {float}
+        assert drpo_core.token_loss_and_gradient(made, x, x, x).loss.dtype == np.float32
 
 
 def test_thresholds_may_be_any_real_number():

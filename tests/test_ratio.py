@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from backends import Backend
 
 from drpo_core import Tokens, importance_ratio, log_ratio, probability_shift
 
@@ -99,7 +100,43 @@ def test_half_precision_is_computed_in_float32(low_precision_backend):
 
 
 def test_mixed_dtypes_are_promoted(backend):
-    assert backend.run(log_ratio, np.array([-1.0], dtype=np.float32), np.array([-2.0])).dtype == np.float64
+    single, double = np.array([-1.0], dtype=np.float32), np.array([-2.1])
+    for function in FUNCTIONS:
+        for arrays in ((single, double), (double, single)):
+            result = backend.run(function, *arrays)
+            assert result.dtype == np.float64
+            np.testing.assert_array_equal(result, backend.run(function, *(x.astype(float) for x in arrays)))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["log_prob", "behavior_log_prob", "advantages"])
+def test_one_float64_array_makes_all_tokens_float64(backend, which):
+    arrays = [np.array([v], dtype=np.float32) for v in (-0.5, -1.0, 2.0)]
+    arrays[which] = arrays[which].astype(np.float64) * 1.1
+
+    def fields(*arrays):
+        tokens = Tokens.checked(*arrays)
+        return tokens.log_prob, tokens.behavior_log_prob, tokens.advantages, tokens.ratio
+
+    *given, ratio = backend.run(fields, *arrays)
+    assert {array.dtype for array in given} == {np.dtype(np.float64)}
+    np.testing.assert_array_equal(given, arrays)
+    np.testing.assert_allclose(ratio, np.exp(given[0] - given[1]), rtol=1e-15)
+
+
+def test_masked_tokens_are_inert_and_on_policy(backend):
+    def fields(log_prob, behavior, advantages, mask):
+        tokens = Tokens.checked(log_prob, behavior, advantages, mask=mask)
+        return tokens.advantages, tokens.log_ratio, tokens.ratio, tokens.shift
+
+    nan, mask = np.array([-1.0, np.nan]), np.array([True, False])
+    assert [array[1] for array in backend.run(fields, nan, nan, nan, mask)] == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_the_high_bound_governs_positive_and_zero_advantages(backend):
+    def bound(*arrays):
+        return Tokens.checked(*arrays).by_advantage(1.0, 2.0)
+
+    assert backend.run(bound, np.zeros(3), np.zeros(3), np.array([-3.0, 0.0, 3.0])).tolist() == [1.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
@@ -123,3 +160,11 @@ def test_arrays_of_two_libraries_are_refused(low_precision_backend):
         TypeError, match=r"^expected arrays of one library, but log_prob is a numpy.ndarray, behavior_log_prob"
     ):
         log_ratio(np.array([-1.0]), other)
+
+
+def test_the_libraries_of_refused_arrays_are_named():
+    message = (
+        r"^expected arrays of one library, but log_prob is a numpy.ndarray, behavior_log_prob is a array_api_\w+\..*Array$"
+    )
+    with pytest.raises(TypeError, match=message):
+        log_ratio(np.array([-1.0]), Backend.STRICT.asarray([-1.0]))

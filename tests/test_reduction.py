@@ -47,6 +47,11 @@ def test_normalizer_replaces_the_denominator(backend, reduction, expected, kind)
     np.testing.assert_allclose(backend.run(reduction, VALUES, MASK, normalizer=normalizer), expected, rtol=1e-15)
 
 
+def test_a_normalizer_may_be_less_than_1(backend):
+    for normalizer in (0.25, np.array(0.25)):
+        np.testing.assert_allclose(backend.run(token_mean, VALUES, MASK, normalizer=normalizer), 14 / 0.25, rtol=1e-15)
+
+
 @pytest.mark.parametrize("backend", [b for b in Backend if b is not Backend.STRICT], ids=lambda b: b.value, indirect=True)
 def test_a_numpy_scalar_normalizer_such_as_mask_sum(backend):
     """`mask.sum()` of a NumPy mask is an np.int64, which is neither an int nor an array; strict arrays know no NumPy."""
@@ -163,8 +168,14 @@ def test_half_precision_is_reduced_in_float32(low_precision_backend):
 
 def test_float32_counts_exactly_and_stays_float32(backend):
     values, mask = np.ones((3, 5), dtype=np.float32), np.ones((3, 5), dtype=bool)
+    packed, ids = (values[0], mask[0]), np.zeros(5, dtype=np.int64)
+    empty = (values[0][:0], mask[0][:0])
     for reduction in REDUCTIONS:
-        assert backend.run(reduction, values, mask).dtype == np.float32
+        for normalizer in (None, np.array(3.0)):
+            options = {"token_weights": values, "normalizer": normalizer}
+            assert backend.run(reduction, values, mask, **options).dtype == np.float32
+            assert backend.run(reduction, *packed, segment_ids=ids, normalizer=normalizer).dtype == np.float32
+        assert backend.run(reduction, *empty, segment_ids=ids[:0]).dtype == np.float32
     assert backend.run(masked_sum, values, mask).count.dtype == np.float32
 
 

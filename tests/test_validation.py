@@ -89,6 +89,13 @@ def test_the_default_tolerance_follows_the_dtype(low_precision_backend):
             validate(above, zero, zero)
 
 
+def test_the_default_tolerance_is_inclusive_and_16_epsilons():
+    zero, slack = np.zeros(1, dtype=np.float16), 16 * np.finfo(np.float16).eps
+    validate(np.array([slack], dtype=np.float16), zero, zero)
+    with pytest.raises(ValueError, match=r"^log_prob: 1 above 0\.015625 at valid tokens, at index \(0,\)$"):
+        validate(np.array([np.nextafter(slack, np.float16(1))]), zero, zero)
+
+
 def test_index_of_a_packed_and_of_a_single_token():
     bad = np.array([-1.0, -1.0, np.nan])
     with pytest.raises(ValueError, match=r"at index \(2,\)$"):
@@ -109,6 +116,7 @@ def test_empty_and_fully_masked_arrays_pass():
         ({"mask": np.ones((2, 2))}, TypeError, "mask: expected a bool dtype, got .*float64"),
         ({"mask": np.ones(2, dtype=bool)}, ValueError, r"mask: expected the shape of log_prob, \(2, 2\), got \(2,\)"),
         ({"advantages": np.ones(2)}, ValueError, r"advantages: expected the shape of log_prob, \(2, 2\), got \(2,\); per-seq"),
+        ({"behavior_log_prob": -np.ones(2)}, ValueError, r"behavior_log_prob: expected the shape of log_prob, \(2, 2\)"),
         ({"log_prob": np.ones((2, 2), dtype=np.int64)}, TypeError, "log_prob: expected a real floating dtype, got .*int64"),
     ],
 )
