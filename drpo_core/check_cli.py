@@ -345,7 +345,6 @@ class _Chosen:
 
 
 NIGHTLY = 10_000
-DIFFERENCES_LIMIT = 5.0
 
 
 def _as_property(name: str) -> str:
@@ -495,13 +494,10 @@ def _implementation(text: str, declared: _Declared) -> "tuple[Implementation, _A
     _one_of("--framework", about.framework, FRAMEWORKS)
     implementation = _recorded(_wrapped(target, about.framework, declared, claims), about)
     _probe(implementation, declared)
-    if "max_abs_log_ratio" in claims and declared.max_log_ratio is None:
-        _note(
-            "NumPy has no autodiff, and finite differences of one number are coarse: only tokens with "
-            f"|log π − log μ| ≤ {DIFFERENCES_LIMIT:g} are checked (--max-log-ratio)"
-        )
     if not implementation.takes_mask:
-        _note("the loss takes no mask, so P1, P5 and P6 can't be checked; --map mask=NAME if it has one by another name")
+        _note(
+            "the loss takes no mask, so masks (P1, P5 and P6) can't be checked; --map mask=NAME if it has one by another name"
+        )
     return implementation, about
 
 
@@ -510,9 +506,6 @@ def _wrapped(target: _Target, framework: str, declared: _Declared, claims: dict[
 
     function: Callable[..., Any] = target.thing  # type: ignore[assignment]
     names, constants = _signature(function, target.label, declared)
-    if framework == "numpy" and "gradient" not in declared.returns and declared.reduction not in (None, "none"):
-        # a ratio of e^20 in the sum leaves no digits for the other tokens' differences
-        claims.setdefault("max_abs_log_ratio", DIFFERENCES_LIMIT)
 
     def loss(**batch: object) -> object:
         returned = function(**{names[key]: value for key, value in batch.items()}, **constants)
@@ -729,7 +722,8 @@ def _run(implementation: "Implementation", about: _About, chosen: _Chosen) -> "l
     from rich.console import Console  # noqa: PLC0415 -- of the extra `cli`
     from rich.progress import Progress  # noqa: PLC0415 -- of the extra `cli`
 
-    from drpo_core.testing.runner import check_implementation  # noqa: PLC0415 -- of the extra `testing`
+    from drpo_core.testing.checks import CHECKS  # noqa: PLC0415 -- of the extra `testing`
+    from drpo_core.testing.runner import as_expected, run_check  # noqa: PLC0415 -- of the extra `testing`
 
     settings = chosen.settings(implementation.cost)
     console = Console(stderr=True)
@@ -739,18 +733,16 @@ def _run(implementation: "Implementation", about: _About, chosen: _Chosen) -> "l
         for name in chosen.checks:
             progress.update(task, description=name)
             about.last, about.error = {}, ""
-            report = check_implementation(implementation, checks=[name], settings=settings, expected_failures=chosen.expected)
-            results += (_completed(result, implementation, about) for result in report.results)
+            results.append(_completed(run_check(CHECKS[name], implementation, settings), implementation, about))
             progress.advance(task)
-    return _unexpected(results, chosen.expected)
+    return as_expected(results, chosen.expected)
 
 
 def _completed(result: "CheckResult", implementation: "Implementation", about: _About) -> "CheckResult":
     """With the user's own line if the loss raised, and a snippet where the kit has none."""
-    if result.status not in ("failed", "expected failure") or result.snippet:
+    if result.status != "failed" or result.snippet:
         return result
-    reason = about.error if about.error and result.status == "failed" else result.reason
-    return replace(result, reason=reason, snippet=_last_call_source(implementation, about))
+    return replace(result, reason=about.error or result.reason, snippet=_last_call_source(implementation, about))
 
 
 def _last_call_source(implementation: "Implementation", about: _About) -> str:
@@ -764,18 +756,6 @@ def _last_call_source(implementation: "Implementation", about: _About) -> str:
     arrays = [f"    {name!r}: {literal(v) if isinstance(v, np.ndarray) else repr(v)}," for name, v in about.last.items()]
     batch = ["batch = {", *arrays, "}"]
     return "\n".join([*lines, source.evaluate, "", *batch, "evaluate(function, **batch)"]) + "\n"
-
-
-def _unexpected(results: "list[CheckResult]", expected: Mapping[str, str]) -> "list[CheckResult]":
-    """A property that was expected to fail, and whose checks all passed, is no longer expected."""
-    stale = {name for name in expected if any(r.status == "passed" for r in results if r.property == name)}
-    stale -= {r.property for r in results if r.status == "expected failure"}
-    return [
-        replace(r, status="unexpected pass", reason=f"expected to fail: {expected[r.property]}")
-        if r.property in stale and r.status == "passed"
-        else r
-        for r in results
-    ]
 
 
 def _ok(results: "Sequence[CheckResult]") -> bool:

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 import drpo_core.testing as kit
@@ -245,6 +247,99 @@ def test_expected_failures_are_strict():
     assert not check_implementation(fixed, checks=["P6"], expected_failures=known).ok
     with pytest.raises(ValueError, match="check_nonsense"):
         check_implementation(fixed, expected_failures={"check_nonsense": "?"})
+
+
+def test_an_expected_failure_of_a_property_is_one_of_its_checks():
+    implementation = wrong(mask_multiplied_in, PolicyGradient(), "none")
+    known = {"P1": "masks by multiplication"}
+    report = check_implementation(implementation, checks=["P1"], expected_failures=known)
+    assert report.ok
+    assert [result.status for result in report.results] == ["expected failure", "passed"]
+    report = check_implementation(right(drpo), checks=["P1"], expected_failures=known)
+    assert [result.status for result in report.results] == ["unexpected pass"] * 2
+    marks = parametrize_with_checks([right(drpo)], expected_failures=known | {"check_on_policy_gradient": "?"}).mark.args[1]
+    strict = {p.id: [m.kwargs["strict"] for m in p.marks if m.name == "xfail"] for p in marks}
+    assert strict["drpo-check_masked_inputs_are_inert"] == [False]
+    assert strict["drpo-check_on_policy_gradient"] == [True]
+
+
+def test_examples_are_tried_first():
+    # a case that no strategy draws
+    case = TokenBatch(*np.full((3, 1, 1), -40.0), np.ones((1, 1), dtype=bool))
+
+    def broken_there(log_prob, behavior_log_prob, advantages, mask):
+        loss, gradient, _ = drpo(log_prob, behavior_log_prob, advantages, mask)
+        return loss, gradient * (2.0 if (advantages == -40.0).any() else 1.0)
+
+    implementation = right(broken_there)
+    assert check_implementation(implementation, checks=["check_on_policy_gradient"]).ok
+    report = check_implementation(implementation, examples={"check_on_policy_gradient": [case]}, checks=["P9"])
+    assert report.failed[0].counterexample == repr(case)
+    mark = parametrize_with_checks([implementation], examples={"broken_there-check_on_policy_gradient": [case]}, checks=["P9"])
+    with pytest.raises(PropertyViolated):
+        mark.mark.args[1][0].values[0]()
+
+
+def test_metrics_beside_the_loss_are_left_out():
+    def with_metrics(log_prob, behavior_log_prob, advantages, mask):
+        return drpo(log_prob, behavior_log_prob, advantages, mask), {"metrics": 1.0}
+
+    implementation = right(with_metrics, has_aux=True)
+    assert implementation.takes_mask
+    assert check_implementation(implementation, checks=["P1", "P9"]).ok
+
+
+def reproduces(source, **names):
+    with pytest.raises(AssertionError), np.errstate(all="ignore"):
+        exec(compile(source, "snippet", "exec"), names)  # noqa: S102 -- that it runs is the point
+
+
+def test_snippets_of_divergences_and_of_bfloat16_run():
+    def binary_kl(log_prob, behavior_log_prob):
+        return -core_divergences["binary_kl"](log_prob, behavior_log_prob)
+
+    core_divergences = dict(from_core(DRPO(delta=DELTA)).divergences)
+    implementation = from_core(DRPO(delta=DELTA), divergences=core_divergences | {"binary_kl": binary_kl})
+    for result in check_implementation(implementation, checks=["check_divergence_inequalities"]).failed:
+        lines = [line for line in result.snippet.splitlines() if "import binary_kl" not in line]
+        reproduces("\n".join(lines), binary_kl=binary_kl)
+
+    for framework in ("torch", "jax"):
+        objective = from_core(DRPO(delta=DELTA), framework, autodiff=True, dtypes=("bfloat16",))
+        off = from_core(DRPO(delta=2.0 * DELTA), framework, autodiff=True, dtypes=("bfloat16",))
+        doubled = replace(objective, call=off.call, source=off.source)
+        (result,) = check_implementation(doubled, checks=["check_rounding_error"]).failed
+        assert "bfloat16" in result.snippet
+        reproduces(result.snippet)
+
+
+def function(log_prob, behavior_log_prob, advantages, mask, num_items=None):
+    del num_items
+    return value_only(log_prob, behavior_log_prob, advantages, mask)
+
+
+def test_a_loss_named_as_its_wrapper_does_not_call_itself():
+    source = from_function(function, arguments={"normalizer": "num_items"}).source.function
+    assert "import function as loss_under_test" in source
+    scope = {"loss_under_test": function}
+    exec(source.partition("\n\n")[2], scope)  # noqa: S102 -- that it runs is the point
+    x = np.full((1, 1), -1.0)
+    assert scope["function"](x, x, x, x < 0.0, normalizer=2.0) == 1.0
+
+
+def test_second_derivatives_are_what_is_declared():
+    def detached(log_prob, behavior_log_prob, advantages, mask):
+        x, b, a = (torch.where(mask, v, 0.0) for v in (log_prob, behavior_log_prob, advantages))
+        return -a * (x - b).clamp(max=20.0).exp().detach() * x
+
+    claims = {"objective": PolicyGradient(), "form": "score"}
+    statuses = [
+        check_implementation(
+            from_function(detached, "torch", second_order=declared, **claims), checks=["check_second_derivative"]
+        ).results[0].status
+        for declared in ("unknown", "error", "derivative")
+    ]  # fmt: skip
+    assert statuses == ["not applicable", "failed", "failed"]
 
 
 def test_parametrize_marks_what_does_not_apply_and_what_is_known():

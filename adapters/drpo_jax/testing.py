@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,6 +26,17 @@ class Jax:
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
     gradient = "autodiff"
     cost = 4.0
+    gradient_source = (
+        "loss = function\n\n"
+        "def function(log_prob, **batch):\n"
+        "    return jax.grad(lambda x: loss(log_prob=x, **batch).sum())(log_prob)"
+    )
+    bfloat16_source = (
+        "exact = function\n\n"
+        "def function(**batch):\n"
+        "    floating = {name for name, v in batch.items() if jnp.issubdtype(jnp.result_type(v), jnp.floating)}\n"
+        "    return exact(**{name: v.astype(jnp.bfloat16) if name in floating else v for name, v in batch.items()})"
+    )
 
     def prepare(
         self, function: Callable[..., Any], *, differentiate: bool, transform: str | None
@@ -54,9 +66,19 @@ class Jax:
 
         return call
 
+    def gradient_of(self, function: Callable[..., Any]) -> Callable[..., jax.Array]:
+        """See `drpo_core.testing.frameworks.Framework`."""
+
+        def gradient(log_prob: jax.Array, **batch: Any) -> jax.Array:  # noqa: ANN401 -- whatever the function takes
+            first: jax.Array = jax.grad(lambda x: function(log_prob=x, **batch).sum())(log_prob)
+            return first
+
+        return gradient
+
     def plain(self, function: Callable[..., Any]) -> Callable[..., FloatArray]:
         """See `drpo_core.testing.frameworks.Framework`."""
 
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> FloatArray:  # noqa: ANN401 -- whatever the function takes
             with jax.enable_x64(True):  # noqa: FBT003 -- its only argument
                 arrays = {name: _array(value, "float64") for name, value in kwargs.items()}

@@ -7,10 +7,13 @@ smaller dtype represents exactly, so the reference and the implementation see th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["DTYPES", "BoolArray", "FloatArray", "TokenBatch", "Vocabulary", "literal", "round_to", "unit_roundoff"]
 
@@ -88,14 +91,9 @@ class TokenBatch:
             )
         )
 
-    def poisoned(self, value: float) -> TokenBatch:
-        """The batch with a value in every input of its masked positions."""
-        return self.replace(
-            **{
-                name: np.where(self.mask, getattr(self, name), value)
-                for name in ("log_prob", "behavior_log_prob", "advantages")
-            }
-        )
+    def poisoned(self, value: float, names: Sequence[str] = ("log_prob", "behavior_log_prob", "advantages")) -> TokenBatch:
+        """The batch with a value in some inputs of its masked positions, by default all three."""
+        return self.replace(**{name: np.where(self.mask, getattr(self, name), value) for name in names})
 
     def padded(self, *, rows: int = 0, columns: int = 0, value: float = 0.0) -> TokenBatch:
         """The batch with masked rows and columns appended, which hold a value."""

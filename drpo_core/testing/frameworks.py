@@ -6,6 +6,7 @@ torch and JAX have theirs in the adapters (`drpo_torch.testing`, `drpo_jax.testi
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -33,11 +34,19 @@ class Framework(Protocol):
     """How a gradient is taken: ``"autodiff"`` or ``"differences"``."""
     cost: float
     """Relative time of a call."""
+    gradient_source: str
+    """Python source that replaces `function` by its gradient, for snippets."""
+    bfloat16_source: str
+    """Python source that makes `function` round its floating-point arrays to bfloat16, for snippets."""
 
     def prepare(
         self, function: Callable[..., Any], *, differentiate: bool, transform: str | None
     ) -> Callable[[dict[str, Any], str], Outputs]:
         """A function of (arguments as NumPy arrays, dtype) to (loss, gradient, weight or None)."""
+        ...
+
+    def gradient_of(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The gradient of a function's sum in `log_prob`, to be differentiated again; None without autodiff."""
         ...
 
     def plain(self, function: Callable[..., Any]) -> Callable[..., FloatArray]:
@@ -67,6 +76,7 @@ class NumPy:
     dtypes: tuple[str, ...] = ("float64", "float32")
     gradient = "differences"
     cost = 1.0
+    gradient_source = bfloat16_source = ""
 
     def __init__(self, *, writeable: bool = True, strict: bool = False) -> None:
         self._writeable = writeable
@@ -91,9 +101,17 @@ class NumPy:
 
         return by_differences if differentiate else direct
 
+    def gradient_of(self, function: Callable[..., Any]) -> None:
+        """None: NumPy has no autodiff."""
+
     def plain(self, function: Callable[..., Any]) -> Callable[..., FloatArray]:
         """See `Framework.plain`."""
-        return lambda *args, **kwargs: np.asarray(self._call(function, kwargs, args), dtype=np.float64)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> FloatArray:
+            return np.asarray(self._call(function, kwargs, args), dtype=np.float64)
+
+        return call
 
     def fixed_shape(self, transform: str | None) -> tuple[int, int] | None:
         """None: a new shape costs nothing."""

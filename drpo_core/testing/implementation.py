@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -50,10 +50,13 @@ class Source:
         Statements that define `function`, which takes the arguments of the kit.
     evaluate
         Statements that define `evaluate(function, **batch)`, which returns (loss, gradient, weight).
+    bfloat16
+        Statements that make `function` round its floating-point arrays to bfloat16.
     """
 
     function: str
     evaluate: str
+    bfloat16: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,10 @@ class Implementation:
         An implementation this one must agree with (the eager one of a compiled, the loop of a vmapped).
     divergences
         Functions of NumPy arrays, named and called as in `drpo_core.divergence`, for P21 and P22.
+    second_order
+        What differentiating the gradient must give: ``"derivative"``, ``"error"`` where it is refused, or ``"unknown"``.
+    derivative
+        The same with the gradient for a loss, whose gradient is the second derivative; None without autodiff.
     source
         How to call it without the kit.
     """
@@ -120,6 +127,8 @@ class Implementation:
     family: Callable[[Objective], Implementation] | None = None
     reference: Implementation | None = None
     divergences: Mapping[str, Callable[..., FloatArray]] = field(default_factory=dict)
+    second_order: Literal["derivative", "error", "unknown"] = "unknown"
+    derivative: Implementation | None = None
     source: Source | None = None
 
     def __call__(self, batch: TokenBatch, *, normalizer: float | None = None, dtype: str | None = None) -> Evaluation:
@@ -238,6 +247,7 @@ def from_function(
     framework: str | Framework = "numpy",
     *,
     returns_gradient: bool = False,
+    has_aux: bool = False,
     arguments: Mapping[str, str] | None = None,
     constants: Mapping[str, object] | None = None,
     transform: str | None = None,
@@ -251,19 +261,22 @@ def from_function(
     ----------
     function
         Takes arrays of the framework by keyword and returns a loss (per token or scalar), or ``(loss, gradient)`` or
-        ``(loss, gradient, weight)`` with `returns_gradient`. For ``(loss, metrics)`` pass ``lambda **b: f(**b)[0]``.
+        ``(loss, gradient, weight)`` with `returns_gradient`. Its arguments are named: of ``**kwargs`` alone, whether it
+        takes a mask can't be read.
     framework
         ``"numpy"``, ``"numpy-readonly"``, ``"array-api-strict"``, ``"torch"``, ``"jax"``, or an object with the same
         methods. The gradient of a loss is taken by the framework's autodiff, or by finite differences in NumPy.
     returns_gradient
         Whether the function returns its own gradient in log π.
+    has_aux
+        Whether it returns a pair, such as ``(loss, metrics)``, of which only the first is meant.
     arguments
         The function's names for the kit's `log_prob`, `behavior_log_prob`, `advantages`, `mask`, `segment_ids` and
         `normalizer`, where they differ. Whether it takes the last three is read from its signature.
     constants
         Further keyword arguments of every call.
     transform
-        One of the framework's: ``"jit"`` or ``"vmap"`` (JAX), ``"compile"`` or ``"vmap"`` (torch).
+        One of the framework's: ``"jit"`` or ``"vmap"`` (JAX), ``"compile"``, ``"inductor"`` or ``"vmap"`` (torch).
     name
         Default: the function's own.
     call_source
@@ -302,17 +315,26 @@ def from_function(
         msg = f"arguments: expected keys among {', '.join(ARGUMENTS)}, got {', '.join(sorted(unknown))}"
         raise TypeError(msg)
     if claims.get("reduction", "none") not in REDUCTIONS:
-        msg = f"reduction: expected one of {', '.join(REDUCTIONS)}, got {claims['reduction']!r}"
+        msg = (
+            f"reduction: expected one of {', '.join(REDUCTIONS)}, got {claims['reduction']!r}; none of them counts sequences "
+            "without valid tokens, so a mean over all rows can't be declared"
+        )
         raise ValueError(msg)
     names.update(arguments or {})
     accepted = _accepted(function, names)
     fixed = dict(constants or {})
 
     def renamed(**batch: object) -> object:
-        return function(**{names[key]: value for key, value in batch.items() if key in accepted}, **fixed)
+        returned = function(**{names[key]: value for key, value in batch.items() if key in accepted}, **fixed)
+        return returned[0] if has_aux else returned
 
-    prepared = glue.prepare(renamed, differentiate=not returns_gradient, transform=transform)
     own_name = getattr(function, "__name__", type(function).__name__)
+    prepared = glue.prepare(renamed, differentiate=not returns_gradient, transform=transform)
+    source = Source(
+        call_source if call_source is not None else _call_source(function, own_name, names, accepted, fixed, has_aux=has_aux),
+        glue.source(differentiate=not returns_gradient),
+        glue.bfloat16_source,
+    )
     detected: dict[str, Any] = {
         "takes_mask": "mask" in accepted,
         "takes_normalizer": "normalizer" in accepted,
@@ -321,12 +343,16 @@ def from_function(
         "cost": glue.cost,
         "shape": glue.fixed_shape(transform),
         "dtypes": glue.dtypes[:2],
-        "source": Source(
-            call_source if call_source is not None else _call_source(function, own_name, names, accepted, fixed),
-            glue.source(differentiate=not returns_gradient),
-        ),
+        "source": source,
     }
-    return Implementation(name=name or own_name, call=prepared, **(detected | claims))
+    implementation = Implementation(name=name or own_name, call=prepared, **(detected | claims))
+    gradient = None if returns_gradient else glue.gradient_of(renamed)
+    if gradient is None:
+        return implementation
+    second = glue.prepare(gradient, differentiate=True, transform=transform)
+    # after `evaluate`, which imports the framework
+    evaluate = f"{source.evaluate}\n\n{glue.gradient_source}"
+    return replace(implementation, derivative=replace(implementation, call=second, source=replace(source, evaluate=evaluate)))
 
 
 def from_core(
@@ -452,6 +478,8 @@ def from_adapter(
             "dtypes": glue.dtypes,
             "max_abs_log_ratio": np.inf,
             "family": build,
+            # functorch and Dynamo refuse in their own words
+            "second_order": "derivative" if framework == "jax" else "error" if transform is None else "unknown",
             "reference": from_adapter(objective, framework, reduction=reduction) if transform else None,
         }
         return from_function(
@@ -503,16 +531,24 @@ def _call_source(
     names: Mapping[str, str],
     accepted: frozenset[str],
     fixed: Mapping[str, object],
+    *,
+    has_aux: bool,
 ) -> str:
     qualified = getattr(function, "__qualname__", "<unknown>")
     importable = "<" not in qualified and "." not in qualified
-    target = own_name if own_name.isidentifier() else "loss_under_test"
+    # `function` is the name of the wrapper
+    target = own_name if own_name.isidentifier() and own_name != "function" else "loss_under_test"
     origin = (
-        f"from {function.__module__} import {own_name}"
+        f"from {function.__module__} import {own_name}{'' if target == own_name else f' as {target}'}"
         if importable
         else f"# {target}: the function under test, defined at {getattr(function, '__module__', '?')}.{qualified}"
     )
     keys = [key for key in ARGUMENTS if key in accepted]
-    parameters = [key if key not in ("segment_ids", "normalizer") else f"{key}=None" for key in keys]
-    passed = [f"{names[key]}={key}" for key in keys] + [f"{key}={value!r}" for key, value in fixed.items()]
-    return f"{origin}\n\ndef function({', '.join(parameters)}):\n    return {target}({', '.join(passed)})"
+    always = [key for key in keys if key not in ("segment_ids", "normalizer")]
+    optional = {key: names[key] for key in keys if key not in always}
+    passed = [f"{names[key]}={key}" for key in always] + [f"{key}={value!r}" for key, value in fixed.items()]
+    if optional:
+        passed += [f"**{{{optional!r}[key]: value for key, value in optional.items()}}"]
+    parameters = [*always, *(["**optional"] if optional else [])]
+    first = "[0]" if has_aux else ""
+    return f"{origin}\n\ndef function({', '.join(parameters)}):\n    return {target}({', '.join(passed)}){first}"

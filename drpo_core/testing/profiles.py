@@ -5,7 +5,7 @@ profile    cases    for
 ========== ======== ============================================================================================
 `dev`      25       seconds; the default
 `ci`       50       derandomised: the same cases in every run
-`nightly`  10,000   random; a database shared between runs; aims at large errors (`hypothesis.target`)
+`nightly`  10,000   random; a database shared between runs; aims at large errors and the boundary
 ========== ======== ============================================================================================
 
 The environment variable ``DRPO_PROFILE`` chooses; ``DRPO_EXAMPLES_DIR`` is the directory of the nightly database.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -85,7 +85,11 @@ class Report:
 
 
 def run_check(
-    info: CheckInfo, implementation: Implementation, settings: hypothesis.settings | str | None = None
+    info: CheckInfo,
+    implementation: Implementation,
+    settings: hypothesis.settings | str | None = None,
+    *,
+    examples: Sequence[Any] = (),
 ) -> CheckResult:
     """Search for a counterexample to one check and return what was found.
 
@@ -97,6 +101,8 @@ def run_check(
         What to check.
     settings
         Hypothesis settings or the name of a profile; see `drpo_core.testing.profiles`.
+    examples
+        Cases to try before others.
 
     Returns
     -------
@@ -109,7 +115,7 @@ def run_check(
         return CheckResult(*described, NOT_APPLICABLE, reason)
     last: list[Any] = []
     try:
-        _search(info, implementation, settings, last)
+        _search(info, implementation, settings, examples, last)
     except PropertyViolated as violation:
         return CheckResult(*described, FAILED, violation.because, repr(last[-1]), violation.snippet)
     except Exception as error:  # noqa: BLE001 -- the function under test may raise anything; that is a finding
@@ -125,6 +131,7 @@ def check_implementation(
     checks: Sequence[str] | None = None,
     settings: hypothesis.settings | str | None = None,
     expected_failures: Mapping[str, str] | None = None,
+    examples: Mapping[str, Sequence[Any]] | None = None,
 ) -> Report:
     """Run every check on an implementation.
 
@@ -138,7 +145,10 @@ def check_implementation(
         Hypothesis settings or the name of a profile (``"dev"``, ``"ci"``, ``"nightly"``); default: the environment
         variable ``DRPO_PROFILE``, else ``"dev"``.
     expected_failures
-        Check or property → why it is known to fail. One that passes makes the report not ok.
+        Check or property → why it is known to fail. A check that passes, or a property of which every check passes, makes
+        the report not ok.
+    examples
+        Check or property → cases to try before others, such as the counterexamples of the past.
 
     Returns
     -------
@@ -158,17 +168,25 @@ def check_implementation(
     >>> report.ok
     True
     """
-    known = _known_failures(expected_failures)
-    results = []
-    for info in select(checks):
-        result = run_check(info, implementation, settings)
-        expected = known.get(info.name, known.get(info.property))
-        if expected is not None and result.status == FAILED:
-            result = CheckResult(*_described(result), EXPECTED_FAILURE, expected, result.counterexample, result.snippet)
-        elif expected is not None and result.status == PASSED and info.name in known:
-            result = CheckResult(*_described(result), UNEXPECTED_PASS, f"expected to fail: {expected}")
-        results.append(result)
-    return Report(implementation, tuple(results))
+    known, pinned = expected_failures or {}, examples or {}
+    _refuse_unknown([*known, *pinned])
+    results = [run_check(info, implementation, settings, examples=_about(info, pinned)) for info in select(checks)]
+    return Report(implementation, tuple(as_expected(results, known)))
+
+
+def as_expected(results: Sequence[CheckResult], expected: Mapping[str, str]) -> list[CheckResult]:
+    """The results, given which checks and properties are expected to fail; of a property, at least one check must."""
+    failing = {name for r in results if r.status == FAILED for name in (r.check, r.property)}
+
+    def judged(result: CheckResult) -> CheckResult:
+        key = result.check if result.check in expected else result.property
+        if key in expected and result.status == FAILED:
+            return replace(result, status=EXPECTED_FAILURE, reason=expected[key])
+        if key in expected and result.status == PASSED and key not in failing:
+            return replace(result, status=UNEXPECTED_PASS, reason=f"expected to fail: {expected[key]}")
+        return result
+
+    return [judged(result) for result in results]
 
 
 def parametrize_with_checks(
@@ -177,6 +195,7 @@ def parametrize_with_checks(
     checks: Sequence[str] | None = None,
     settings: hypothesis.settings | str | None = None,
     expected_failures: Mapping[str, str] | None = None,
+    examples: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Turn a test with one argument, `check`, into a test for every implementation and check.
 
@@ -189,8 +208,10 @@ def parametrize_with_checks(
     settings
         As for `check_implementation`.
     expected_failures
-        Name of a check, a property or a test id (``"my_loss-check_…"``) → why it is known to fail. Strict: one that
-        passes is an error.
+        Name of a check, a property or a test id (``"my_loss-check_…"``) → why it is known to fail. A check or test that
+        passes is an error; of a property, which may have several checks, some may pass.
+    examples
+        Name of a check, a property or a test id → cases to try before others, such as the counterexamples of the past.
 
     Returns
     -------
@@ -214,7 +235,9 @@ def parametrize_with_checks(
     """
     # pytest is the caller's: the extra `testing` does not bring it
     pytest = importlib.import_module("pytest")
-    known = _known_failures(expected_failures, {str(implementation) for implementation in implementations})
+    known, pinned = expected_failures or {}, examples or {}
+    ids = {f"{implementation}-{name}" for implementation in implementations for name in CHECKS}
+    _refuse_unknown([name for name in (*known, *pinned) if name not in ids])
     parameters = []
     for implementation in implementations:
         for info in select(checks):
@@ -226,8 +249,9 @@ def parametrize_with_checks(
                 # shown rather than left out: a property that was not checked must not look like one that passed
                 marks.append(pytest.mark.skip(reason=f"not applicable: {reason}"))
             elif expected is not None:
-                marks.append(pytest.mark.xfail(reason=expected, strict=True))
-            parameters.append(pytest.param(_bound(info, implementation, settings), id=test_id, marks=marks))
+                marks.append(pytest.mark.xfail(reason=expected, strict=test_id in known or info.name in known))
+            cases = [*_about(info, pinned), *pinned.get(test_id, ())]
+            parameters.append(pytest.param(_bound(info, implementation, settings, cases), id=test_id, marks=marks))
     decorator: Callable[[Callable[..., Any]], Callable[..., Any]] = pytest.mark.parametrize("check", parameters)
     return decorator
 
@@ -240,16 +264,27 @@ def select(names: Sequence[str] | None) -> list[CheckInfo]:
     return [info for info in CHECKS.values() if info.name in names or info.property in names]
 
 
-def _bound(info: CheckInfo, implementation: Implementation, settings: hypothesis.settings | str | None) -> Callable[[], None]:
+def _about(info: CheckInfo, pinned: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """The examples for a check."""
+    return [*pinned.get(info.property, ()), *pinned.get(info.name, ())]
+
+
+def _bound(
+    info: CheckInfo, implementation: Implementation, settings: hypothesis.settings | str | None, examples: Sequence[Any]
+) -> Callable[[], None]:
     def check() -> None:
         __tracebackhide__ = True
-        _search(info, implementation, settings, [])
+        _search(info, implementation, settings, examples, [])
 
     return check
 
 
 def _search(
-    info: CheckInfo, implementation: Implementation, settings: hypothesis.settings | str | None, last: list[Any]
+    info: CheckInfo,
+    implementation: Implementation,
+    settings: hypothesis.settings | str | None,
+    examples: Sequence[Any],
+    last: list[Any],
 ) -> None:
     """Let Hypothesis look for a case that fails; the exception that leaves is that of the smallest."""
     chosen = profiles.settings_for(settings, cost=implementation.cost)
@@ -261,21 +296,15 @@ def _search(
         scores.clear()
         info.function(implementation, case)
         if aiming:
-            for quantity, score in scores.items():
-                hypothesis.target(score, label=f"error of {quantity} / bound")
+            for label, score in scores.items():
+                hypothesis.target(score, label=label)
 
     # otherwise all checks would share one entry of the example database
     property_holds._hypothesis_internal_add_digest = f"{info.name} {implementation.name}".encode()  # type: ignore[attr-defined]  # noqa: SLF001
-    hypothesis.settings(chosen)(given(info.cases(implementation))(property_holds))()
-
-
-def _known_failures(expected: Mapping[str, str] | None, implementations: set[str] | None = None) -> Mapping[str, str]:
-    names = []
-    for key in expected or {}:
-        prefix = next((name for name in implementations or () if key.startswith(name + "-")), None)
-        names.append(key if prefix is None else key.removeprefix(prefix + "-"))
-    _refuse_unknown(names)
-    return expected or {}
+    searched = given(info.cases(implementation))(property_holds)
+    for case in reversed(examples):
+        searched = hypothesis.example(case)(searched)
+    hypothesis.settings(chosen)(searched)()
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:
@@ -284,7 +313,3 @@ def _refuse_unknown(names: Sequence[str]) -> None:
     if unknown:
         msg = f"checks: expected names of checks or properties (P1 to P24), got {', '.join(unknown)}"
         raise ValueError(msg)
-
-
-def _described(result: CheckResult) -> tuple[str, str, str]:
-    return result.check, result.property, result.statement

@@ -22,6 +22,7 @@ _RELATIONS = {
     "at most": "observed <= expected + bound",
     "at least": "observed >= expected - bound",
     "finite": "np.isfinite(observed)",
+    "NaN": "np.isnan(observed)",
 }
 
 
@@ -52,7 +53,7 @@ def snippet(
                 "weight = -gradient / np.where(unweighted == 0, np.nan, unweighted)",
             ]
         lines += [f"observed = np.asarray({quantity}, dtype=np.float64)"]
-    if relation != "finite":
+    if "expected" in _RELATIONS[relation]:
         lines += [f"expected = {_compact(expected)}"]
         if "bound" in _RELATIONS[relation]:
             lines += [f"bound = {_compact(bound)}"]
@@ -83,14 +84,15 @@ def _preamble(evaluations: Sequence[Evaluation]) -> list[str]:
     """Definitions of `function`, `evaluate` and `batches`."""
     implementation = evaluations[0].implementation
     assert implementation.source is not None
-    lines = ["import numpy as np", "", implementation.source.function, "", implementation.source.evaluate, ""]
+    source = implementation.source
+    lines = ["import numpy as np", "", source.function, "", source.evaluate, ""]
+    if evaluations[0].dtype == "bfloat16":
+        lines += [source.bfloat16, ""]
     lines += ["batches = ["]
     for e in evaluations:
         arguments = implementation.arguments(e.batch, e.normalizer, e.dtype)
         lines += ["    {", *(f'        "{name}": {_value(value)},' for name, value in arguments.items()), "    },"]
     lines += ["]"]
-    if evaluations[0].dtype == "bfloat16":
-        lines += ["# the values are exact in bfloat16: convert the floating-point arrays to it"]
     return lines
 
 

@@ -4,6 +4,7 @@ Each mutant of `mutants.py` is one of these with a line changed. They pass every
 a mutant is that line. They use nothing of drpo_core: the kit is tested on code that is not ours.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -241,6 +242,24 @@ def jax_surrogate(log_prob, behavior_log_prob, advantages, mask):
     b = jnp.where(mask, behavior_log_prob, 0.0)
     a = jnp.where(mask, advantages, 0.0)
     return -a * jnp.exp(jnp.minimum(x - b, 20.0))
+
+
+def jax_custom(log_prob, behavior_log_prob, advantages, mask):
+    """Unregularised surrogate, per token, with a rule for its derivative that can be differentiated again."""
+    x = jnp.where(mask, log_prob, 0.0)
+    b = jnp.where(mask, behavior_log_prob, 0.0)
+    a = jnp.where(mask, advantages, 0.0)
+
+    @jax.custom_jvp
+    def surrogate(x):
+        return -a * jnp.exp(jnp.minimum(x - b, 20.0))
+
+    @surrogate.defjvp
+    def derivative(primals, tangents):
+        gradient = surrogate(*primals)
+        return gradient, gradient * tangents[0]
+
+    return surrogate(x)
 
 
 def numpy_divergences():

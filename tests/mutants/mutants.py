@@ -174,6 +174,9 @@ CORRECT = {
     "jax_jit": Correct(
         correct.jax_surrogate, None, framework="jax", claims={"transform": "jit", "reference": _JAX_EAGER.implementation()}
     ),
+    "jax_custom": Correct(
+        correct.jax_custom, PolicyGradient(), framework="jax", claims={"transform": "jit", "second_order": "derivative"}
+    ),
     "numpy_divergences": Correct(
         correct.numpy_surrogate, None, framework="numpy", claims={"make_divergences": correct.numpy_divergences}
     ),
@@ -331,6 +334,23 @@ MUTANTS = (
         "    mask = torch.arange(mask.shape[-1]) < mask.sum(-1, keepdim=True)\n    x = torch.where(mask, log_prob, 0.0)\n",
         "P1",
     ),
+    # a NaN at a valid token
+    Mutant(
+        "nan_to_num of the log-probs",
+        "TRL #5001",
+        "torch_drpo",
+        "    x = torch.where(mask, log_prob, 0.0)\n",
+        "    x = torch.nan_to_num(torch.where(mask, log_prob, 0.0))\n",
+        "P1",
+    ),
+    Mutant(
+        "nan_to_num of the advantages",
+        "TRL #5001",
+        "numpy_drpo",
+        "    a = np.where(mask, advantages, 0.0)\n",
+        "    a = np.nan_to_num(np.where(mask, advantages, 0.0))\n",
+        "P1",
+    ),
     # one token that overflows
     Mutant(
         "log-ratio not clamped",
@@ -380,6 +400,15 @@ MUTANTS = (
         "rest.to(x) * (torch.log1p(-torch.exp(b)) - torch.log1p(-torch.exp(x.detach())))",
         "P20",
     ),
+    # differentiated twice
+    Mutant(
+        "custom rule that stops the second derivative",
+        "misread: a gradient with stop_gradient is a gradient",
+        "jax_custom",
+        "        gradient = surrogate(*primals)\n",
+        "        gradient = jax.lax.stop_gradient(surrogate(*primals))\n",
+        "P3",
+    ),
     # empty and short
     Mutant(
         "0/0 where nothing is valid",
@@ -411,7 +440,7 @@ MUTANTS = (
         "jax_jit",
         "    return -a * jnp.exp(jnp.minimum(x - b, 20.0))",
         "    return jnp.where(mask.any(), -a * jnp.exp(jnp.minimum(x - b, 20.0)), 0.0 * jnp.where(mask.any(), x, log_prob))",
-        "P5",
+        "P1",
     ),
     # denominators
     Mutant(

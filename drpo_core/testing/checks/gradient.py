@@ -10,12 +10,18 @@ from drpo_core.objectives import CISPO
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import unit_roundoff
 from drpo_core.testing.checks._base import (
+    DIFFERENCE_ROUNDINGS,
+    JUMP,
+    ROUNDINGS,
     check,
+    exact_values,
     expect,
+    is_smooth,
     needs_exact_gradient,
     needs_local,
     needs_objective,
     needs_ratio_form,
+    scores,
     small_ratio,
     smooth,
     tokens,
@@ -23,13 +29,15 @@ from drpo_core.testing.checks._base import (
     with_dtypes,
 )
 from drpo_core.testing.checks.structure import close
-from drpo_core.testing.oracle import references
+from drpo_core.testing.frameworks import STEP
 from drpo_core.testing.strategies import vocabularies
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hypothesis.strategies import SearchStrategy
 
-    from drpo_core.testing.batch import BoolArray, TokenBatch, Vocabulary
+    from drpo_core.testing.batch import BoolArray, FloatArray, TokenBatch, Vocabulary
     from drpo_core.testing.implementation import Evaluation, Implementation
 
 __all__ = [
@@ -41,26 +49,23 @@ __all__ = [
     "check_on_policy_gradient",
     "check_ratio_has_expectation_one",
     "check_rounding_error",
+    "check_second_derivative",
     "check_zero_advantage_is_inert",
 ]
 
-# roundings on the longest path from log π to the gradient, with the last-place errors of exp and expm1
-ROUNDINGS = 16.0
-JUMP = 64.0
-"""Roundings from a jump within which either side of it is accepted."""
-STEP = 2.0**-9
+GRID = 2.0**16
+"""Of log-probs to which steps are added, so that the sums are exact in float32."""
 
 
 def reference_of(evaluation: Evaluation) -> oracle.References:
     """The oracle's values at the tokens an evaluation counts."""
-    batch = evaluation.batch
-    return references(
-        evaluation.implementation.objective,
-        batch.log_prob,
-        batch.behavior_log_prob,
-        batch.advantages,
-        evaluation.coefficients > 0.0,
-    )
+    exact = exact_values(evaluation)
+    # the edge of a smooth trust region is where w = 0
+    smooth_edge = is_smooth(evaluation.implementation.objective)
+    edge = np.abs(exact.weight) / np.maximum(exact.weight_scale, 1.0) if smooth_edge else exact.jump
+    nearest = np.maximum(edge, unit_roundoff(evaluation.dtype)).min(where=evaluation.coefficients > 0.0, initial=1.0)
+    scores["closeness to the boundary"] = max(scores.get("closeness to the boundary", 0.0), -float(np.log10(nearest)))
+    return exact
 
 
 @check("P3", needs=[needs_objective, needs_local])
@@ -106,30 +111,89 @@ def check_loss_matches_the_formula(implementation: Implementation, batch: TokenB
 @check("P3", needs=[needs_objective, needs_ratio_form, needs_local, needs_exact_gradient])
 def check_gradient_is_the_derivative_of_the_loss(implementation: Implementation, batch: TokenBatch) -> None:
     """Ratio forms, away from kinks: the gradient is the central difference of the implementation's own loss."""
-    smooth_here = smooth(implementation.objective, batch, 3.0 * STEP) & (batch.log_ratio < 19.0)
+    batch = _on_grid(batch)
     result = implementation(batch)
     exact = reference_of(result)
+    smooth_here = _steppable(result, exact)
     # one direction for all tokens at once: P4 has them independent, and signs keep them from cancelling
     rows, columns = np.indices(batch.shape)
     direction = np.where(smooth_here, np.where((rows + columns) % 2 == 0, 1.0, -1.0), 0.0)
-    values = [
-        implementation(batch.replace(log_prob=batch.log_prob + k * STEP * direction)).loss for k in (2.0, 1.0, -1.0, -2.0)
-    ]
-    slope = (8.0 * (values[1] - values[2]) - (values[0] - values[3])) / (12.0 * STEP)
+    slope = _slope(lambda x: implementation(batch.replace(log_prob=x)).loss, batch.log_prob, direction)
     scale = result.coefficients * (exact.gradient_scale + exact.loss_scale)
-    limit = max(1e-8, tolerance(implementation))
+    limit = _difference_limit(implementation)
     because = "the gradient is the derivative of the loss"
     if implementation.reduction == "none":
         bound = limit * (1.0 + scale)
         expect(result, "gradient", "close", slope * direction, bound=bound, where=direction != 0.0, because=because)
         return
-    directional = np.asarray((result.gradient * direction).sum())
-    difference = abs(float(directional - slope))
+    directional = float((result.gradient * direction).sum())
+    difference = abs(directional - float(slope))
     if not difference <= limit * (1.0 + scale.sum()):
         # name the tokens: the whole gradient is known from the loss alone
         expected = np.where(direction != 0.0, exact.gradient * result.coefficients, result.gradient)
         expect(result, "gradient", "close", expected, bound=limit * (1.0 + scale) / scale.size, because=because)
-        expect(result, "gradient", "equal", np.nan, because=f"{because}; along ±1 it is {slope!r}, not {directional!r}")
+        expect(result, "gradient", "equal", np.nan, because=f"{because}; along ±1 it is {float(slope)!r}, not {directional!r}")
+
+
+def _needs_second_order(implementation: Implementation) -> str | None:
+    if implementation.second_order == "unknown":
+        return "declares nothing about second derivatives (second_order)"
+    return None if implementation.derivative is not None else "its gradient is not taken by autodiff"
+
+
+@check("P3", needs=[_needs_second_order, needs_objective, needs_local, needs_exact_gradient])
+def check_second_derivative(implementation: Implementation, batch: TokenBatch) -> None:
+    """Differentiating the gradient gives its derivative, or an error where that is what is declared: never a wrong number.
+
+    A detached coefficient or a custom rule that is not differentiable gives a plausible 0, which second-order methods and
+    Hessian diagnostics take for curvature.
+    """
+    assert implementation.derivative is not None
+    if implementation.second_order == "error":
+        try:
+            result = implementation.derivative(batch)
+        except (RuntimeError, NotImplementedError):
+            return
+        expect(result, "gradient", "NaN", because="a second derivative is refused, as declared")
+        return
+    batch = _on_grid(batch)
+    first = implementation(batch)
+    exact = reference_of(first)
+    result = implementation.derivative(batch)
+    slope = _slope(lambda x: implementation(batch.replace(log_prob=x)).gradient, batch.log_prob, np.ones(batch.shape))
+    expect(
+        result,
+        "gradient",
+        "close",
+        slope,
+        bound=_difference_limit(implementation) * first.coefficients * (1.0 + exact.gradient_scale + exact.loss_scale),
+        where=_steppable(first, exact),
+        because="the second derivative is the derivative of the gradient",
+    )
+
+
+def _on_grid(batch: TokenBatch) -> TokenBatch:
+    return batch.replace(log_prob=np.rint(batch.log_prob * GRID) / GRID)
+
+
+def _steppable(evaluation: Evaluation, exact: oracle.References) -> BoolArray:
+    """Where two steps to either side stay below log π = 0, on one smooth piece, and short of the saturated ratio."""
+    batch, objective = evaluation.batch, evaluation.implementation.objective
+    decided = exact.jump > JUMP * unit_roundoff(evaluation.dtype)
+    below_one = batch.log_prob <= -2.0 * STEP
+    return decided & below_one & smooth(objective, batch, 3.0 * STEP) & (batch.log_ratio < oracle.SATURATION - 1.0)
+
+
+def _slope(function: Callable[[FloatArray], FloatArray], x: FloatArray, direction: FloatArray) -> FloatArray:
+    """Derivative of a function along a direction, by central differences of fourth order."""
+    far, near, back, far_back = (function(x + k * STEP * direction) for k in (2.0, 1.0, -1.0, -2.0))
+    return (8.0 * (near - back) - (far - far_back)) / (12.0 * STEP)
+
+
+def _difference_limit(implementation: Implementation) -> float:
+    """What `_slope` may be off, relative to the terms: its own error, or the rounding of its values over its step."""
+    rounding = DIFFERENCE_ROUNDINGS * unit_roundoff(implementation.dtypes[0]) / STEP
+    return max(1e-8, tolerance(implementation), rounding)
 
 
 def _capped_below_one(implementation: Implementation) -> str | None:
