@@ -29,6 +29,7 @@ KEPT = {
     "P14": "follows from the formula of w, which P3 and P20 compare; an identity of the implementation with itself",
     "P15": "follows from the formula of w, which P3 and P20 compare; owes nothing to that formula, but to its partner's",
     "P18": "follows from the formula of w, which P3 and P20 compare; bounds w by its own values at two π",
+    "P19": "follows from the formula of w, which P3 and P20 compare; an indicator, whatever the region is",
 }
 """Properties that are nowhere the only killer, and why they are kept."""
 

@@ -728,11 +728,11 @@ MUTANTS = (
         "P11",
     ),
     Mutant(
-        "clip whose tie halves the gradient",
-        "rllm #81",
-        "torch_ppo_fixed",
-        "torch.clamp(ratio, 1.0 - low, 1.0 + high)",
-        "torch.maximum(torch.minimum(ratio, torch.full_like(ratio, 1.0 + high)), torch.full_like(ratio, 1.0 - low))",
+        "a dropped token is pushed back, if only by a trace",
+        "misread: a mask corrects",
+        "torch_dppo",
+        "torch.where(kept, -a * ratio, 0.0)",
+        "torch.where(kept, -a * ratio, 1e-18 * a * ratio)",
         "P19",
     ),
     Mutant(
