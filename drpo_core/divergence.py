@@ -110,6 +110,8 @@ def binary_kl_of(tokens: Tokens) -> Float[Array, "*tokens"]:
     xp, d = tokens.xp, tokens.shift
     pi_rest = _complement(tokens.log_prob, xp=xp)
     mu_rest = _complement(tokens.behavior_log_prob, xp=xp)
+    # so small a rest can't be divided by; μ gives it nothing
+    mu_rest = xp.where(mu_rest <= 1e-37, 0.0, mu_rest)
     mu = xp.exp(tokens.behavior_log_prob)
     return _kl_term(mu, tokens.log_ratio, d, xp=xp) + _kl_term(mu_rest, _log_quotient(pi_rest, mu_rest, -d, xp=xp), -d, xp=xp)
 
@@ -485,7 +487,7 @@ def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:
 
     Where abs(ℓ) < ½ the difference cancels; the series of φ up to t¹⁴, exact to 2⁻⁵² there, does not.
     """
-    massless = mass <= 1e-37
+    massless = mass == 0.0
     near = (xp.abs(ell) < 0.5) & ~massless
     t = xp.where(near, ell, 0.0)
     series = xp.ones_like(t)
