@@ -32,6 +32,7 @@ from drpo_core.drpo import drpo_loss, drpo_weight, mask_drpo_loss, mask_drpo_wei
 from drpo_core.gradient import TokenLoss, token_loss_and_gradient
 from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, Objective, PolicyGradient, PPOClip
 from drpo_core.policy_gradient import policy_gradient_loss, policy_gradient_weight
+from drpo_core.policy_loss import PolicyLoss, policy_loss_and_gradient
 from drpo_core.ppo import ppo_clip_loss, ppo_clip_weight
 from drpo_core.ratio import Tokens, importance_ratio, log_ratio, probability_shift
 from drpo_core.reduction import (
@@ -61,6 +62,7 @@ __all__ = [
     "Objective",
     "PPOClip",
     "PolicyGradient",
+    "PolicyLoss",
     "TokenLoss",
     "Tokens",
     "VacuousTrustRegionWarning",
@@ -89,6 +91,7 @@ __all__ = [
     "merge_diagnostics",
     "policy_gradient_loss",
     "policy_gradient_weight",
+    "policy_loss_and_gradient",
     "ppo_clip_loss",
     "ppo_clip_weight",
     "probability_shift",

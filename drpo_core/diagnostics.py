@@ -15,7 +15,7 @@ from drpo_core.ratio import Tokens
 from drpo_core.reduction import count_true
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from drpo_core.objectives import Objective
     from drpo_core.types import Array, Bool, Float, Namespace
@@ -165,7 +165,7 @@ def diagnostics(
     (0.666667, 0.285714)
     """
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
-    return _diagnostics(tokens, objective.weight(tokens), objective.inside(tokens), mask)
+    return diagnostics_of(tokens, objective.weight(tokens), objective.inside(tokens), mask)
 
 
 def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
@@ -237,33 +237,37 @@ def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
     return {name: float(on_host[i]) for i, name in enumerate(statistics)}
 
 
-def _diagnostics(tokens: Tokens, weight: Array, inside: Array, mask: Array | None) -> Diagnostics:
+def diagnostics_of(tokens: Tokens, weight: Array, inside: Array, mask: Array | None) -> Diagnostics:
+    """`diagnostics` of tokens whose weight and trust region are known."""
     xp, a, ell, r = tokens.xp, tokens.advantages, tokens.log_ratio, tokens.ratio
-    counted = xp.ones_like(a) == 1.0 if mask is None else mask
+
+    def total(x: Array, over: _Subset) -> Array:
+        return xp.sum(xp.where(over.where, x, 0.0))
+
+    def subset(where: Array) -> _Subset:
+        return _Subset(where, count_true(where, a.dtype, xp=xp))
+
+    def mean(x: Array, over: _Subset) -> Mean:
+        return Mean(total(x, over), over.count)
+
+    def fraction(condition: Array, over: _Subset) -> Mean:
+        return Mean(count_true(condition & over.where, a.dtype, xp=xp), over.count)
+
+    def maximum(x: Array, over: _Subset) -> Maximum:
+        candidates = xp.where(over.where, x, -xp.inf)
+        return Maximum(xp.max(candidates) if 0 not in x.shape else xp.sum(candidates) - xp.inf, over.count)
+
     finite = xp.isfinite(a) & xp.isfinite(tokens.behavior_log_prob) & (tokens.log_prob < xp.inf)
-    valid = counted & finite
-    active = valid & (a != 0.0)
+    counted = subset(xp.ones_like(a) == 1.0 if mask is None else mask)
+    valid = subset(counted.where & finite)
+    active = subset(valid.where & (a != 0.0))
     outside, direction = ~inside, tokens.along_advantage(ell)
     diverging, converging, positive, negative = direction > 0.0, direction < 0.0, a > 0.0, a < 0.0
     # selected before multiplying, as inf·0 is a NaN
-    magnitude, effective_weight = r * xp.where(active, xp.abs(a), 0.0), xp.where(active, xp.abs(weight), 0.0)
+    magnitude = r * xp.where(active.where, xp.abs(a), 0.0)
+    effective_weight = xp.where(active.where, xp.abs(weight), 0.0)
     effective = r * effective_weight
     binary_tv = xp.abs(tokens.shift)
-
-    def total(x: Array, where: Array) -> Array:
-        return xp.sum(xp.where(where, x, 0.0))
-
-    def mean(x: Array, where: Array) -> Mean:
-        return Mean(total(x, where), count_true(where, a.dtype, xp=xp))
-
-    def fraction(condition: Array, where: Array) -> Mean:
-        return Mean(count_true(condition & where, a.dtype, xp=xp), count_true(where, a.dtype, xp=xp))
-
-    def maximum(x: Array, where: Array) -> Maximum:
-        candidates = xp.where(where, x, -xp.inf)
-        largest = xp.max(candidates) if 0 not in x.shape else xp.sum(candidates) - xp.inf
-        return Maximum(largest, count_true(where, a.dtype, xp=xp))
-
     largest_negated_weight = maximum(-weight, active)
     return {
         "ratio_mean": mean(r, valid),
@@ -288,9 +292,31 @@ def _diagnostics(tokens: Tokens, weight: Array, inside: Array, mask: Array | Non
         "weight_max": maximum(weight, active),
         "gradient_mass_kept": Mean(total(magnitude * effective_weight, active), total(magnitude, active)),
         "effective_sample_size": EffectiveSampleSize(
-            total(effective, active), total(effective * effective, active), count_true(active, a.dtype, xp=xp)
+            total(effective, active), total(effective * effective, active), active.count
         ),
     }
+
+
+def merge_stacked(parts: Sequence[Diagnostics], *, xp: Namespace) -> Diagnostics:
+    """`merge_diagnostics` of many parts at once: a few operations instead of a few for each statistic and part."""
+    figures = xp.stack([xp.stack([figure for statistic in part.values() for figure in statistic]) for part in parts])
+    total, most, least = xp.sum(figures, axis=0), xp.max(figures, axis=0), xp.min(figures, axis=0)
+    merged: Diagnostics = {}
+    i = 0
+    for name, statistic in parts[0].items():
+        fields = [total[j] for j in range(i, i + len(statistic))]
+        if isinstance(statistic, (Maximum, Minimum)):
+            fields[0] = most[i] if isinstance(statistic, Maximum) else least[i]
+        merged[name] = type(statistic)(*fields)
+        i += len(statistic)
+    return merged
+
+
+class _Subset(NamedTuple):
+    """Some of the tokens, and how many."""
+
+    where: Array
+    count: Array
 
 
 def _quotient(numerator: Array, denominator: Array) -> Array:

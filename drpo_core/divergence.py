@@ -492,7 +492,7 @@ def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:
     t = xp.where(near, ell, 0.0)
     series = xp.ones_like(t)
     for n in range(14, 2, -1):
-        series = 1.0 + t / n * series
+        series = 1.0 + t * (1.0 / n) * series
     # an outcome that μ gives no mass adds π; 0·inf would be a NaN
     far = xp.where(massless & (shift < 0.0), 0.0, shift) - mass * xp.where(near | massless, 0.0, ell)
     return xp.where(near, mass * (0.5 * t * t * series), far)

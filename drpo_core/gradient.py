@@ -81,8 +81,13 @@ def token_loss_and_gradient(
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     xp = tokens.xp
     weight = objective.weight(tokens)
-    gradient = xp.where(weight == 0.0, 0.0, -tokens.advantages * tokens.ratio * weight)
-    result = TokenLoss(objective.loss(tokens), xp.astype(gradient, log_prob.dtype, copy=False), weight)
+    gradient = xp.astype(gradient_of(tokens, weight), log_prob.dtype, copy=False)
+    result = TokenLoss(objective.loss(tokens), gradient, weight)
     if mask is None:
         return result
     return TokenLoss(*(xp.where(mask, array, 0.0) for array in result))
+
+
+def gradient_of(tokens: Tokens, weight: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
+    """−A r w; exactly 0 where w = 0, whatever the ratio."""
+    return tokens.xp.where(weight == 0.0, 0.0, -tokens.advantages * tokens.ratio * weight)

@@ -86,20 +86,31 @@ class Tokens(NamedTuple):
         Masked positions are replaced before any arithmetic by an inert on-policy token, so nothing they hold,
         NaN included, can reach a value or a derivative.
         """
-        arrays = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+        xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+        log_prob, behavior_log_prob, advantages = (
+            xp.astype(array, dtype, copy=False) for array in (log_prob, behavior_log_prob, advantages)
+        )
         if divergence is not None:
-            arrays["divergence"] = divergence
-        xp = check_arrays(xp=xp, **arrays)
+            divergence = xp.astype(divergence, dtype, copy=False)
+        return cls.selected(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+
+    @classmethod
+    def selected(
+        cls,
+        log_prob: Float[Array, "*tokens"],
+        behavior_log_prob: Float[Array, "*tokens"],
+        advantages: Float[Array, "*tokens"],
+        *,
+        mask: Bool[Array, "*tokens"] | None,
+        divergence: Float[Array, "*tokens"] | None = None,
+        xp: Namespace,
+    ) -> Tokens:
+        """`Tokens.of` after selecting by the mask; checks nothing."""
+        arrays = (log_prob, behavior_log_prob, advantages, divergence)
         if mask is not None:
-            check_dtype("mask", mask, "bool", xp=xp)
-            check_shape("mask", mask, "log_prob", log_prob)
-        dtype = compute_dtype(log_prob, behavior_log_prob, advantages, xp=xp)
-
-        def select(array: Array) -> Array:
-            array = xp.astype(array, dtype, copy=False)
-            return array if mask is None else xp.where(mask, array, 0.0)
-
-        return cls.of(**{name: select(array) for name, array in arrays.items()}, xp=xp)
+            arrays = tuple(None if array is None else xp.where(mask, array, 0.0) for array in arrays)  # type: ignore[assignment]
+        log_prob, behavior_log_prob, advantages, divergence = arrays
+        return cls.of(log_prob, behavior_log_prob, advantages, divergence=divergence, xp=xp)
 
     def along_advantage(self, x: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """sign(A)·x; a token is *diverging* where sign(A)·ℓ > 0.
@@ -119,6 +130,26 @@ class Tokens(NamedTuple):
     def indicator(self, condition: Bool[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """1 where the condition holds, else 0, in the dtype of the tokens."""
         return self.xp.where(condition, self.xp.ones_like(self.advantages), 0.0)
+
+
+def check_tokens(
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    *,
+    mask: Bool[Array, "*tokens"] | None,
+    divergence: Float[Array, "*tokens"] | None,
+    xp: Namespace | None,
+) -> tuple[Namespace, object]:
+    """Namespace and dtype of the arithmetic, after checking dtypes and shapes."""
+    arrays = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+    if divergence is not None:
+        arrays["divergence"] = divergence
+    xp = check_arrays(xp=xp, **arrays)
+    if mask is not None:
+        check_dtype("mask", mask, "bool", xp=xp)
+        check_shape("mask", mask, "log_prob", log_prob)
+    return xp, compute_dtype(log_prob, behavior_log_prob, advantages, xp=xp)
 
 
 def log_ratio(

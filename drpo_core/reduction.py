@@ -10,6 +10,7 @@ the denominator of the whole batch as `normalizer` and sum the results.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
@@ -21,6 +22,8 @@ __all__ = [
     "MaskedSum",
     "Reduction",
     "masked_sum",
+    "reduction_coefficients",
+    "reduction_count",
     "sequence_mean_token_mean",
     "sequence_mean_token_sum",
     "token_mean",
@@ -148,8 +151,8 @@ def token_mean(
     1.5
     """
     values, mask, xp = _selected(values, mask, token_weights, xp)
-    _check_segments(segment_ids, mask, xp=xp)
-    return xp.sum(values) / _denominator(normalizer, count_true(mask, values.dtype, xp=xp), xp=xp)
+    _, tokens = _per_token(mask, segment_ids, values.dtype, xp=xp)
+    return xp.sum(values) / _denominator(normalizer, tokens, xp=xp)
 
 
 def sequence_mean_token_mean(
@@ -208,8 +211,8 @@ def sequence_mean_token_mean(
     3.75
     """
     values, mask, xp = _selected(values, mask, token_weights, xp)
-    length, sequences = _sequences(mask, segment_ids, values.dtype, xp=xp)
-    return xp.sum(values / _nonzero(length, xp=xp)) / _denominator(normalizer, sequences, xp=xp)
+    length, sequences = _per_sequence(mask, segment_ids, values.dtype, xp=xp)
+    return xp.sum(values / length) / _denominator(normalizer, sequences, xp=xp)
 
 
 def sequence_mean_token_sum(
@@ -266,12 +269,129 @@ def sequence_mean_token_sum(
     >>> float(sequence_mean_token_sum(values, mask, horizon=2))
     2.25
     """
-    if isinstance(horizon, (int, float)) and not 0.0 < horizon < math.inf:
-        msg = f"horizon: expected a finite number greater than 0, got {horizon!r}"
-        raise ValueError(msg)
     values, mask, xp = _selected(values, mask, token_weights, xp)
-    _, sequences = _sequences(mask, segment_ids, values.dtype, xp=xp)
+    horizon, sequences = _per_horizon(mask, segment_ids, values.dtype, xp=xp, horizon=horizon)
     return xp.sum(values) / horizon / _denominator(normalizer, sequences, xp=xp)
+
+
+def reduction_coefficients(
+    reduction: Reduction,
+    mask: Bool[Array, "*tokens"],
+    *,
+    dtype: object,
+    normalizer: float | Array | None = None,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Array | None:
+    """C in reduction(v) = Σ m c v: what each valid token's value, and so its gradient, is multiplied with.
+
+    Known before any value is, so that a loss and its final gradient can be formed in one pass.
+
+    Parameters
+    ----------
+    reduction
+        A reduction of this module; `sequence_mean_token_sum` may have its horizon bound by `functools.partial`.
+    mask
+        m: True at tokens that count.
+    dtype
+        Of the arithmetic.
+    normalizer, token_weights, segment_ids
+        As for the reduction.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array or None
+        Of a shape that broadcasts to the mask's: 0-d, one a row, or (with `token_weights` or packed sequences) one a
+        token, where it may be anything at masked tokens. None for any other function: nothing is known of it.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or the normalizer is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import sequence_mean_token_mean
+    >>> from drpo_core.reduction import reduction_coefficients
+    >>> mask = np.array([[True, True], [True, False]])
+    >>> reduction_coefficients(sequence_mean_token_mean, mask, dtype=np.float64)
+    array([[0.25],
+           [0.5 ]])
+    """
+    known = _divisor_and_count(reduction, mask, segment_ids, dtype, xp=xp)
+    if known is None:
+        return None
+    divisor, count, xp = known
+    coefficients = xp.ones_like(count) / divisor / _denominator(normalizer, count, xp=xp)
+    return coefficients if token_weights is None else coefficients * _weights(token_weights, mask, dtype, xp=xp)
+
+
+def reduction_count(
+    reduction: Reduction,
+    mask: Bool[Array, "*tokens"],
+    *,
+    dtype: object,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, ""] | None:
+    """Denominator of a reduction: the number of valid tokens, or of sequences that have one.
+
+    Add those of micro-batches and shards to get the `normalizer` of the whole batch.
+
+    Parameters
+    ----------
+    reduction
+        A reduction of this module; `sequence_mean_token_sum` may have its horizon bound by `functools.partial`.
+    mask
+        True at tokens that count.
+    dtype
+        Of the result.
+    segment_ids
+        As for the reduction.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array or None
+        0-d. None for any other function: nothing is known of it.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import sequence_mean_token_mean, token_mean
+    >>> from drpo_core.reduction import reduction_count
+    >>> mask = np.array([[True, True], [True, False], [False, False]])
+    >>> [float(reduction_count(mean, mask, dtype=np.float64)) for mean in (token_mean, sequence_mean_token_mean)]
+    [3.0, 2.0]
+    """
+    known = _divisor_and_count(reduction, mask, segment_ids, dtype, xp=xp)
+    return None if known is None else known[1]
+
+
+def _divisor_and_count(
+    reduction: Reduction, mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace | None
+) -> tuple[Array | float, Array, Namespace] | None:
+    function, options = (reduction.func, reduction.keywords) if isinstance(reduction, partial) else (reduction, {})
+    # compared rather than looked up: a reduction need not be hashable
+    divisors = next((divisors for known, divisors in _DIVISORS if function is known), None)
+    if divisors is None or not options.keys() <= {"horizon"}:
+        return None
+    xp = check_arrays(xp=xp, kind="bool", mask=mask)
+    return *divisors(mask, segment_ids, dtype, xp=xp, **options), xp
 
 
 def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
@@ -282,10 +402,44 @@ def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Names
     dtype = compute_dtype(values, xp=xp)
     selected = xp.where(mask, xp.astype(values, dtype, copy=False), 0.0)
     if token_weights is not None:
-        check_dtype("token_weights", token_weights, "real floating", xp=xp)
-        check_shape("token_weights", token_weights, "values", values)
-        selected = selected * xp.where(mask, xp.astype(token_weights, dtype, copy=False), 0.0)
+        selected = selected * _weights(token_weights, mask, dtype, xp=xp)
     return selected, mask, xp
+
+
+def _weights(token_weights: Array, mask: Array, dtype: object, *, xp: Namespace) -> Array:
+    check_dtype("token_weights", token_weights, "real floating", xp=xp)
+    check_shape("token_weights", token_weights, "mask", mask)
+    return xp.where(mask, xp.astype(token_weights, dtype, copy=False), 0.0)
+
+
+def _per_token(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[float, Array]:
+    """Divisor of each token, and what is counted for the denominator: tokens."""
+    _check_segments(segment_ids, mask, xp=xp)
+    return 1.0, count_true(mask, dtype, xp=xp)
+
+
+def _per_sequence(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[Array, Array]:
+    """Divisor of each token, the length of its sequence, and what is counted: sequences."""
+    length, sequences = _sequences(mask, segment_ids, dtype, xp=xp)
+    return _nonzero(length, xp=xp), sequences
+
+
+def _per_horizon(
+    mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace, horizon: float | Array = 1.0
+) -> tuple[float | Array, Array]:
+    """Divisor of each token, the horizon, and what is counted: sequences."""
+    if isinstance(horizon, (int, float)) and not 0.0 < horizon < math.inf:
+        msg = f"horizon: expected a finite number greater than 0, got {horizon!r}"
+        raise ValueError(msg)
+    _, sequences = _sequences(mask, segment_ids, dtype, xp=xp)
+    return horizon, sequences
+
+
+_DIVISORS = (
+    (token_mean, _per_token),
+    (sequence_mean_token_mean, _per_sequence),
+    (sequence_mean_token_sum, _per_horizon),
+)
 
 
 def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[Array, Array]:
@@ -318,7 +472,7 @@ def _check_segments(segment_ids: Array | None, mask: Array, *, xp: Namespace) ->
 
 def count_true(condition: Bool[Array, "*tokens"], dtype: object, *, xp: Namespace) -> Float[Array, ""]:
     """Number of True elements, counted in integers, as a 0-d array of a floating dtype."""
-    return xp.astype(xp.sum(xp.astype(condition, xp.int32)), dtype)
+    return xp.astype(xp.count_nonzero(condition), dtype)
 
 
 def _nonzero(count: Array, *, xp: Namespace) -> Array:

@@ -8,6 +8,7 @@ import pytest
 from backends import Backend
 
 from drpo_core import masked_sum, sequence_mean_token_mean, sequence_mean_token_sum, token_mean
+from drpo_core.reduction import reduction_coefficients
 
 VALUES = np.array([[1.0, 2.0, 6.0, np.nan], [5.0, np.inf, np.nan, -np.inf]])
 MASK = np.array([[True, True, True, False], [True, False, False, False]])
@@ -192,7 +193,7 @@ def test_nan_at_a_valid_token_is_not_hidden(backend):
         ({"mask": MASK[:, None]}, ValueError, r"mask: expected the shape of values, \(2, 4\), got \(2, 1, 4\)"),
         ({"values": np.array([[1, 2, 3, 4]] * 2)}, TypeError, "values: expected a real floating dtype, got .*int64"),
         ({"values": 1.0}, TypeError, "values: expected an array of real floating dtype, got float"),
-        ({"token_weights": WEIGHTS[:1]}, ValueError, r"token_weights: expected the shape of values, \(2, 4\), got \(1, 4\)"),
+        ({"token_weights": WEIGHTS[:1]}, ValueError, r"token_weights: expected the shape of mask, \(2, 4\), got \(1, 4\)"),
         ({"token_weights": MASK}, TypeError, "token_weights: expected a real floating dtype, got .*bool"),
         ({"segment_ids": np.zeros((2, 4))}, TypeError, "segment_ids: expected a integral dtype, got .*float64"),
         ({"segment_ids": IDS}, ValueError, r"segment_ids: expected the shape of mask, \(2, 4\), got \(4,\)"),
@@ -225,5 +226,27 @@ def test_horizon_errors(horizon):
 def test_masked_sum_errors(backend):
     with pytest.raises(TypeError, match="mask: expected a bool dtype"):
         backend.run(masked_sum, VALUES, MASK * 1.0)
-    with pytest.raises(ValueError, match="token_weights: expected the shape of values"):
+    with pytest.raises(ValueError, match="token_weights: expected the shape of mask"):
         backend.run(masked_sum, VALUES, MASK, token_weights=WEIGHTS[0])
+
+
+@pytest.mark.parametrize("reduction", [token_mean, sequence_mean_token_mean, partial(sequence_mean_token_sum, horizon=3.0)])
+@pytest.mark.parametrize("normalizer", [None, 7.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_coefficients_are_what_each_value_is_multiplied_with(reduction, normalizer, weighted, packed):
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(size=(2, 3, 5))
+    mask = np.array([[True] * 5, [True, False, True, False, False], [False] * 5])
+    weights = np.where(mask, weights, np.nan)
+    options = {"normalizer": normalizer, "token_weights": weights if weighted else None, "segment_ids": None}
+    if packed:
+        values, mask, weights = values.ravel(), mask.ravel(), weights.ravel()
+        options |= {"segment_ids": np.repeat(np.arange(3), 5), "token_weights": weights if weighted else None}
+    coefficients = reduction_coefficients(reduction, mask, dtype=np.float64, **options)
+    total = np.where(mask, coefficients * values, 0.0).sum()
+    np.testing.assert_allclose(total, reduction(values, mask, **options), rtol=1e-15)
+
+
+def test_nothing_is_known_of_another_reduction():
+    assert reduction_coefficients(lambda values, *_, **__: values.max(), np.array([True]), dtype=np.float64) is None

@@ -1,0 +1,269 @@
+"""The operations that Array-API code performs on each token, recorded by running it once on symbols.
+
+The recording is straight-line Python source over scalars, with common sub-expressions shared, which `drpo_core.jit`
+compiles. So a formula stays where it is written, and any objective can be compiled, a user's own too.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["Symbol", "Trace", "TracedNamespace", "UntraceableError"]
+
+FLOAT, BOOL = "float", "bool"
+
+_FLOAT_TEMPLATES = {
+    "abs": "abs({})",
+    "add": "{} + {}",
+    "divide": "{} / {}",
+    "exp": "exp({})",
+    "expm1": "expm1({})",
+    "log": "log({})",
+    "log1p": "log1p({})",
+    "maximum": "select(({0} > {1}) | ({0} != {0}), {0}, {1})",
+    "minimum": "select(({0} < {1}) | ({0} != {0}), {0}, {1})",
+    "multiply": "{} * {}",
+    "negative": "-{}",
+    "sign": "select({0} > zero, one, select({0} < zero, -one, {0}))",
+    "sqrt": "sqrt({})",
+    "square": "{0} * {0}",
+    "subtract": "{} - {}",
+    "tanh": "tanh({})",
+}
+_BOOL_TEMPLATES = {
+    "equal": "{} == {}",
+    "greater": "{} > {}",
+    "greater_equal": "{} >= {}",
+    "isfinite": "abs({}) < infinity",
+    "isinf": "abs({}) == infinity",
+    "isnan": "{0} != {0}",
+    "less": "{} < {}",
+    "less_equal": "{} <= {}",
+    "logical_and": "{} & {}",
+    "logical_not": "not {}",
+    "logical_or": "{} | {}",
+    "not_equal": "{} != {}",
+}
+_ALIASES = {
+    "bitwise_and": "logical_and",
+    "bitwise_invert": "logical_not",
+    "bitwise_or": "logical_or",
+    "invert": "logical_not",
+    "true_divide": "divide",
+}
+_TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"}
+
+
+class UntraceableError(NotImplementedError):
+    """An operation that can't be compiled; the plain engine runs it."""
+
+    def __init__(self, operation: str) -> None:
+        """Name the operation."""
+        super().__init__(f"{operation} can't be compiled; engine='plain' runs any objective")
+
+
+def _operator(name: str, *, reflected: bool = False) -> Callable[..., Any]:
+    def method(self: Symbol, *others: object) -> Symbol:
+        arguments = (*others, self) if reflected else (self, *others)
+        return self.trace.apply(name, *arguments)
+
+    return method
+
+
+class Symbol:
+    """The result of an operation on the symbols of a token, or (`reduced`) on sums and maxima over all tokens."""
+
+    __slots__ = ("arguments", "kind", "name", "operation", "reduced", "trace")
+
+    shape = ("tokens",)
+    ndim = 1
+
+    def __init__(self, trace: Trace, operation: str, arguments: tuple[Symbol, ...], kind: str, name: str) -> None:
+        """Use `Trace.apply`, which shares what was recorded before."""
+        self.trace, self.operation, self.arguments, self.kind, self.name = trace, operation, arguments, kind, name
+        self.reduced: bool = operation in ("sum", "max") or any(argument.reduced for argument in arguments)
+
+    @property
+    def dtype(self) -> str:
+        """`FLOAT` or `BOOL`."""
+        return self.kind
+
+    def __bool__(self) -> bool:
+        """Refuse: the trace has no value to decide by."""
+        msg = "a Python condition on a token's value (xp.where is an array operation)"
+        raise UntraceableError(msg)
+
+    def __pow__(self, exponent: int) -> Symbol:
+        """Small whole powers, by multiplication."""
+        if exponent not in (1, 2, 3, 4):
+            msg = f"the power {exponent!r}"
+            raise UntraceableError(msg)
+        power = self
+        for _ in range(1, exponent):
+            power = self.trace.apply("multiply", power, self)
+        return power
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: object, **options: object) -> Symbol:
+        """NumPy's functions and scalars, by the name of the function."""
+        if method != "__call__" or options:
+            msg = f"numpy.{ufunc.__name__}"
+            raise UntraceableError(msg)
+        return getattr(self.trace.namespace, ufunc.__name__)(*inputs)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse, naming the attribute."""
+        msg = f"the array attribute {name}"
+        if name.startswith("__"):
+            raise AttributeError(msg)
+        raise UntraceableError(msg)
+
+    __add__ = _operator("add")
+    __radd__ = _operator("add", reflected=True)
+    __sub__ = _operator("subtract")
+    __rsub__ = _operator("subtract", reflected=True)
+    __mul__ = _operator("multiply")
+    __rmul__ = _operator("multiply", reflected=True)
+    __truediv__ = _operator("divide")
+    __rtruediv__ = _operator("divide", reflected=True)
+    __neg__ = _operator("negative")
+    __abs__ = _operator("abs")
+    __and__ = _operator("logical_and")
+    __rand__ = _operator("logical_and", reflected=True)
+    __or__ = _operator("logical_or")
+    __ror__ = _operator("logical_or", reflected=True)
+    __invert__ = _operator("logical_not")
+    __lt__ = _operator("less")
+    __le__ = _operator("less_equal")
+    __gt__ = _operator("greater")
+    __ge__ = _operator("greater_equal")
+    __eq__ = _operator("equal")
+    __ne__ = _operator("not_equal")
+    __hash__ = object.__hash__
+
+
+class TracedNamespace:
+    """The part of the Array API that a trace knows; anything else raises `UntraceableError`."""
+
+    inf, nan = float("inf"), float("nan")
+    pi, e = 3.141592653589793, 2.718281828459045
+    float32 = float64 = int32 = int64 = FLOAT
+    bool = BOOL
+
+    def __init__(self, trace: Trace) -> None:
+        """A namespace that records into a trace."""
+        self._trace = trace
+
+    def __getattr__(self, name: str) -> Callable[..., Symbol]:
+        """An elementwise function."""
+        name = _ALIASES.get(name, name)
+        if name not in _TEMPLATES:
+            msg = f"xp.{name}"
+            raise UntraceableError(msg)
+
+        def function(*arguments: object) -> Symbol:
+            return self._trace.apply(name, *arguments)
+
+        return function
+
+    def astype(self, x: Symbol, dtype: str, **_: object) -> Symbol:
+        """Between truth values and numbers; there is one kind of number."""
+        if x.kind == dtype:
+            return x
+        return self._trace.apply("not_equal", x, 0.0) if dtype == BOOL else self._trace.apply("where", x, 1.0, 0.0)
+
+    def ones_like(self, x: Symbol) -> Symbol:
+        """One."""
+        return self.full_like(x, 1.0)
+
+    def zeros_like(self, x: Symbol) -> Symbol:
+        """Zero."""
+        return self.full_like(x, 0.0)
+
+    def full_like(self, x: Symbol, value: float) -> Symbol:  # noqa: ARG002
+        """A constant."""
+        return self._trace.symbol(value)
+
+    def clip(self, x: Symbol, low: object, high: object) -> Symbol:
+        """min(max(x, low), high)."""
+        return self._trace.apply("minimum", self._trace.apply("maximum", x, low), high)
+
+    def sum(self, x: Symbol) -> Symbol:
+        """Over all tokens."""
+        return self._trace.apply("sum", x)
+
+    def count_nonzero(self, x: Symbol) -> Symbol:
+        """Over all tokens."""
+        return self.sum(self.astype(self.astype(x, BOOL), FLOAT))
+
+    def max(self, x: Symbol) -> Symbol:
+        """Over all tokens; −inf if there are none."""
+        return self._trace.apply("max", x)
+
+    def min(self, x: Symbol) -> Symbol:
+        """Over all tokens; +inf if there are none."""
+        apply = self._trace.apply
+        return apply("negative", apply("max", apply("negative", x)))
+
+
+class Statements(NamedTuple):
+    """Source of a trace: of what is done per token and of what is done with sums and maxima."""
+
+    per_token: list[str]
+    reduced: list[str]
+
+
+class Trace:
+    """What was done to the symbols of a token, each thing once."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.namespace = TracedNamespace(self)
+        self.constants: dict[str, float] = {}
+        self._symbols: dict[tuple[object, ...], Symbol] = {}
+
+    def input(self, name: str, kind: str = FLOAT) -> Symbol:
+        """A symbol that stands for what the caller will pass."""
+        return self._shared(("input", name), "input", (), kind, name)
+
+    def symbol(self, value: object) -> Symbol:
+        """A symbol, or a constant as one."""
+        if isinstance(value, Symbol):
+            return value
+        if isinstance(value, bool):
+            return self._shared((value,), "constant", (), BOOL, repr(value))
+        if not isinstance(value, numbers.Real):
+            msg = f"a {type(value).__name__} among the operands"
+            raise UntraceableError(msg)
+        # by repr, because −0 is not 0 and NaN not NaN
+        symbol = self._shared((repr(float(value)),), "constant", (), FLOAT, f"k{len(self.constants)}")
+        self.constants[symbol.name] = float(value)
+        return symbol
+
+    def apply(self, operation: str, *operands: object) -> Symbol:
+        """The result of an operation, recorded unless it was before."""
+        arguments = tuple(self.symbol(operand) for operand in operands)
+        kind = arguments[-1].kind if operation == "where" else BOOL if operation in _BOOL_TEMPLATES else FLOAT
+        key = (operation, *(argument.name for argument in arguments))
+        return self._shared(key, operation, arguments, kind, f"v{len(self._symbols)}")
+
+    def reductions(self, operation: str) -> list[Symbol]:
+        """All symbols that are a ``"sum"`` or ``"max"`` over tokens."""
+        return [symbol for symbol in self._symbols.values() if symbol.operation == operation]
+
+    def statements(self) -> Statements:
+        """Assignments in an order in which they can be executed."""
+        computed = [symbol for symbol in self._symbols.values() if symbol.operation in _TEMPLATES]
+        return Statements(_source(s for s in computed if not s.reduced), _source(s for s in computed if s.reduced))
+
+    def _shared(self, key: tuple[object, ...], operation: str, arguments: tuple[Symbol, ...], kind: str, name: str) -> Symbol:
+        if key not in self._symbols:
+            self._symbols[key] = Symbol(self, operation, arguments, kind, name)
+        return self._symbols[key]
+
+
+def _source(symbols: Iterable[Symbol]) -> list[str]:
+    return [f"{s.name} = {_TEMPLATES[s.operation].format(*(a.name for a in s.arguments))}" for s in symbols]
