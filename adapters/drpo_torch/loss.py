@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import array_api_compat.torch as xp
 import torch
 
-from drpo_core import diagnostics, token_loss_and_gradient, token_mean
+from drpo_core import diagnostics as statistics_of
+from drpo_core import token_loss_and_gradient, token_mean
+from drpo_core.ratio import check_tokens
+from drpo_core.reduction import reduction_coefficients
+from drpo_torch.fused import ENGINES, Batch
+from drpo_torch.namespace import namespace
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -82,7 +87,7 @@ def token_loss(
     # the namespace is explicit because Dynamo can't trace its inference
     with torch.no_grad():
         result = token_loss_and_gradient(
-            objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
+            objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=namespace()
         )
     loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
     return loss
@@ -100,8 +105,13 @@ def policy_loss(
     token_weights: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     divergence: torch.Tensor | None = None,
+    diagnostics: bool = True,
+    engine: Literal["eager", "compile", "jit"] = "eager",
 ) -> tuple[torch.Tensor, Diagnostics]:
     """Scalar loss of a batch of tokens to call `backward` on, and detached diagnostics.
+
+    With a reduction of `drpo_core` the final gradient is formed with the loss, in one pass over the tokens. It is all that
+    is kept for the backward pass, in the dtype of `log_prob` (float16: in float32).
 
     Parameters
     ----------
@@ -117,25 +127,38 @@ def policy_loss(
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
     token_weights
-        Detached factors of the per-token losses (truncated importance weights, say). Kept for the backward pass too.
+        Detached factors of the per-token losses (truncated importance weights, say).
     segment_ids
-        Of packed tokens: which sequence each belongs to. Sequence means keep each token's length for the backward pass.
+        Of packed tokens: which sequence each belongs to.
     divergence
         Per-token divergence for ``DPPO(divergence="per_token")``.
+    diagnostics
+        Whether to compute them, in the same pass over the tokens.
+    engine
+        ``"eager"``: torch's operations, on the CPU piece by piece. ``"compile"``: one loop made by `torch.compile`, in
+        some ten seconds a kind of objective. ``"jit"``: one loop made by numba in a second or two for each objective,
+        which must be hashable; CPU only, extra `jit`. Under `torch.compile`, `torch.func` and with a reduction of your
+        own they are all the same plain expression.
 
     Returns
     -------
     loss : torch.Tensor
         0-d, float32 at least.
     diagnostics : dict
-        See `drpo_core.diagnostics`; on the tensors' device, nothing is synchronised.
+        See `drpo_core.diagnostics`; on the tensors' device, nothing is synchronised. Empty without `diagnostics`.
 
     Raises
     ------
     TypeError
         If an argument is not a tensor or a dtype is wrong.
     ValueError
-        If the shapes differ.
+        If the shapes differ, or the engine is unknown or does not work on this device.
+    ImportError
+        If ``engine="jit"`` finds no numba.
+    NotImplementedError
+        If ``engine="jit"`` can't compile what the objective does.
+    RuntimeError
+        On a second derivative or forward-mode differentiation, which are not implemented.
 
     Examples
     --------
@@ -156,13 +179,29 @@ def policy_loss(
     >>> summarize(diagnostics)["attenuated_fraction"]
     0.5
     """
-    _check_tensors(token_weights=token_weights, segment_ids=segment_ids)
-    tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
-    constants = None if token_weights is None else token_weights.detach()
-    loss = reduction(losses, mask, normalizer=normalizer, token_weights=constants, segment_ids=segment_ids, xp=xp)
+    tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
+    _check_tensors(**tensors, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
+    if engine not in ENGINES:
+        msg = f"engine: expected one of {', '.join(map(repr, ENGINES))}, got {engine!r}"
+        raise ValueError(msg)
+    _, found = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+    dtype = cast("torch.dtype", found)
+    options = {"normalizer": normalizer, "token_weights": None if token_weights is None else token_weights.detach()}
     with torch.no_grad():
-        return loss, diagnostics(objective, **tokens, mask=mask, divergence=divergence, xp=xp)
+        coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, segment_ids=segment_ids, xp=xp)
+    if coefficients is None:
+        losses = token_loss(objective, **tensors, divergence=divergence)
+        loss = reduction(losses, mask, **options, segment_ids=segment_ids, xp=xp)
+        with torch.no_grad():
+            return loss, statistics_of(objective, **tensors, divergence=divergence, xp=xp) if diagnostics else {}
+    # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
+    kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
+    batch = Batch(log_prob, behavior_log_prob, advantages, mask, coefficients, divergence, dtype, kept)
+    # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code
+    with torch.no_grad():
+        result = ENGINES[engine](objective, batch, diagnostics=diagnostics)
+    loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
+    return loss, result.diagnostics or {}
 
 
 class _WithGradient(torch.autograd.Function):
@@ -175,9 +214,10 @@ class _WithGradient(torch.autograd.Function):
         return loss.clone(), gradient.view_as(gradient)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401, ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN401
@@ -188,7 +228,7 @@ class _WithGradient(torch.autograd.Function):
             msg = "drpo_torch: the second derivative of a policy loss is not implemented (double backward, hessian)"
             raise RuntimeError(msg)
         (gradient,) = ctx.saved_tensors
-        return None if of_loss is None else (of_loss * gradient).to(gradient.dtype), None, None
+        return None if of_loss is None else (of_loss * gradient).to(ctx.dtype), None, None
 
 
 def _check_tensors(**tensors: object) -> None:

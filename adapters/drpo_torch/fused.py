@@ -1,0 +1,156 @@
+"""The engines of `policy_loss`: one pass over the tokens that forms the loss, its final gradient and diagnostics.
+
+All of them run `drpo_core.policy_loss.policy_loss_of`, where the formulas are: on whole tensors (`plain`), replayed on
+pieces that stay in the cache (`eager`), through `torch.compile` (`compiled`) or as a numba loop (`jitted`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from drpo_core.policy_loss import PolicyLoss, policy_loss_of
+from drpo_core.trace import UntraceableError
+from drpo_torch.namespace import namespace
+from drpo_torch.replay import replay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from drpo_core import Objective
+
+__all__ = ["ENGINES", "Batch"]
+
+
+class Batch(NamedTuple):
+    """Checked arguments of a pass: tensors of one shape, coefficients that broadcast to it, and the dtypes to use."""
+
+    log_prob: torch.Tensor
+    behavior_log_prob: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    coefficients: torch.Tensor
+    divergence: torch.Tensor | None
+    dtype: torch.dtype
+    gradient_dtype: torch.dtype
+
+
+def plain(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
+    """One expression on whole tensors: what every transform of torch can trace, on any device."""
+    result = policy_loss_of(objective, *batch[:6], dtype=batch.dtype, diagnostics=diagnostics, xp=namespace())
+    return result._replace(gradient=result.gradient.to(batch.gradient_dtype))
+
+
+def eager(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
+    """Torch's operations on pieces that stay in the cache; `plain` where that is not possible."""
+    if not _in_memory(batch):
+        return plain(objective, batch, diagnostics=diagnostics)
+    gradient = torch.empty(batch.log_prob.shape, dtype=batch.gradient_dtype)
+    try:
+        loss, statistics = replay(objective, batch[:6], gradient, batch.dtype, diagnostics=diagnostics)
+    except UntraceableError:
+        return plain(objective, batch, diagnostics=diagnostics)
+    return PolicyLoss(loss, gradient, statistics)
+
+
+def compiled(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
+    """`torch.compile`, which fuses the pass into one loop; compiled once per kind of objective and dtypes."""
+    if torch.compiler.is_compiling() or _transformed(batch) or batch.log_prob.numel() == 0:
+        return plain(objective, batch, diagnostics=diagnostics)
+    # 1-D, so that shapes don't matter, unless rows have coefficients of their own
+    keep_rows = batch.coefficients.numel() not in (1, batch.mask.numel())
+    shape = batch.mask.shape if keep_rows else (-1,)
+    flat = [None if t is None else t.reshape(shape) for t in (*batch[:3], batch.mask.view(torch.uint8), batch.divergence)]
+    coefficients = batch.coefficients if keep_rows else batch.coefficients.reshape(-1)
+    kind = (type(objective), *(t if t is None else t.ndim for t in batch[:6]), *batch[6:], diagnostics)
+    function = _compiled_for(*kind)
+    loss, gradient, statistics = function(objective, *flat, coefficients, batch.dtype, batch.gradient_dtype, diagnostics)
+    return PolicyLoss(loss, gradient.reshape(batch.log_prob.shape), statistics)
+
+
+def jitted(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
+    """The loop of `drpo_core.jit` over the memory of CPU tensors."""
+    if torch.compiler.is_compiling() or _transformed(batch):
+        return plain(objective, batch, diagnostics=diagnostics)
+    if batch.log_prob.device.type != "cpu":
+        msg = f"engine: 'jit' works on CPU tensors, got log_prob on {batch.log_prob.device}"
+        raise ValueError(msg)
+    try:
+        from drpo_core.jit import fused  # noqa: PLC0415 -- numba is an extra, and slow to import
+    except ImportError as error:
+        msg = "engine: 'jit' needs numba: pip install 'drpo-core[jit]'"
+        raise ImportError(msg) from error
+
+    def flat(tensor: torch.Tensor) -> NDArray[Any]:
+        array: NDArray[Any] = tensor.detach().to(batch.dtype).reshape(-1).numpy()
+        return array
+
+    kernel = fused(objective, dtype=str(batch.dtype).removeprefix("torch."), diagnostics=diagnostics)
+    gradient = torch.empty(batch.log_prob.shape, dtype=batch.dtype)
+    loss, statistics = kernel(
+        flat(batch.log_prob),
+        flat(batch.behavior_log_prob),
+        flat(batch.advantages),
+        batch.mask.reshape(-1).numpy(),
+        flat(batch.coefficients),
+        divergence=None if batch.divergence is None else flat(batch.divergence),
+        gradient=flat(gradient),
+        threads=torch.get_num_threads(),
+    )
+    if statistics is not None:
+        statistics = {name: type(s)(*map(torch.as_tensor, s)) for name, s in statistics.items()}
+    return PolicyLoss(torch.as_tensor(loss), gradient.to(batch.gradient_dtype), statistics)
+
+
+ENGINES: dict[str, Callable[..., PolicyLoss]] = {"eager": eager, "compile": compiled, "jit": jitted}
+
+
+@cache
+def _compiled_for(*kind: object) -> Callable[..., tuple[Any, ...]]:  # noqa: ARG001 -- the cache's key
+    """`_pass` compiled: code of its own for each kind, because Dynamo limits the recompilations of one code object."""
+    own = FunctionType(_pass.__code__.replace(), _pass.__globals__, _pass.__name__)
+    return torch.compile(own, fullgraph=True, dynamic=True)
+
+
+def _pass(
+    objective: Objective,
+    log_prob: torch.Tensor,
+    behavior_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    divergence: torch.Tensor | None,
+    coefficients: torch.Tensor,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    diagnostics: bool,  # noqa: FBT001
+) -> tuple[Any, ...]:
+    # inductor's loads of bool are not vectorised, those of uint8 are
+    batch = Batch(
+        log_prob, behavior_log_prob, advantages, mask.to(torch.int32) > 0, coefficients, divergence, dtype, gradient_dtype
+    )
+    return tuple(plain(objective, batch, diagnostics=diagnostics))
+
+
+def _transformed(batch: Batch) -> bool:
+    """Whether torch.func or make_fx looks on, or there is no memory: tensors that only `plain` can take."""
+    tensors = [t for t in batch[:6] if isinstance(t, torch.Tensor)]
+    return any(
+        # there is no public test for functorch's
+        type(t) not in (torch.Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t)  # noqa: SLF001
+        for t in tensors
+    )
+
+
+def _in_memory(batch: Batch) -> bool:
+    """Whether these are plain tensors on the CPU with at least one token, and nothing traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _transformed(batch)
+        and all(t is None or t.device.type == "cpu" for t in batch[:6])
+        and batch.log_prob.numel() > 0
+    )
