@@ -1,5 +1,33 @@
-"""PyTorch adapter of drpo-core: the same losses as differentiable functions of torch tensors."""
+"""PyTorch adapter of drpo-core: the same losses as differentiable functions of torch tensors.
 
+At vocabulary scale, they start from logits or from hidden states and never form a log-softmax of all tokens.
+"""
+
+from drpo_torch.batch import VocabularyLoss
+from drpo_torch.divergence import (
+    Divergences,
+    FullDivergence,
+    LinearHead,
+    TopKDivergence,
+    full_divergences,
+    top_k_divergences,
+)
+from drpo_torch.linear import linear_policy_loss
 from drpo_torch.loss import policy_loss, token_loss
+from drpo_torch.vocabulary import SelectedLogProb, logits_policy_loss, selective_log_prob
 
-__all__ = ["policy_loss", "token_loss"]
+__all__ = [
+    "Divergences",
+    "FullDivergence",
+    "LinearHead",
+    "SelectedLogProb",
+    "TopKDivergence",
+    "VocabularyLoss",
+    "full_divergences",
+    "linear_policy_loss",
+    "logits_policy_loss",
+    "policy_loss",
+    "selective_log_prob",
+    "token_loss",
+    "top_k_divergences",
+]
