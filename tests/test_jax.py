@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drpo_jax import loss as loss_module
 from drpo_jax import policy_loss, token_loss
 
 from drpo_core import (
@@ -164,6 +165,71 @@ def test_hessian_of_the_scalar_is_symmetric():
     assert jnp.abs(hessian).max() > 0.0
 
 
+# large batches, a block at a time on a CPU
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 7 tokens: 24 tokens are three and a remainder."""
+    monkeypatch.setattr(loss_module, "_BLOCK", 7)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@each_objective
+@pytest.mark.parametrize("shape", [(4, 6), (24,), (3, 7), (2, 4)])
+def test_blocks_add_up_to_the_whole(objective, shape):
+    data = batch(shape)
+    expected = core(objective, data)
+    count = float(data["mask"].sum())
+    value, gradient = jax.value_and_grad(in_log_prob(objective, data))(data["log_prob"])
+    np.testing.assert_allclose(value, expected.loss.sum() / count, rtol=1e-12)
+    np.testing.assert_allclose(gradient, expected.gradient / count, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@each_reduction
+def test_blocks_have_their_own_coefficients(reduction):
+    data = batch()
+    dirty = data | {name: jnp.where(data["mask"], data[name], jnp.nan) for name in ("log_prob", "advantages")}
+    options = {"reduction": reduction, "token_weights": jnp.linspace(0.5, 2.0, 24).reshape(4, 6)}
+    value, gradient = jax.value_and_grad(in_log_prob(DRPO(delta=0.15), dirty, **options))(dirty["log_prob"])
+
+    def foreign(*args, **kwargs):
+        return reduction(*args, **kwargs)
+
+    options["reduction"] = foreign
+    plain = in_log_prob(DRPO(delta=0.15), data, **options)
+    expected, expected_gradient = jax.value_and_grad(plain)(data["log_prob"])
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_under_other_transformations():
+    data = batch((4, 10))
+    loss = in_log_prob(DRPO(delta=0.15), data)
+    hessian = jax.hessian(loss)(data["log_prob"]).reshape(40, 40)
+    step = 1e-6 * jnp.ones((4, 10))
+    gradient = jax.grad(loss)
+    differences = (gradient(data["log_prob"] + step) - gradient(data["log_prob"] - step)) / 2e-6
+    np.testing.assert_allclose(jnp.diag(hessian).reshape(4, 10), differences, rtol=1e-6, atol=1e-8)
+    rows = jax.vmap(lambda row: jax.grad(in_log_prob(DRPO(delta=0.15), row))(row["log_prob"]))(data)
+    for i in range(4):
+        row = {name: array[i] for name, array in data.items()}
+        expected = core(DRPO(delta=0.15), row).gradient / max(1.0, float(row["mask"].sum()))
+        np.testing.assert_allclose(rows[i], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_derivative_of_value_and_gradient_is_that_of_the_rule():
+    # of a loss in score form, automatic differentiation of the value would be something else
+    data = batch()
+    loss = in_log_prob(CISPO(max_ratio=2.0), data)
+    tangent = jnp.ones((4, 6))
+    (_, gradient), (slope, _) = jax.jvp(jax.value_and_grad(loss), (data["log_prob"],), (tangent,))
+    np.testing.assert_allclose(slope, gradient.sum(), rtol=1e-12)
+
+
 # residuals
 
 
@@ -263,6 +329,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 import jax.numpy as jnp
 import numpy as np
 from drpo_core import DPPO, DRPO, PPOClip, sequence_mean_token_mean
+from drpo_jax import loss as loss_module
 from drpo_jax import policy_loss, token_loss
 rng = np.random.default_rng(0)
 behavior = -3.0 * rng.random((16, 6)) - 0.01
@@ -310,6 +377,12 @@ np.testing.assert_allclose(jax.jit(jax.grad(outside))(data["log_prob"], data, co
 
 def mean_over_devices(values, mask, *, normalizer=None, token_weights=None, segment_ids=None, xp=None):
     return jax.lax.psum(xp.sum(xp.where(mask, values, 0.0)), "data") / jax.lax.psum(xp.sum(mask), "data")
+
+import drpo_jax.loss
+drpo_jax.loss._BLOCK = 5
+in_blocks, by_blocks, _ = jax.jit(jax.shard_map(lambda *args: inside(*args), mesh=mesh, **specs))(data, count)
+np.testing.assert_allclose(in_blocks, expected, rtol=1e-13)
+np.testing.assert_allclose(by_blocks, gradient, rtol=1e-13, atol=0)
 
 whole = jax.jit(jax.grad(lambda x: policy_loss(objective, **data | {"log_prob": x})[0]))(data["log_prob"])
 collective = jax.shard_map(

@@ -173,6 +173,10 @@ def test_everything_but_the_arrays_is_keyword_only(name):
         assert namespace.default is None
 
 
+TORCH_ONLY = {"engine", "diagnostics", "overwrite_logits", "chunk_vocabulary"}
+"""Choices between ways to the same result, which XLA makes itself or which donated buffers and `jit` replace."""
+
+
 def test_adapters_export_the_same_names_with_the_same_parameters():
     common = set(drpo_torch.__all__) & set(drpo_jax.__all__)
     assert {"token_loss", "policy_loss"} <= common
@@ -180,7 +184,8 @@ def test_adapters_export_the_same_names_with_the_same_parameters():
         assert all(hasattr(module, name) for name in module.__all__)
     for name in common:
         theirs = [
-            [(p.name, p.kind, p.default) for p in parameters(getattr(module, name)).values()] for module in ADAPTERS.values()
+            [(p.name, p.kind, p.default) for p in parameters(getattr(module, name)).values() if p.name not in TORCH_ONLY]
+            for module in ADAPTERS.values()
         ]
         assert theirs[0] == theirs[1], name
 

@@ -9,13 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from drpo_core import diagnostics, token_loss_and_gradient, token_mean
+from drpo_core.checks import compute_dtype
+from drpo_core.reduction import reduction_coefficients
+from drpo_jax.checks import check_jax_arrays
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.reduction import Reduction
 
-__all__ = ["policy_loss", "token_loss"]
+__all__ = ["coefficients_of", "policy_loss", "token_loss"]
+
+# tokens that stay in the cache, and enough of them for more than one thread
+_BLOCK = 1 << 17
 
 
 def token_loss(
@@ -75,7 +83,7 @@ def token_loss(
     >>> [round(g, 4) for g in gradient.tolist()]
     [-1.0, -1.0, 0.2]
     """
-    _check_arrays(
+    check_jax_arrays(
         log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages, mask=mask, divergence=divergence
     )
     return _token_loss(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
@@ -95,6 +103,9 @@ def policy_loss(
     divergence: jax.Array | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
     """Scalar loss of a batch of tokens to differentiate, and diagnostics (for `has_aux=True`).
+
+    Only `log_prob` is differentiated, as in `token_loss`. With a reduction of drpo_core, the loss and its final gradient
+    ∂(Σ m c L)/∂log π = −m c A r w are formed in one pass; only that gradient is kept. Meant to be called under `jit`.
 
     Parameters
     ----------
@@ -150,18 +161,134 @@ def policy_loss(
     >>> summarize(diagnostics)["attenuated_fraction"]
     0.5
     """
-    _check_arrays(token_weights=token_weights, segment_ids=segment_ids)
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
-    constants = None if token_weights is None else jax.lax.stop_gradient(token_weights)
+    check_jax_arrays(**tokens, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
+    options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    # checks the arrays, too, before the loss takes them apart
+    statistics = diagnostics(objective, **jax.lax.stop_gradient(tokens), mask=mask, divergence=divergence, xp=jnp)
+    dtype = compute_dtype(*tokens.values(), xp=jnp)
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=jnp)
+    if coefficients is None:
+        losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
+        options["token_weights"] = jax.lax.stop_gradient(token_weights)
 
-    # differentiated on its own, a reduction would keep arrays of the tokens' shape, some of them zeros
-    @partial(jax.checkpoint, prevent_cse=False)
-    def reduce(losses: jax.Array) -> jax.Array:
-        return reduction(losses, mask, normalizer=normalizer, token_weights=constants, segment_ids=segment_ids, xp=jnp)  # type: ignore[no-any-return]
+        # differentiated on its own, a reduction would keep arrays of the tokens' shape, some of them zeros
+        @partial(jax.checkpoint, prevent_cse=False)
+        def reduce(losses: jax.Array) -> jax.Array:
+            return reduction(losses, mask, **options, xp=jnp)  # type: ignore[no-any-return]
 
-    detached = {name: jax.lax.stop_gradient(array) for name, array in tokens.items()}
-    return reduce(losses), diagnostics(objective, **detached, mask=mask, divergence=divergence, xp=jnp)
+        return reduce(losses), statistics
+    constants = jax.lax.stop_gradient((behavior_log_prob, advantages, mask, divergence, coefficients))
+    return _reduced_loss(objective, log_prob, *constants), statistics
+
+
+def coefficients_of(reduction: Reduction, mask: jax.Array, dtype: object, options: dict[str, Any]) -> jax.Array:
+    """`reduction_coefficients`, or a TypeError for a reduction that has none."""
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=jnp)
+    if coefficients is None:
+        msg = f"reduction: expected one of drpo_core's, whose coefficients are known beforehand, got {reduction!r}"
+        raise TypeError(msg)
+    return jax.lax.stop_gradient(coefficients)  # type: ignore[no-any-return]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _reduced_loss(objective: Objective, log_prob: jax.Array, *constants: Any) -> jax.Array:  # noqa: ANN401
+    return _loss_and_gradient(objective, log_prob, *constants)[0]
+
+
+# linear in the tangent, as that of `_token_loss`; what is kept is the final gradient
+@_reduced_loss.defjvp
+def _reduced_loss_jvp(
+    objective: Objective, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    loss, gradient = _loss_and_gradient(objective, *primals)
+    return loss, jnp.sum(gradient * tangents[0].astype(gradient.dtype))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _loss_and_gradient(
+    objective: Objective,
+    log_prob: jax.Array,
+    behavior_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    divergence: jax.Array | None,
+    coefficients: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Σ m c L and m c ∂L/∂log π, in one pass."""
+    spread = jnp.broadcast_to(coefficients, mask.shape) if coefficients.ndim else None
+    arrays = (log_prob, behavior_log_prob, advantages, mask, divergence, spread)
+
+    def block(*arrays: Any) -> tuple[jax.Array, jax.Array]:  # noqa: ANN401
+        *tokens, spread = arrays
+        loss, gradient = _weighted(objective, coefficients if spread is None else spread, *tokens)
+        return jnp.sum(loss), gradient
+
+    partial_sums, gradient = _in_blocks(block, tuple(None if a is None else a.reshape(-1) for a in arrays))
+    return jnp.sum(partial_sums), gradient.reshape(log_prob.shape)
+
+
+# the second derivative is that of the formula for the gradient
+@_loss_and_gradient.defjvp
+def _loss_and_gradient_jvp(
+    objective: Objective, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    loss, gradient = _loss_and_gradient(objective, *primals)
+    log_prob, *constants, coefficients = primals
+
+    def formula(log_prob: jax.Array) -> jax.Array:
+        return _weighted(objective, coefficients, log_prob, *constants)[1]
+
+    _, of_gradient = jax.jvp(formula, (log_prob,), (tangents[0],))
+    return (loss, gradient), (jnp.sum(gradient * tangents[0].astype(gradient.dtype)), of_gradient)
+
+
+def _weighted(
+    objective: Objective,
+    coefficients: jax.Array,
+    log_prob: jax.Array,
+    behavior_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    divergence: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """C L and c ∂L/∂log π, exactly 0 at masked tokens and, the gradient, where the weight is 0."""
+    promoted = log_prob.astype(coefficients.dtype)
+    result = token_loss_and_gradient(
+        objective, promoted, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=jnp
+    )
+    loss = jnp.where(mask, coefficients * result.loss, 0.0)
+    return loss, jnp.where(result.gradient == 0.0, 0.0, coefficients * result.gradient)
+
+
+def _in_blocks(function: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array, ...]:
+    """A function of 1-D arrays, a block of them at a time; its results joined: one figure a block, or one a token.
+
+    XLA's CPU compiler makes a loop of its own of each result, and each reads every array: of blocks, from the cache.
+    Other compilers fuse the loops.
+    """
+    size = arrays[0].shape[0]  # type: ignore[union-attr]
+    if size <= _BLOCK:
+        return function(*arrays)
+    blocks, rest = divmod(size, _BLOCK)
+
+    def by_block(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        def block(i: jax.Array) -> tuple[jax.Array, ...]:
+            return function(*jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK), arrays))
+
+        whole = tuple(a.reshape(-1) for a in jax.lax.map(block, jnp.arange(blocks)))
+        if rest == 0:
+            return whole
+        last = function(*jax.tree.map(lambda a: a[-rest:], arrays))
+        return tuple(jnp.concatenate((a, b.reshape(-1))) for a, b in zip(whole, last, strict=True))
+
+    def at_once(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        figures = [a.reshape(-1) for a in function(*arrays)]
+        # in the shape of the blocked results
+        return tuple(a if a.shape[0] == size else jnp.pad(a, (0, blocks + (rest > 0) - 1)) for a in figures)
+
+    joined: tuple[jax.Array, ...] = jax.lax.platform_dependent(*arrays, cpu=by_block, default=at_once)
+    return joined
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -188,11 +315,3 @@ def _token_loss_jvp(objective: Objective, primals: tuple[Any, ...], tangents: tu
     )
     dtype = result.loss.dtype
     return result.loss, result.gradient.astype(dtype) * tangents[0].astype(dtype)
-
-
-def _check_arrays(**arrays: object) -> None:
-    """Raise for what is neither a JAX array nor None; the core names a None that it can't do without."""
-    for name, array in arrays.items():
-        if array is not None and not isinstance(array, jax.Array):
-            msg = f"{name}: expected a jax.Array, got {type(array).__name__}"
-            raise TypeError(msg)
