@@ -1,8 +1,9 @@
-"""The scorecard: pinned public releases, each in its own environment, under the verification kit.
+"""The scorecard and the integrations: pinned public releases, each in its own environment.
 
 ``pipx run nox -s scorecard`` (nox ≥ 2024.10, Python 3.11) makes the environments, runs the kit in each and writes
 docs/scorecard.md. One environment is about 1.4 GB and a few minutes; ``nox -s scorecard-verl scorecard-write`` runs one
-of them again and rewrites the page from the results of all.
+of them again and rewrites the page from the results of all. ``nox -s integration-verl`` runs the tests of an integration
+against the framework itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import nox
 
 FRAMEWORKS = ("drpo", "verl", "trl", "torchrl", "skyrl")
 HERE = Path(__file__).parent / "tests" / "scorecard"
+INTEGRATIONS = ("trl", "verl")
+TESTS = Path(__file__).parent / "tests" / "integrations"
 
 nox.options.sessions = ["scorecard"]
 
@@ -49,6 +52,18 @@ for _framework in FRAMEWORKS:
     def _session(session: nox.Session, framework: str = _framework) -> None:
         """Run the kit on one release."""
         _run(session, framework)
+
+
+for _name in INTEGRATIONS:
+
+    @nox.session(name=f"integration-{_name}", python="3.11", venv_backend="venv")
+    def _integration(session: nox.Session, name: str = _name) -> None:
+        """Test an integration against the pinned release of its framework."""
+        session.install("-c", "constraints.txt", "torch==2.13.0")
+        session.install("--no-deps", "-r", str(TESTS / name / "requirements.txt"))
+        session.install("--no-deps", "-e", ".")
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        session.run("pytest", "-c", str(TESTS / "pytest.ini"), str(TESTS / name), env=environment)
 
 
 @nox.session(name="scorecard-write", venv_backend="none")

@@ -1,0 +1,165 @@
+"""verl: every objective as a policy loss, chosen by `actor_rollout_ref.actor.policy_loss.loss_mode`.
+
+verl imports this module itself, through the entry-point group `verl.plugins`, wherever drpo-core is installed.
+Thresholds are the actor's own keys, because verl's configuration refuses unknown ones:
+
+==============================  ================================================================================
+`loss_mode`                     objective
+==============================  ================================================================================
+`drpo`                          ``DRPO(delta_low=clip_ratio_low, delta_high=clip_ratio_high)``
+`drpo_core_mask_drpo`           ``MaskDRPO(delta_low=clip_ratio_low, delta_high=clip_ratio_high)``
+`drpo_core_dppo_tv`             ``DPPO(delta_low=clip_ratio_low, delta_high=clip_ratio_high, max_ratio=clip_ratio_c)``
+`drpo_core_dppo_kl`             the same with ``divergence="binary_kl"``
+`drpo_core_ppo_clip`            ``PPOClip(eps_low=clip_ratio_low, eps_high=clip_ratio_high, dual_clip=clip_ratio_c)``
+`drpo_core_gspo`                ``PPOClip(eps_low=clip_ratio_low, eps_high=clip_ratio_high)`` of the sequence's ratio
+`drpo_core_spo`                 ``SPO(eps_low=clip_ratio_low, eps_high=clip_ratio_high)``
+`drpo_core_cispo`               ``CISPO(max_ratio=1 + clip_ratio_high)``
+`drpo_core_policy_gradient`     ``PolicyGradient(max_ratio=clip_ratio_c)``
+==============================  ================================================================================
+
+``clip_ratio_c: null`` means no cap. `register` adds another objective, or one with its thresholds bound.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, summarize
+from drpo_torch.integrations import BehaviorPolicyWarning
+from drpo_torch.loss import policy_loss
+
+try:
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+except ImportError as error:
+    # verl itself logs the failure of a plug-in at debug level only, and then knows no such loss_mode
+    warnings.warn(
+        f"drpo-core registers no policy loss: this verl has no verl.trainer.ppo.core_algos.{error.name}", stacklevel=2
+    )
+    raise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from drpo_core import Objective
+    from drpo_core.diagnostics import Diagnostics
+
+__all__ = ["OBJECTIVES", "register"]
+
+
+def _region(name: str, config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Both sides of the trust region, with verl's own fallback on `clip_ratio`."""
+    keys = {f"{name}_low": config.clip_ratio_low, f"{name}_high": config.clip_ratio_high}
+    return {key: config.clip_ratio if value is None else value for key, value in keys.items()}
+
+
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    "drpo": lambda config: DRPO(**_region("delta", config)),
+    "drpo_core_mask_drpo": lambda config: MaskDRPO(**_region("delta", config)),
+    "drpo_core_dppo_tv": lambda config: DPPO(**_region("delta", config), max_ratio=config.clip_ratio_c),
+    "drpo_core_dppo_kl": lambda config: DPPO(
+        **_region("delta", config), max_ratio=config.clip_ratio_c, divergence="binary_kl"
+    ),
+    "drpo_core_ppo_clip": lambda config: PPOClip(**_region("eps", config), dual_clip=config.clip_ratio_c),
+    "drpo_core_spo": lambda config: SPO(**_region("eps", config)),
+    "drpo_core_cispo": lambda config: CISPO(max_ratio=1.0 + _region("eps", config)["eps_high"]),
+    "drpo_core_policy_gradient": lambda config: PolicyGradient(max_ratio=config.clip_ratio_c),
+}
+
+
+def register(name: str, objective: Objective | Callable[[Any], Objective], *, sequence_level: bool = False) -> None:
+    """Make an objective available to verl as a `loss_mode`.
+
+    Call it in a module that verl imports in every process: name the module in the environment variable
+    `VERL_USE_EXTERNAL_MODULES`.
+
+    Parameters
+    ----------
+    name
+        The `loss_mode`.
+    objective
+        An objective with its thresholds, or a function of the actor's configuration that returns one.
+    sequence_level
+        Take the importance ratio of the sequence, the geometric mean of its tokens' ratios, instead of the token's.
+        With `PPOClip` this is GSPO (arXiv:2507.18071, eq. 14). Diagnostics then describe that ratio.
+
+    Examples
+    --------
+    >>> from drpo_core import DRPO
+    >>> from drpo_torch.integrations.verl import register
+    >>> register("drpo_strict", DRPO(delta=0.05))
+    """
+
+    def loss(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,  # noqa: ANN401
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        _check_anchor(config, rollout_is_weights)
+        mask = response_mask.bool()
+
+        def reduction(values: torch.Tensor, mask: torch.Tensor, *, token_weights: Any = None, **_: Any) -> torch.Tensor:  # noqa: ANN401
+            weighted = values if token_weights is None else values * torch.where(mask, token_weights, 0.0)
+            reduced: torch.Tensor = agg_loss(weighted, mask, loss_agg_mode, **config.global_batch_info)
+            return reduced
+
+        value, statistics = policy_loss(
+            objective(config) if callable(objective) else objective,
+            log_prob=log_prob,
+            behavior_log_prob=_sequence_anchor(log_prob, old_log_prob, mask) if sequence_level else old_log_prob,
+            advantages=advantages,
+            mask=mask,
+            reduction=reduction,
+            token_weights=rollout_is_weights,
+        )
+        return value, _metrics(statistics)
+
+    register_policy_loss(name)(loss)
+
+
+def _check_anchor(config: Any, rollout_is_weights: torch.Tensor | None) -> None:  # noqa: ANN401
+    """Warn unless the actor's configuration says that `old_log_prob` is the rollout engine's; refuse a contradiction."""
+    if not config.get("use_rollout_log_probs", False):
+        msg = (
+            "old_log_prob is not known to be the behaviour policy's: unless algorithm.rollout_correction.bypass_mode is true, "
+            "verl recomputes it with the training engine, and the trust region lies around that policy. Set "
+            "algorithm.rollout_correction.bypass_mode=true, actor_rollout_ref.rollout.calculate_log_probs=true and "
+            "+actor_rollout_ref.actor.use_rollout_log_probs='${algorithm.rollout_correction.bypass_mode}'"
+        )
+        warnings.warn(msg, BehaviorPolicyWarning, stacklevel=3)
+    elif rollout_is_weights is not None:
+        msg = (
+            "rollout_is_weights: expected None, as use_rollout_log_probs says that old_log_prob is the behaviour policy's and "
+            "the importance ratio corrects for it already; but verl computes these weights only where it is not. Set "
+            "algorithm.rollout_correction.bypass_mode=true"
+        )
+        raise ValueError(msg)
+
+
+def _sequence_anchor(log_prob: torch.Tensor, behavior_log_prob: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Log π − mean ℓ: the anchor to which every token has the mean log-ratio of its sequence."""
+    log_ratio = torch.where(mask, log_prob - behavior_log_prob, 0.0)
+    mean = log_ratio.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    return (log_prob - mean).detach()
+
+
+def _metrics(statistics: Diagnostics) -> dict[str, float]:
+    """Diagnostics under verl's prefix, two of them also under verl's names."""
+    figures = summarize(statistics)
+    figures["ppo_kl"] = figures["k1_mean"]
+    figures["pg_clipfrac"] = figures["outside_positive_diverging_fraction"] + figures["outside_negative_diverging_fraction"]
+    # verl averages over micro-batches and ranks, which must all have the same names: 0 where nothing was counted, as
+    # its own masked means have
+    return {f"actor/{name}": 0.0 if math.isnan(figure) else figure for name, figure in figures.items()}
+
+
+for _name, _objective in OBJECTIVES.items():
+    register(_name, _objective)
+register("drpo_core_gspo", lambda config: PPOClip(**_region("eps", config)), sequence_level=True)
