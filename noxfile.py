@@ -1,9 +1,9 @@
-"""The scorecard and the integrations: pinned public releases, each in its own environment.
+"""The scorecard, the integrations and the benchmarks: pinned public releases, each in its own environment.
 
 ``pipx run nox -s scorecard`` (nox ≥ 2024.10, Python 3.11) makes the environments, runs the kit in each and writes
 docs/scorecard.md. One environment is about 1.4 GB and a few minutes; ``nox -s scorecard-verl scorecard-write`` runs one
 of them again and rewrites the page from the results of all. ``nox -s integration-verl`` runs the tests of an integration
-against the framework itself.
+against the framework itself. ``nox -s benchmarks`` times the library beside its peers and writes docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -70,3 +70,17 @@ for _name in INTEGRATIONS:
 def write(session: nox.Session) -> None:
     """Write docs/scorecard.md from the results."""
     session.run("python3", str(HERE / "write.py"), str(_results(session)), "docs/scorecard.md", external=True)
+
+
+@nox.session(python="3.11", venv_backend="venv")
+def benchmarks(session: nox.Session) -> None:
+    """Time this library beside its peers, then write docs/benchmarks.md: ``nox -s benchmarks -- --only tokens``."""
+    here = Path("benchmarks")
+    results = session.cache_dir / "benchmarks"
+    session.install("-c", "constraints.txt", "torch==2.13.0")
+    # verl and TRL pin different versions of what neither's measured functions use: verl's list, then what it lacks
+    session.install("--no-deps", "-r", str(HERE / "requirements" / "verl.txt"))
+    session.install("--no-deps", "-r", str(here / "requirements.txt"))
+    session.install("--no-deps", "-e", ".")
+    session.run("python", str(here / "run.py"), str(results), *session.posargs)
+    session.run("python", str(here / "write.py"), str(results), "docs/benchmarks.md")

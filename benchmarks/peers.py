@@ -1,0 +1,114 @@
+"""Other libraries' own functions, each absent if it can't be imported here (Triton kernels need a GPU)."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Function = Callable[[], object]
+    # hidden, weight, ids, log μ, A, loss of log-probs → scalar loss
+    Head = Callable[[Any, Any, Any, Any, Any, Callable[[Any], Any]], Any]
+
+
+def verl_policy_losses(tokens: Any) -> dict[str, Function]:
+    """The registered losses, with the metrics that they always compute, and the backward pass."""
+    try:
+        from verl.trainer.ppo.core_algos import get_policy_loss_fn  # noqa: PLC0415
+        from verl.workers.config import ActorConfig  # noqa: PLC0415
+    except ImportError:
+        return {}
+    settings = {"clip_ratio_low": 0.15, "clip_ratio_high": 0.15, "clip_ratio_c": 20.0}
+    config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **settings)
+
+    def run(mode: str) -> object:
+        tokens.log_prob.grad = None
+        loss, _ = get_policy_loss_fn(mode)(
+            old_log_prob=tokens.behavior_log_prob,
+            log_prob=tokens.log_prob,
+            advantages=tokens.advantages,
+            response_mask=tokens.mask,
+            loss_agg_mode="token-mean",
+            config=config,
+            rollout_is_weights=None,
+        )
+        loss.backward()
+        return loss
+
+    return {f"verl {mode}": partial(run, mode) for mode in ("vanilla", "dppo_tv", "dppo_kl")}
+
+
+def log_probs() -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """Log-probs of sampled tokens from logits."""
+    found: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+    try:
+        from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits  # noqa: PLC0415
+    except ImportError:
+        pass
+    else:
+
+        def with_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                entropy_from_logits(logits)
+            chosen: torch.Tensor = logprobs_from_logits(logits, ids)
+            return chosen
+
+        found["verl `logprobs_from_logits`"] = logprobs_from_logits
+        found["verl `logprobs_from_logits` + `entropy_from_logits`"] = with_entropy
+    try:
+        from trl.trainer.utils import selective_log_softmax  # noqa: PLC0415
+    except ImportError:
+        pass
+    else:
+        found["TRL `selective_log_softmax`"] = selective_log_softmax
+    return found
+
+
+def heads() -> dict[str, Head]:
+    """Losses from hidden states and the LM head."""
+    found: dict[str, Head] = {}
+    try:
+        # beside a Liger without Triton, verl fails to import; without Liger it takes its own chunks
+        with patch.dict(sys.modules, {"liger_kernel": None}):  # type: ignore[dict-item]
+            from verl.utils.experimental.torch_functional import FusedLinearForPPO  # noqa: PLC0415
+    except ImportError:
+        pass
+    else:
+        fused = FusedLinearForPPO()
+        found["verl `FusedLinearForPPO`"] = lambda h, w, ids, _mu, _a, loss: loss(fused(h, w, ids)[0])
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: PLC0415
+    except ImportError:
+        pass
+    else:
+        liger = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+
+        def grpo(h: Any, w: Any, ids: Any, mu: Any, advantages: Any, _loss: Any) -> Any:
+            # sequences of 128 tokens, which it takes one at a time; an advantage a sequence
+            def rows(x: Any) -> Any:
+                return x.reshape(-1, 128, *x.shape[1:])
+
+            ones = torch.ones_like(rows(ids))
+            return liger(rows(h), w, rows(ids), ones, rows(advantages)[:, 0], old_per_token_logps=rows(mu))[0]
+
+        found["Liger `LigerFusedLinearGRPOLoss`, its own GRPO loss"] = grpo
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is not None:
+
+        def cross_entropy(h: Any, w: Any, ids: Any, _mu: Any, _a: Any, loss: Any) -> Any:
+            chunks = options(batch_chunk_size=128)
+            function = torch.nn.functional.linear_cross_entropy
+            return loss(-function(h, w, ids, reduction="none", options=chunks))
+
+        def mean(h: Any, w: Any, ids: Any, _mu: Any, _a: Any, _loss: Any) -> Any:
+            return torch.nn.functional.linear_cross_entropy(h, w, ids, options=options(batch_chunk_size=128))
+
+        found["torch `linear_cross_entropy`, chunks of 128, its own mean"] = mean
+        found["torch `linear_cross_entropy`, chunks of 128, per token"] = cross_entropy
+    return found
