@@ -6,9 +6,10 @@ import inspect
 import pytest
 import torch
 from drpo_torch import FullDivergence, LinearHead, TopKDivergence, linear_policy_loss, logits_policy_loss
-from test_torch_vocabulary import OBJECTIVES, REDUCTIONS, Largest, assert_close, budget, plain
+from test_torch_vocabulary import OBJECTIVES, REDUCTIONS, Largest, assert_close, budget, plain, through_the_kit
 
 from drpo_core import DPPO, DRPO, sequence_mean_token_mean
+from drpo_core.testing import parametrize_with_checks
 
 H, V = 8, 37
 NAN = float("nan")
@@ -356,3 +357,16 @@ def test_errors_name_the_argument(change, error, match):
     data, _ = batch()
     with pytest.raises(error, match=match):
         linear_policy_loss(DRPO(delta=0.15), **data | change)
+
+
+def of_hidden(objective, hidden, **batch):
+    """Logits of two tokens are hidden states of which the head is the identity."""
+    weight = torch.eye(2, dtype=hidden.dtype)
+    return linear_policy_loss(objective, hidden=hidden, weight=weight, chunk_tokens=3, **batch).loss
+
+
+@parametrize_with_checks(
+    [through_the_kit("linear", of_hidden, DRPO(delta_low=0.3, delta_high=0.1), "token_mean")], settings="ci"
+)
+def test_the_kit(check):
+    check()

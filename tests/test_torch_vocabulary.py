@@ -19,6 +19,7 @@ from drpo_torch import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import drpo_core
 from drpo_core import (
     CISPO,
     DPPO,
@@ -36,6 +37,7 @@ from drpo_core import (
     top_k_kl,
     top_k_tv,
 )
+from drpo_core.testing import from_function, parametrize_with_checks
 
 OBJECTIVES = [
     PolicyGradient(),
@@ -385,11 +387,12 @@ def test_full_divergences_and_their_gradients(dtype, tolerance):
         assert_close(ga, ge, 10 * tolerance)
 
 
+@pytest.mark.parametrize("offset", [0.0, 5.0])
 @pytest.mark.parametrize("kl", [1e-7, 1e-4, 1e-1])
-def test_full_kl_keeps_its_digits_in_float32(kl):
+def test_full_kl_keeps_its_digits_in_float32(kl, offset):
     generator = torch.Generator().manual_seed(0)
     behavior_logits = 3.0 * torch.randn(4, 20_000, generator=generator)
-    logits = behavior_logits + (2.0 * kl) ** 0.5 * torch.randn(4, 20_000, generator=generator)
+    logits = offset + behavior_logits + (2.0 * kl) ** 0.5 * torch.randn(4, 20_000, generator=generator)
     exact = full_kl(logits.double().log_softmax(-1), behavior_logits.double().log_softmax(-1), xp=xp)
     actual = full_divergences(logits=logits, behavior_logits=behavior_logits)
     assert float(((actual.kl - exact) / exact).abs().max()) <= 1e-4
@@ -472,3 +475,63 @@ def test_no_other_array_of_the_size_of_the_logits(dtype):
         result = logits_policy_loss(DRPO(delta=0.15), **data | {"logits": logits}, overwrite_logits=True, entropy=True)
         torch.autograd.grad(result.loss, logits)
     assert 0 < largest.elements < 64 * V / 2
+
+
+# the verification kit
+
+
+def two_token_logits(log_prob, mask):
+    """Logits of a vocabulary of two whose first log-prob is `log_prob`: its log-probs log π and log(1 − π), in float64.
+
+    A log-softmax rounds log π, which the kit takes as given: float64 keeps that below the float32 it asks for. A tiny
+    shift stands for π = 1, where the logits' gradient would hold nothing of that in log π.
+    """
+    x = torch.where(mask, log_prob.double(), -1.0) - 1e-300
+    return torch.stack((x, torch.log(-torch.expm1(x))), dim=-1)
+
+
+def through_the_kit(name, loss_of_logits, objective, reduction):
+    """A loss of (logits of two tokens, keywords) as an implementation that the kit can check."""
+
+    def loss(log_prob, behavior_log_prob, advantages, mask, segment_ids=None, normalizer=None):
+        return loss_of_logits(
+            objective,
+            two_token_logits(log_prob, mask),
+            tokens=torch.where(mask, 0, -100),
+            behavior_log_prob=behavior_log_prob.double(),
+            advantages=advantages.double(),
+            mask=mask,
+            segment_ids=segment_ids,
+            normalizer=normalizer,
+            reduction=getattr(drpo_core, reduction),
+        ).float()
+
+    return from_function(
+        loss,
+        "torch",
+        name=f"{name}-{reduction}-{objective!r}",
+        objective=objective,
+        form="score" if isinstance(objective, CISPO) else "ratio",
+        reduction=reduction,
+        second_order="error",
+        keeps_boundary=False,  # the log-softmax's rounding moves a token off it
+        dtypes=("float32",),
+        cost=8.0,
+        family=lambda other: through_the_kit(name, loss_of_logits, other, reduction),
+    )
+
+
+def of_logits(objective, logits, **batch):
+    return logits_policy_loss(objective, logits=logits, **batch).loss
+
+
+IN_THE_KIT = [
+    (DRPO(delta_low=0.3, delta_high=0.1), "sequence_mean_token_mean"),
+    (PPOClip(eps_low=0.2, eps_high=0.28, dual_clip=3.0), "token_mean"),
+    (CISPO(max_ratio=5.0), "token_mean"),
+]
+
+
+@parametrize_with_checks([through_the_kit("logits", of_logits, *claims) for claims in IN_THE_KIT], settings="ci")
+def test_the_kit(check):
+    check()

@@ -9,7 +9,7 @@ import array_api_compat.torch as xp
 import torch
 
 from drpo_core import sampled_in_top_k, top_k_kl, top_k_tv
-from drpo_torch.softmax import Normalizer, Tempering, Workspace, eager, working_dtype
+from drpo_torch.softmax import Tempering, Workspace, eager, working_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -237,25 +237,30 @@ def top_k_divergences(
 def full_divergence_rows(
     logits: torch.Tensor, behavior_logits: torch.Tensor, tempering: Tempering, behavior: Tempering
 ) -> Divergences:
-    """Full TV and KL of each row (rows, V), without a backward pass."""
+    """Full TV and KL of each row (rows, V), without a backward pass.
+
+    With d = x − y − Σ μ (x − y), Σ μ e^d is 1 + K, K = Σ μ φ(d), so that ℓ = d − log1p(K) and KL = −Σ μ ℓ = log1p(K):
+    π's own softmax is not needed.
+    """
     count, vocabulary = logits.shape
-    work = Workspace(vocabulary, logits)
-    behavior_work = Workspace(vocabulary, behavior_logits)
+    work, behavior_work = Workspace(vocabulary, logits), Workspace(vocabulary, behavior_logits)
     result = torch.empty((2, count), dtype=work.x.dtype, device=logits.device)
     for (step, x_buffer, p), (_, y_buffer, q) in zip(work.steps(count), behavior_work.steps(count), strict=True):
         x, y = tempering(logits[step], x_buffer), behavior(behavior_logits[step], y_buffer)
-        of_x, of_y = (_softmax(rows, out) for rows, out in ((x, p), (y, q)))
-        # x − y is exact near on-policy, where subtracting either normaliser first would cost the digits that matter
-        ell = torch.sub(x, y, out=x_buffer).sub_(_difference(of_x, of_y)[:, None])
-        # a token that neither policy can take has ell = −inf + inf; flooring μ at π e^−60 keeps every product finite
-        ell.clamp_(max=_LARGEST_LOG_RATIO).nan_to_num_(nan=0.0, neginf=-torch.inf)
-        torch.maximum(q, p.mul_(torch.e**-_LARGEST_LOG_RATIO), out=q)
-        excess = torch.expm1(ell, out=p)
-        kl = torch.linalg.vecdot(torch.sub(excess, ell, out=ell), q)
-        tv = torch.linalg.vecdot(excess.abs_(), q).mul_(0.5)
-        # nan_to_num has also hidden the NaN of rows that hold one
-        invalid = torch.isnan(of_x.log_sum + of_y.log_sum)
-        result[:, step] = torch.stack((tv, kl)).masked_fill_(invalid, torch.nan)
+        torch.softmax(y, -1, out=q)
+        # exact near on-policy, where subtracting either normaliser first would cost the digits that matter
+        d = torch.sub(x, y, out=x_buffer)
+        # (the softmax's sum is 1 to rounding only)
+        d.sub_(torch.mul(q, d, out=p).sum(-1, keepdim=True) / q.sum(-1, keepdim=True))
+        # a NaN fails this too: of a row that holds one, or of a token that neither policy can take (−inf + inf)
+        near = (d.amax(-1) <= _LARGEST_LOG_RATIO).all()
+        if not near:
+            result[:, step] = torch.stack(_distant(tempering(logits[step]), y, q))
+            continue
+        excess = torch.expm1(d, out=p)
+        k = torch.sub(excess, d, out=d).mul_(q).sum(-1)
+        result[0, step] = excess.sub_(k[:, None]).abs_().mul_(q).sum(-1).div_(2.0 * (1.0 + k))
+        result[1, step] = k.log1p_()
     return Divergences(result[0], result[1])
 
 
@@ -330,13 +335,19 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _softmax(x: torch.Tensor, out: torch.Tensor) -> Normalizer:
-    maximum = x.amax(-1)
-    return Normalizer(maximum, torch.softmax(x, -1, out=out).amax(-1).log_().neg_(), None)
-
-
-def _difference(of_x: Normalizer, of_y: Normalizer) -> torch.Tensor:
-    return (of_x.maximum - of_y.maximum) + (of_x.log_sum - of_y.log_sum)
+def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """TV and KL of rows that may hold −inf, NaN, or ratios too large for e^d."""
+    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
+    ell = (log_p - log_q).clamp_(max=_LARGEST_LOG_RATIO)
+    # a token that neither policy can take has ell = −inf + inf; nan_to_num also hides the NaN of rows that hold one
+    invalid = torch.isnan(log_p.amax(-1) + log_q.amax(-1))
+    ell.nan_to_num_(nan=0.0, neginf=-torch.inf)
+    p = log_p.exp_()
+    # flooring μ at π e^−60 keeps every product finite
+    floored = torch.maximum(q, p * torch.e**-_LARGEST_LOG_RATIO)
+    kl = (torch.expm1(ell) - ell).mul_(floored).sum(-1)
+    tv = (p - q).abs_().sum(-1).mul_(0.5)
+    return tv.masked_fill_(invalid, torch.nan), kl.masked_fill_(invalid, torch.nan)
 
 
 def _check_kind(kind: str) -> None:

@@ -101,12 +101,17 @@ def normalize(
         x = tempering(logits[step], buffer)
         maximum = x.amax(-1, keepdim=True)
         if entropy:
-            x = torch.sub(x, maximum, out=buffer).clamp_(min=_NEGLIGIBLE)
+            x = torch.sub(x, maximum, out=buffer)
         p = torch.softmax(x, -1, out=p if out is None else out[step])  # noqa: PLW2901 -- p is where to put it
         log_sum = p.amax(-1).log_().neg_()
         statistics[0, step], statistics[1, step] = maximum[:, 0], log_sum
         if entropy:
-            torch.sub(log_sum, torch.linalg.vecdot(p, x), out=statistics[2, step])
+            terms = torch.mul(p, x, out=buffer)
+            mean = terms.sum(-1)
+            if mean.isnan().any():
+                # 0 · −inf of an impossible token; a row that holds a NaN has one in its log_sum too
+                mean = terms.nan_to_num_(nan=0.0).sum(-1)
+            torch.sub(log_sum, mean, out=statistics[2, step])
     return Normalizer(statistics[0], statistics[1], statistics[2] if entropy else None)
 
 
