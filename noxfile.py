@@ -63,7 +63,9 @@ for _name in INTEGRATIONS:
         session.install("--no-deps", "-r", str(TESTS / name / "requirements.txt"))
         session.install("--no-deps", "-e", ".")
         environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        session.run("pytest", "-c", str(TESTS / "pytest.ini"), str(TESTS / name), env=environment)
+        # the root is here, or the folder tests/integrations/trl is imported as the package trl and hides TRL's
+        options = ("-c", str(TESTS / "pytest.ini"), "--rootdir", ".", "--confcutdir", str(TESTS))
+        session.run("pytest", *options, str(TESTS / name), env=environment)
 
 
 @nox.session(name="scorecard-write", venv_backend="none")
