@@ -1,22 +1,20 @@
-"""tinker's own client, data types and tracer on our losses; only the server is a small model in this process."""
+"""tinker's own client on our losses, over HTTP to a server on this machine whose model is a table of logits (conftest.py)."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tinker", reason="runs in the environment of `nox -s integration-tinker`")
 
+import numpy as np
 import torch
 from drpo_torch import policy_loss
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.integrations.tinker import INPUT_RANKS, custom_loss, per_datum_inputs, per_datum_loss, summarize_metrics
-from tinker import Datum, ModelInput, TensorData, types
-from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
-from tinker.lib.public_interfaces.training_client import TrainingClient
-from torch import nn
+from tinker import Datum, ModelInput, SampledSequence
+from tinker.lib.public_interfaces.custom_loss import trace_loss
 from torch.nn.utils.rnn import pad_sequence
 
 from drpo_core import (
@@ -43,65 +41,26 @@ OBJECTIVES = [
     DRPO(delta_low=0.05, delta_high=0.15),
     MaskDRPO(delta=0.05),
 ]
-VOCABULARY, LENGTHS, SESSION = 7, (3, 6, 1, 4), "session"
+EXTREMES = {"ratio_max", "binary_tv_max", "weight_min", "weight_max"}
+LENGTHS = (3, 6, 1, 4)
+OBJECTIVE = DRPO(delta=0.1)
 
 
-class Client(TrainingClient):
-    """tinker's training client, whose requests are answered by a bigram model: log-probs, or a cross-entropy's gradient."""
-
-    def __init__(self, chunk=2):
-        config = types.ClientConfigResponse(fwdbwd_max_chunk_len=chunk)
-        holder = SimpleNamespace(_client_config=config, get_session_id=lambda: SESSION, run_coroutine_threadsafe=failed)
-        super().__init__(holder, 0, "model", info=None)
-        torch.manual_seed(0)
-        self.model = nn.Embedding(VOCABULARY, VOCABULARY)
-        self.sent = []
-
-    def log_prob(self, datum):
-        """Of the target tokens."""
-        logits = self.model(torch.tensor(datum.model_input.to_ints()))
-        return logits.log_softmax(-1).gather(-1, datum.loss_fn_inputs["target_tokens"].to_torch()[:, None])[:, 0]
-
-    def _run_fwd_bwd(self, requests, loss_fn, loss_fn_config, *, forward_only):
-        assert (loss_fn, loss_fn_config) == ("cross_entropy", None)
-        self.sent.append([len(request.data) for request in requests])
-        outputs, total = [], torch.zeros(())
-        for datum in (datum for request in requests for datum in request.data):
-            log_prob = self.log_prob(datum)
-            total = total - (log_prob * datum.loss_fn_inputs["weights"].to_torch()).sum()
-            outputs.append({"logprobs": TensorData.from_torch(log_prob.detach())})
-        if not forward_only:
-            total.backward()
-        answer = types.ForwardBackwardOutput(
-            loss_fn_output_type="ArrayRecord", loss_fn_outputs=outputs, metrics={"loss:sum": float(total.detach())}
-        )
-
-        async def result():
-            return answer
-
-        return SimpleNamespace(result_async=result)
+@pytest.fixture
+def client(service):
+    return service.create_lora_training_client("bigram").result(timeout=60)
 
 
-def failed(coroutine):
-    """What the client does on its holder's event loop when a custom loss raises."""
-    coroutine.close()
-
-    async def result():
-        pass
-
-    return SimpleNamespace(result_async=result, future=Future)
-
-
-def batch(client, **changes):
+def batch(server, **changes):
     """Sampled sequences, one token of them masked, as a user assembles them."""
     generator = torch.Generator().manual_seed(1)
     data = []
     for n in LENGTHS:
-        tokens = torch.randint(VOCABULARY, (n + 1,), generator=generator)
+        tokens = torch.randint(len(server.weight), (n + 1,), generator=generator)
         datum = Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:]})
         drift = torch.empty(n).uniform_(-0.8, 0.8, generator=generator)
         inputs = {
-            "logprobs": (client.log_prob(datum).detach() + drift).clamp(max=-1e-3),
+            "logprobs": (server.log_prob(datum).detach() + drift).clamp(max=-1e-3),
             "advantages": torch.randn(n, generator=generator),
             "mask": (torch.arange(n) != 2).float(),
         }
@@ -110,133 +69,132 @@ def batch(client, **changes):
     return data
 
 
-def expected(client, data, objective, **options):
-    """Loss, gradient of the parameters and diagnostics of the library, on the padded batch."""
+def log_probs(server, data):
+    return [server.log_prob(datum).detach() for datum in data]
+
+
+def expected(server, data, objective, **options):
+    """Loss, gradient of the server's parameter and diagnostics by the library, on the padded batch."""
     columns = ("logprobs", "advantages", "mask")
     padded = {name: pad_sequence([d.loss_fn_inputs[name].to_torch() for d in data], batch_first=True) for name in columns}
     loss, statistics = policy_loss(
         objective,
-        log_prob=pad_sequence([client.log_prob(datum) for datum in data], batch_first=True),
+        log_prob=pad_sequence([server.log_prob(datum) for datum in data], batch_first=True),
         behavior_log_prob=padded["logprobs"],
         advantages=padded["advantages"],
         mask=padded["mask"] != 0,
         **options,
     )
-    (gradient,) = torch.autograd.grad(loss, client.model.weight)
+    (gradient,) = torch.autograd.grad(loss, server.weight)
     return float(loss.detach()), gradient, summarize(statistics)
 
 
-def assert_same(client, result, data, objective, **options):
-    loss, gradient, figures = expected(client, data, objective, **options)
+def assert_same(server, result, data, objective, **options):
+    loss, gradient, figures = expected(server, data, objective, **options)
     assert gradient.abs().max() > 0.0
-    torch.testing.assert_close(client.model.weight.grad, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
-    assert result.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(server.weight.grad, gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))
+    assert result.metrics["loss:sum"] == pytest.approx(loss, rel=1e-6, abs=1e-6)
     return figures
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
-def test_closure_through_the_client_is_the_library(objective):
-    client = Client()
-    data = batch(client)
+def test_closure_is_the_library(objective, client, server):
+    data = batch(server)
     result = client.forward_backward_custom(data, custom_loss(objective)).result(timeout=60)
-    assert client.sent == [[2, 2], [2, 2]]  # a forward and a backward pass, in the client's own chunks
-    figures = assert_same(client, result, data, objective, normalizer=1.0)
+    # a forward and a backward pass, in two chunks each
+    assert sorted(server.requests) == [("cross_entropy", False, 2)] * 2 + [("cross_entropy", True, 2)] * 2
+    figures = assert_same(server, result, data, objective, normalizer=1.0)
     for name, figure in figures.items():
         assert result.metrics[f"trust_region/{name}"] == pytest.approx(figure, rel=1e-5, abs=1e-7, nan_ok=True)
 
 
+@pytest.mark.parametrize("uploaded", [False, True], ids=["client-side", "server-side"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
-def test_traced_loss_through_the_client_is_the_library(objective):
-    client = Client()
-    data = batch(client)
-    handle = trace_loss(per_datum_loss(objective), INPUT_RANKS, SESSION)
+def test_traced_loss_is_the_library(objective, uploaded, service, server):
+    server.config["custom_loss_server_side"] = uploaded
+    client = service.create_lora_training_client("bigram").result(timeout=60)
+    data = batch(server)
+    handle = service.create_custom_loss(per_datum_loss(objective), INPUT_RANKS).result(timeout=60)
     result = client.forward_backward_custom(per_datum_inputs(data), handle).result(timeout=60)
-    figures = assert_same(client, result, data, objective, normalizer=1.0)
+    assert {request[:2] for request in server.requests} == (
+        {("custom", False)} if uploaded else {("cross_entropy", True), ("cross_entropy", False)}
+    )
+    figures = assert_same(server, result, data, objective, normalizer=1.0)
     summary = summarize_metrics(result.metrics)
-    extremes = {"ratio_max", "binary_tv_max", "weight_min", "weight_max"}
-    assert summary.keys() == {f"trust_region/{name}" for name in figures.keys() - extremes}
+    assert summary.keys() == {f"trust_region/{name}" for name in figures.keys() - EXTREMES}
     for name, figure in summary.items():
         assert figure == pytest.approx(figures[name.removeprefix("trust_region/")], rel=1e-5, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
-def test_traced_loss_can_be_sent(objective):
-    """As the client uploads it: plain data, of which every target is torch's, an operator or a tensor method."""
-    handle = trace_loss(per_datum_loss(objective), INPUT_RANKS, SESSION)
-    graph = types.CustomLossGraph.model_validate_json(encode_graph(handle).model_dump_json())
-    kinds = {(node.op, node.target.split(".")[0]) for node in graph.nodes}
-    names = {("placeholder", name) for name in INPUT_RANKS}
-    assert kinds == {
-        *names,
-        ("call_method", "detach"),
-        ("call_function", "torch"),
-        ("call_function", "operator"),
-        ("output", "output"),
-    }
+def test_an_uploaded_loss_is_torch_and_operators_only(objective, service, server):
+    server.config["custom_loss_server_side"] = True
+    handle = service.create_custom_loss(per_datum_loss(objective), INPUT_RANKS).result(timeout=60)
+    loss = server.losses[handle.loss_id]
+    kinds = {(node["op"], node["target"].split(".")[0]) for node in loss["graph"]["nodes"]}
+    calls = {("call_method", "detach"), ("call_function", "torch"), ("call_function", "operator")}
+    assert kinds == {*(("placeholder", name) for name in INPUT_RANKS), *calls, ("output", "output")}
+    assert loss["name"] == f"drpo_core_{type(objective).__name__.lower()}"
 
 
-def test_thresholds_matter():
-    client = Client()
-    data = batch(client)
+def test_thresholds_matter(client, server):
     gradients = []
     for delta in (0.05, 0.5):
-        client.model.zero_grad()
-        client.forward_backward_custom(data, custom_loss(DRPO(delta=delta))).result(timeout=60)
-        gradients.append(client.model.weight.grad.clone())
+        server.weight.grad = None
+        client.forward_backward_custom(batch(server), custom_loss(DRPO(delta=delta))).result(timeout=60)
+        gradients.append(server.weight.grad.clone())
     assert not torch.allclose(*gradients)
 
 
 @pytest.mark.parametrize("normalizer", [None, 5.0])
 @pytest.mark.parametrize("reduction", [token_mean, sequence_mean_token_mean])
-def test_means_over_the_call(reduction, normalizer):
-    client = Client()
-    data = batch(client)
-    loss = custom_loss(DRPO(delta=0.1), reduction=reduction, normalizer=normalizer)
+def test_means_over_the_call(reduction, normalizer, client, server):
+    data = batch(server)
+    loss = custom_loss(OBJECTIVE, reduction=reduction, normalizer=normalizer)
     result = client.forward_backward_custom(data, loss).result(timeout=60)
-    assert_same(client, result, data, DRPO(delta=0.1), reduction=reduction, normalizer=normalizer)
+    assert_same(server, result, data, OBJECTIVE, reduction=reduction, normalizer=normalizer)
 
 
-def test_weights_multiply_losses():
-    client = Client()
-    weighted, plain = batch(client, weights=lambda n: torch.full((n,), 2.0)), batch(client)
-    result = client.forward_backward_custom(weighted, custom_loss(DRPO(delta=0.1))).result(timeout=60)
-    loss, gradient, _ = expected(client, plain, DRPO(delta=0.1), normalizer=1.0)
-    torch.testing.assert_close(client.model.weight.grad, 2 * gradient)
+def test_weights_multiply_losses(client, server):
+    weighted = batch(server, weights=lambda n: torch.full((n,), 2.0))
+    result = client.forward_backward_custom(weighted, custom_loss(OBJECTIVE)).result(timeout=60)
+    loss, gradient, _ = expected(server, batch(server), OBJECTIVE, normalizer=1.0)
+    torch.testing.assert_close(server.weight.grad, 2 * gradient)
     assert result.metrics["loss:sum"] == pytest.approx(2 * loss, rel=1e-5)
 
 
-def test_masked_tokens_may_hold_anything():
-    client = Client()
-    data = batch(client)
-    log_prob = [client.log_prob(datum).detach() for datum in data]
-    poisoned = batch(client, logprobs=lambda n: data[LENGTHS.index(n)].loss_fn_inputs["logprobs"].to_torch().clone())
-    spoilt = [x.clone() for x in log_prob]
-    for datum, x in zip(poisoned, spoilt, strict=True):
-        hidden = datum.loss_fn_inputs["mask"].to_torch() == 0
-        datum.loss_fn_inputs["logprobs"].to_torch()[hidden] = float("nan")
-        x[hidden] = float("nan")
-    handle = trace_loss(per_datum_loss(DRPO(delta=0.1)), INPUT_RANKS, SESSION).graph
-    for run in (custom_loss(DRPO(delta=0.1)), lambda data, xs: (total(handle, data, xs), None)):
-        gradients = []
-        for given, xs in ((data, log_prob), (poisoned, spoilt)):
-            leaves = [x.clone().requires_grad_() for x in xs]
-            run(given, leaves)[0].backward()
-            gradients.append(torch.cat([x.grad for x in leaves]))
-        assert torch.equal(*gradients)
-
-
-def total(graph, data, log_prob):
-    """What `run_loss_handle` of the client sums, without its metrics."""
+def per_datum(data, log_prob):
+    """A traced loss, summed over data as tinker sums it."""
+    graph = trace_loss(per_datum_loss(OBJECTIVE), INPUT_RANKS, "session").graph
     columns = [[d.loss_fn_inputs[name].to_torch() for name in list(INPUT_RANKS)[1:]] for d in per_datum_inputs(data)]
     return sum(graph(x, *column)[0] for x, column in zip(log_prob, columns, strict=True))
 
 
-def test_without_a_mask_every_token_counts():
-    client = Client()
-    bare, full = batch(client, mask=lambda _: None), batch(client, mask=torch.ones)
-    log_prob = [client.log_prob(datum).detach() for datum in bare]
-    values = [custom_loss(DRPO(delta=0.1))(data, log_prob) for data in (bare, full)]
-    assert torch.equal(values[0][0], values[1][0])
+@pytest.mark.parametrize(
+    "run", [lambda *arguments: custom_loss(OBJECTIVE)(*arguments)[0], per_datum], ids=["closure", "traced"]
+)
+def test_masked_tokens_may_hold_anything(run, server):
+    gradients = []
+    for filler in (-1.0, float("nan"), float("-inf"), 1e4):
+        data = batch(server)
+        leaves = log_probs(server, data)
+        for datum, x in zip(data, leaves, strict=True):
+            hidden = datum.loss_fn_inputs["mask"].to_torch() == 0
+            x[hidden] = filler
+            datum.loss_fn_inputs["logprobs"].to_torch()[hidden] = filler
+            datum.loss_fn_inputs["advantages"].to_torch()[hidden] = filler
+        leaves = [x.requires_grad_() for x in leaves]
+        run(data, leaves).backward()
+        gradients.append(torch.cat([x.grad for x in leaves]))
+    assert gradients[0].abs().max() > 0.0
+    for gradient in gradients[1:]:
+        assert torch.equal(gradient, gradients[0])
+
+
+def test_without_a_mask_every_token_counts(server):
+    bare, full = batch(server, mask=lambda _: None), batch(server, mask=torch.ones)
+    values = [custom_loss(OBJECTIVE)(data, log_probs(server, data))[0] for data in (bare, full)]
+    assert torch.equal(*values)
     assert per_datum_inputs(bare)[1].loss_fn_inputs["mask"].to_torch().sum() == LENGTHS[1]
 
 
@@ -259,34 +217,57 @@ def test_without_a_mask_every_token_counts():
         ),
     ],
 )
-def test_refusals(changes, message):
-    client = Client()
-    log_prob = [client.log_prob(datum).detach() for datum in batch(client)]
-    data = batch(client, **changes)
+def test_refusals(changes, message, server):
+    log_prob, data = log_probs(server, batch(server)), batch(server, **changes)
     with pytest.raises(ValueError, match=message):
-        custom_loss(DRPO(delta=0.1))(data, log_prob)
+        custom_loss(OBJECTIVE)(data, log_prob)
     with pytest.raises(ValueError, match=message):
         per_datum_inputs(data)
 
 
-def test_weights_of_a_traced_loss_are_refused():
+def test_weights_of_a_traced_loss_are_refused(server):
     with pytest.raises(ValueError, match=r"\['weights'\]: expected none"):
-        per_datum_inputs(batch(Client(), weights=torch.ones))
+        per_datum_inputs(batch(server, weights=torch.ones))
 
 
-def test_the_client_reports_a_refusal():
-    client = Client()
+def test_a_divergence_of_ones_own_can_not_be_traced():
+    with pytest.raises(TypeError, match="divergence: expected an array"):
+        per_datum_loss(DPPO(delta=0.1, divergence="per_token"))
+
+
+def test_the_client_reports_a_refusal(client, server):
+    data = batch(server, logprobs=lambda _: None)
     with pytest.raises(ValueError, match="expected log μ, got none"):
-        client.forward_backward_custom(batch(client, logprobs=lambda _: None), custom_loss(DRPO(delta=0.1))).result(timeout=60)
+        client.forward_backward_custom(data, custom_loss(OBJECTIVE)).result(timeout=60)
 
 
-def test_log_probs_of_another_policy_warn():
-    client = Client()
-    unrecorded = batch(client, logprobs=torch.zeros)
+def test_log_probs_of_another_policy_warn(client, server):
+    unrecorded = batch(server, logprobs=torch.zeros)
     with pytest.warns(BehaviorPolicyWarning, match="are 0 at every token"):
         per_datum_inputs(unrecorded)
     with pytest.warns(BehaviorPolicyWarning, match="are 0 at every token"):
-        client.forward_backward_custom(unrecorded, custom_loss(DRPO(delta=0.1))).result(timeout=60)
-    data = batch(client)
+        client.forward_backward_custom(unrecorded, custom_loss(OBJECTIVE)).result(timeout=60)
+    data = batch(server)
     with pytest.warns(BehaviorPolicyWarning, match="equal the current policy's"):
-        custom_loss(DRPO(delta=0.1))(data, [datum.loss_fn_inputs["logprobs"].to_torch() for datum in data])
+        custom_loss(OBJECTIVE)(data, [datum.loss_fn_inputs["logprobs"].to_torch() for datum in data])
+
+
+def test_the_page_runs(service, client, server, capsys):
+    """Both of its blocks, on rollouts of tinker's type, after which the model is another."""
+    page = (Path(__file__).parents[3] / "docs" / "integrations" / "tinker.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in page.split("```py\n")[1:]]
+    sampled = {"tokens_np": np.array([1, 5, 2]), "logprobs_np": np.array([-0.5, -1.0, -3.0], np.float32)}
+    sequence = SampledSequence(stop_reason="stop", sequence_id="one", **sampled)
+    names = {
+        "training_client": client,
+        "service_client": service,
+        "rollouts": [([3, 4], sequence, 1.0), ([6], sequence, -0.5)],
+    }
+    before = server.weight.detach().clone()
+    for block in blocks:
+        exec(block, names)  # noqa: S102 -- a page of ours
+    dropped = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(dropped) == 2
+    assert dropped == [0.0, 0.0]  # DRPO corrects instead
+    assert not torch.equal(before, server.weight)
+    assert [d.loss_fn_inputs["mask"].data for d in names["data"]] == [[0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
