@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +54,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from drpo_core import Objective
-    from drpo_core.diagnostics import Diagnostics, Statistic
+    from drpo_core.diagnostics import Diagnostics, Mean, Statistic
 
 __all__ = ["OBJECTIVES", "log_diagnostics", "register"]
 
 _PREFIX = "trust_region/"
 
 
-def _region(name: str, config: Any) -> dict[str, float]:  # noqa: ANN401
+def _region(name: str, config: Any) -> dict[str, Any]:  # noqa: ANN401
     """Both sides of the trust region, with tunix's own fallback on `epsilon`."""
     high = getattr(config, "epsilon_high", None)
     return {f"{name}_low": config.epsilon, f"{name}_high": config.epsilon if high is None else high}
@@ -254,8 +254,11 @@ def _tunix_metrics(
 ) -> dict[str, jax.Array]:
     """What tunix's learners log of their own loss, under their names."""
     ratio = importance_ratio(log_prob, jnp.where(mask, behavior_log_prob, log_prob), xp=jnp)
-    low, high = (statistics[f"outside_{sign}_diverging_fraction"] for sign in ("negative", "positive"))
-    mean = partial(masked_mean, mask=mask)
+    low, high = (cast("Mean", statistics[f"outside_{sign}_diverging_fraction"]) for sign in ("negative", "positive"))
+
+    def mean(x: jax.Array) -> jax.Array:
+        return masked_mean(jnp.where(mask, x, 0.0), mask)
+
     largest = partial(jnp.max, where=mask, initial=-jnp.inf)
     smallest = partial(jnp.min, where=mask, initial=jnp.inf)
     return {
@@ -271,7 +274,7 @@ def _tunix_metrics(
         "advantage/max": largest(advantages),
         "advantage/min": smallest(advantages),
         "advantage/nonzero_frac": mean(1.0 * (jnp.abs(advantages) > 1e-8)),
-        "sampler_is/weight_mean": mean(jnp.where(mask, weights, 0.0)),
+        "sampler_is/weight_mean": mean(weights),
         "sampler_is/weight_min": smallest(weights),
     }
 

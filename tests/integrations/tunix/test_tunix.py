@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -479,3 +480,16 @@ def test_tunix_is_as_the_integration_expects() -> None:
     named = {line.split('"')[1] for line in source.splitlines() if line.strip().startswith('"') and "np.m" in line}
     assert len(named) == 18
     assert named <= aux.keys()
+
+
+def test_the_page_runs() -> None:
+    """docs/integrations/tunix.md, whose last block is a whole run."""
+    page = (Path(__file__).parents[3] / "docs" / "integrations" / "tunix.md").read_text()
+    blocks = [block.split("\n```", 1)[0] for block in page.split("```py\n")[1:]]
+    names: dict[str, Any] = {}
+    exec(blocks[-1], names)  # noqa: S102 -- our own page
+    rewards = names["learner"].rl_cluster._rl_metrics_logger.get_metric_history("rewards", "score/mean", "train")
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.5
+    for block in blocks[:-1]:
+        exec(block, names)  # noqa: S102
+    assert callable(function_registry.get_policy_loss_fn("drpo_strict"))
