@@ -257,7 +257,8 @@ def _tunix_metrics(
     low, high = (cast("Mean", statistics[f"outside_{sign}_diverging_fraction"]) for sign in ("negative", "positive"))
 
     def mean(x: jax.Array) -> jax.Array:
-        return masked_mean(jnp.where(mask, x, 0.0), mask)
+        average: jax.Array = masked_mean(jnp.where(mask, x, 0.0), mask)
+        return average
 
     largest = partial(jnp.max, where=mask, initial=-jnp.inf)
     smallest = partial(jnp.min, where=mask, initial=jnp.inf)
