@@ -14,7 +14,7 @@ import nox
 
 FRAMEWORKS = ("drpo", "verl", "trl", "torchrl", "skyrl")
 HERE = Path(__file__).parent / "tests" / "scorecard"
-INTEGRATIONS = ("trl", "verl")
+INTEGRATIONS = ("skyrl", "torchrl", "trl", "verl")
 TESTS = Path(__file__).parent / "tests" / "integrations"
 
 nox.options.sessions = ["scorecard"]

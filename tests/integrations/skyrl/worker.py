@@ -15,7 +15,6 @@ from types import ModuleType
 from unittest.mock import patch
 
 import torch
-
 from drpo_torch.integrations import skyrl  # noqa: F401 -- registers the losses
 from skyrl.backends.skyrl_train.distributed import fsdp_utils
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
