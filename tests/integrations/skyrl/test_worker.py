@@ -40,6 +40,7 @@ def test_the_same_parameters_after_three_steps(trained, theirs, ours):
     for of_ours, of_theirs in zip(trained[ours]["metrics"], trained[theirs]["metrics"], strict=True):
         for name in ("policy_loss", "grad_norm"):
             assert of_ours[name] == pytest.approx(of_theirs[name], rel=2e-6)
+        assert of_theirs["grad_norm"] > 0.0
         if theirs not in ("cispo", "importance_sampling"):  # which counts both sides of A, and which has none
             clipped = of_theirs["loss_metrics/clip_ratio"]
             assert 0.0 < clipped < 1.0

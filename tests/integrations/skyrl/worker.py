@@ -95,7 +95,7 @@ def update(folder, loss_type, dppo_type="binary_tv"):
             f"{ALGORITHM}.dppo.delta_low={0.002 if dppo_type == 'binary_tv' else 0.0002}",
             f"{ALGORITHM}.dppo.delta_high={0.004 if dppo_type == 'binary_tv' else 0.0004}",
             f"{ALGORITHM}.dppo.dppo_type={dppo_type}",
-            f"{ALGORITHM}.clip_ratio_c=1.01",
+            f"{ALGORITHM}.clip_ratio_c=1.3",
             f"{ALGORITHM}.cispo.cispo_eps_clip_low=1.0",
             f"{ALGORITHM}.cispo.cispo_eps_clip_high=0.1",
             f"{ALGORITHM}.temperature=1.0",

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import cache
 
 import pytest
 
@@ -57,11 +58,11 @@ def language_model(dtype=torch.float32):
     return Qwen2ForCausalLM(config).eval().to(dtype)
 
 
-def actor(model):
+def actor(model, **options):
     special = {"pad_token": "t0", "eos_token": "t1"}
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, "t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    return TransformersWrapper(model, tokenizer=tokenizer, input_mode="tokens", generate=False)
+    return TransformersWrapper(model, tokenizer=tokenizer, input_mode="tokens", **{"generate": False} | options)
 
 
 @torch.no_grad()
@@ -130,9 +131,14 @@ def test_parity_with_torchrl(options):
     torch.testing.assert_close(found, parameters, rtol=0.0, atol=1e-6)
 
 
+@cache
+def trained(objective):
+    return train(lambda policy: PolicyLossModule(policy, objective=objective, entropy_bonus=False))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_every_objective_trains_and_is_logged(objective):
-    outputs, parameters = train(lambda policy: PolicyLossModule(policy, objective=objective, entropy_bonus=False))
+    outputs, parameters = trained(objective)
     assert torch.isfinite(parameters).all()
     first, last = outputs[0], outputs[-1]
     assert float(first.ratio_mean) == pytest.approx(1.0, abs=1e-5)
@@ -140,9 +146,7 @@ def test_every_objective_trains_and_is_logged(objective):
     assert all(torch.isfinite(last.get(name)) for name in STATISTICS)
     for other in OBJECTIVES:
         if other != objective:
-            assert not torch.equal(
-                parameters, train(lambda policy, o=other: PolicyLossModule(policy, objective=o, entropy_bonus=False))[1]
-            )
+            assert not torch.equal(parameters, trained(other)[1])
 
 
 @pytest.mark.parametrize(("aggregation", "reduction"), [("token_mean", token_mean), ("prompt_mean", sequence_mean_token_mean)])
@@ -299,6 +303,17 @@ def test_what_would_have_no_effect_is_refused(arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         PolicyLossModule(actor(language_model()), objective=DRPO(delta=0.05), **arguments)
+
+
+def test_what_transformers_wrapper_records_is_no_anchor():
+    """A torchrl that passes on whole, right log-probs makes docs/integrations/torchrl.md outdated here."""
+    options = {"max_new_tokens": 4, "do_sample": True, "suppress_tokens": [0, 1]}
+    sampler = actor(language_model(), generate=True, return_log_probs=True, pad_output=True, generate_kwargs=options)
+    prompts = torch.randint(2, VOCABULARY, (3, 5))
+    batch = {("tokens", "prompt"): prompts, ("masks", "all_attention_mask"): torch.ones_like(prompts, dtype=torch.bool)}
+    sampled = sampler(TensorDict(batch, [3]))
+    assert sampled["log_probs"].full is None
+    assert (sampled["log_probs"].response[:, 0] == 0.0).all()
 
 
 def test_torchrl_still_has_what_is_overridden():
