@@ -32,7 +32,7 @@ class _Namespace:
         near = jnp.abs(x) < 0.5
         # selected before the series, whose derivative would be a NaN at −inf
         small = jnp.where(near, x, 0.0)
-        terms = 8 if x.dtype.itemsize < 8 else 14
+        terms = 8 if x.dtype.itemsize < 8 else 15
         series = jnp.full_like(x, 1.0 / math.factorial(terms))
         for n in reversed(range(2, terms)):
             series = series * small + 1.0 / math.factorial(n)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from drpo_core import TokenLoss, diagnostics, token_loss_and_gradient, token_mean
-from drpo_core.checks import compute_dtype
+from drpo_core.diagnostics import Maximum, Minimum
+from drpo_core.ratio import check_tokens
 from drpo_core.reduction import reduction_coefficients
 from drpo_jax.checks import check_jax_arrays
 from drpo_jax.elementary import xp
@@ -165,9 +166,8 @@ def policy_loss(
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
     check_jax_arrays(**tokens, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    # checks the arrays, too, before the loss takes them apart
-    statistics = diagnostics(objective, **jax.lax.stop_gradient(tokens), mask=mask, divergence=divergence, xp=xp)
-    dtype = compute_dtype(*tokens.values(), xp=xp)
+    _, dtype = check_tokens(**tokens, mask=mask, divergence=divergence, xp=xp)
+    statistics = _diagnostics(objective, *jax.lax.stop_gradient((*tokens.values(), mask, divergence)))
     coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     if coefficients is None:
         losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
@@ -209,7 +209,8 @@ def _reduced_loss(
         *tokens, mask, spread = arrays
         return jnp.sum(_weighted(objective, tokens, mask, coefficients if spread is None else spread).loss)
 
-    return _sum_of_blocks(total, (log_prob, behavior_log_prob, advantages, divergence, mask, spread))
+    result: jax.Array = _in_blocks(total, jnp.sum, (log_prob, behavior_log_prob, advantages, divergence, mask, spread))
+    return result
 
 
 # linear in the tangent, as that of `_token_loss`; what is kept is the final gradient. An expression of its own, and not an
@@ -240,29 +241,53 @@ def _weighted(objective: Objective, tokens: Any, mask: jax.Array, coefficients: 
     return TokenLoss(loss, jnp.where(result.gradient == 0.0, 0.0, coefficients * result.gradient), result.weight)
 
 
-def _sum_of_blocks(function: Callable[..., jax.Array], arrays: tuple[jax.Array | None, ...]) -> jax.Array:
-    """Σ function(block) over blocks of tokens, all of them at once but on a CPU.
+def _diagnostics(objective: Objective, *arrays: Any) -> Diagnostics:  # noqa: ANN401
+    """`drpo_core.diagnostics`, in blocks."""
 
-    XLA's CPU compiler writes what it is going to sum to memory first: of a block, to the cache. It would also take
-    intermediate results of the sum and of the gradient for the same, and write those, too, instead of either loop's
-    computing them.
+    def statistics(*arrays: Any) -> Diagnostics:  # noqa: ANN401
+        *tokens, mask, divergence = arrays
+        return diagnostics(objective, *tokens, mask=mask, divergence=divergence, xp=xp)
+
+    result: Diagnostics = _in_blocks(statistics, _merged, arrays)
+    return result
+
+
+def _merged(parts: Diagnostics) -> Diagnostics:
+    """`drpo_core.merge_diagnostics` of parts whose fields are stacked to arrays."""
+    merged = {}
+    for name, part in parts.items():
+        combine: Callable[[jax.Array], jax.Array] = jnp.sum
+        if isinstance(part, (Maximum, Minimum)):
+            combine = jnp.max if isinstance(part, Maximum) else jnp.min
+        merged[name] = type(part)(combine(part[0]), *(jnp.sum(field) for field in part[1:]))
+    return merged
+
+
+def _in_blocks(function: Callable[..., Any], merge: Callable[[Any], Any], arrays: tuple[jax.Array | None, ...]) -> Any:  # noqa: ANN401
+    """Figures of all tokens: on a CPU, those of blocks of tokens, merged; else of all of them at once.
+
+    XLA's CPU compiler makes a loop of every sum, writes what it is going to sum to memory first, and reads the tokens
+    again for the next: of a block, to and from the cache. It would also have the loops of the sums and of the gradient
+    share intermediate results through memory, were all of the same shape.
     """
     size = arrays[0].size  # type: ignore[union-attr]
     if size <= _BLOCK:
         return function(*arrays)
     blocks, rest = divmod(size, _BLOCK)
 
-    def by_block(*arrays: jax.Array | None) -> jax.Array:
+    def by_block(*arrays: jax.Array | None) -> Any:  # noqa: ANN401
         flat = [None if a is None else a.reshape(-1) for a in arrays]
 
-        def block(i: jax.Array) -> jax.Array:
+        def block(i: jax.Array) -> Any:  # noqa: ANN401
             return function(*(None if a is None else jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK) for a in flat))
 
-        total = jnp.sum(jax.lax.map(block, jnp.arange(blocks)))
-        return total + function(*(None if a is None else a[-rest:] for a in flat)) if rest else total
+        parts = jax.lax.map(block, jnp.arange(blocks))
+        if rest:
+            last = function(*(None if a is None else a[-rest:] for a in flat))
+            parts = jax.tree.map(jnp.append, parts, last)
+        return merge(parts)
 
-    joined: jax.Array = jax.lax.platform_dependent(*arrays, cpu=by_block, default=function)
-    return joined
+    return jax.lax.platform_dependent(*arrays, cpu=by_block, default=function)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
