@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["xp"]
 
-_ROWS = 64
-"""Of bytes that are added up as bytes, fewer than 128."""
+_BYTES = 16
+"""How many are added up as bytes: fewer than 128."""
 
 
 class _Namespace:
@@ -40,11 +40,11 @@ class _Namespace:
 
     @staticmethod
     def count_nonzero(condition: jax.Array) -> jax.Array:
-        """Number of True elements: added up as bytes before they are widened, which moves a quarter of the memory."""
-        bytes_ = condition.astype(jnp.int8)
-        if condition.shape and condition.shape[-1] % _ROWS == 0:
-            bytes_ = bytes_.reshape(*condition.shape[:-1], -1, _ROWS).sum(axis=-1, dtype=jnp.int8)
-        return jnp.sum(bytes_, dtype=jnp.int32)
+        """Number of True elements: first added up as bytes, because XLA writes what it widens to memory."""
+        ones = condition.astype(jnp.int8)
+        if condition.shape and condition.shape[-1] % _BYTES == 0:
+            ones = ones.reshape(*condition.shape[:-1], _BYTES, -1).sum(axis=-2, dtype=jnp.int8)
+        return jnp.sum(ones, dtype=jnp.int32)
 
 
 xp: Namespace = _Namespace()

@@ -106,8 +106,8 @@ def policy_loss(
 ) -> tuple[jax.Array, Diagnostics]:
     """Scalar loss of a batch of tokens to differentiate, and diagnostics (for `has_aux=True`).
 
-    Only `log_prob` is differentiated, as in `token_loss`. With a reduction of drpo_core, the loss and its final gradient
-    ∂(Σ m c L)/∂log π = −m c A r w are formed in one pass; only that gradient is kept. Meant to be called under `jit`.
+    Only `log_prob` is differentiated, as in `token_loss`. With a reduction of drpo_core, the final gradient
+    ∂(Σ m c L)/∂log π = −m c A r w is formed in one pass and is all that is kept. Meant to be called under `jit`.
 
     Parameters
     ----------
