@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["xp"]
 
-_BYTES = 16
+_BYTES = 64
 """How many are added up as bytes: fewer than 128."""
 
 
@@ -43,7 +43,8 @@ class _Namespace:
         """Number of True elements: first added up as bytes, because XLA writes what it widens to memory."""
         ones = condition.astype(jnp.int8)
         if condition.shape and condition.shape[-1] % _BYTES == 0:
-            ones = ones.reshape(*condition.shape[:-1], _BYTES, -1).sum(axis=-2, dtype=jnp.int8)
+            # rows of them: columns add up a bare mask in half the time, but make the loop of a computed condition slow
+            ones = ones.reshape(*condition.shape[:-1], -1, _BYTES).sum(axis=-1, dtype=jnp.int8)
         return jnp.sum(ones, dtype=jnp.int32)
 
 
