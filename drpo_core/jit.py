@@ -169,7 +169,8 @@ def _compiled(
             loop(*arrays, gradient, row, segment, first, last, totals, most)
 
         _in_threads(run, segments, min(threads or _cpus(), max(1, n // TOKENS_PER_THREAD)))
-        values = finish([*totals.sum(axis=0), *_flipped(np.max(most, axis=0, initial=lowest)).view(dtype)])
+        largest = _flipped(np.max(most, axis=0, initial=lowest)).view(dtype) if maxima else ()
+        values = finish([*totals.sum(axis=0), *largest])
 
         def value(symbol: Symbol) -> np.floating[Any]:
             return dtype.type(values[symbol.name])  # type: ignore[no-any-return]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from array_api_compat import is_numpy_namespace
 
 from drpo_core.diagnostics import diagnostics_of, merge_stacked
-from drpo_core.gradient import gradient_of
 from drpo_core.ratio import Tokens, check_tokens
 from drpo_core.reduction import reduction_coefficients, token_mean
+from drpo_core.selection import SelectingNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ __all__ = ["PolicyLoss", "policy_loss_and_gradient"]
 
 ENGINES = ("plain", "jit")
 
-CHUNK = 16384
+CHUNK = 32768
 """Tokens whose intermediate results, a few dozen arrays, stay in the cache of a core."""
 
 
@@ -137,7 +137,8 @@ def policy_loss_and_gradient(
         return _compiled(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads, xp=xp)
     if is_numpy_namespace(xp):
         gradient = xp.empty(log_prob.shape, dtype=log_prob.dtype)
-        loss, statistics = in_chunks(objective, *arrays, gradient, dtype=dtype, diagnostics=diagnostics, xp=xp)
+        selecting = SelectingNamespace(xp)
+        loss, statistics = in_chunks(objective, *arrays, gradient, dtype=dtype, diagnostics=diagnostics, xp=selecting)
         return PolicyLoss(loss, gradient, statistics)
     result = policy_loss_of(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     return result._replace(gradient=xp.astype(result.gradient, log_prob.dtype, copy=False))
@@ -172,10 +173,11 @@ def policy_loss_of(
         log_prob, behavior_log_prob, advantages, mask=mask if select else None, divergence=divergence, xp=xp
     )
     weight = objective.weight(tokens)
-    loss, gradient = coefficients * objective.loss(tokens), coefficients * gradient_of(tokens, weight)
+    loss, gradient = coefficients * objective.loss(tokens), coefficients * (-tokens.advantages * tokens.ratio * weight)
     return PolicyLoss(
         xp.sum(xp.where(mask, loss, 0.0)),
-        xp.where(mask, gradient, 0.0),
+        # exactly 0 where w = 0, whatever the ratio
+        xp.where(mask & (weight != 0.0), gradient, 0.0),
         diagnostics_of(tokens, weight, objective.inside(tokens), mask) if diagnostics else None,
     )
 

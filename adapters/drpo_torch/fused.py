@@ -14,7 +14,7 @@ import torch
 
 from drpo_core.policy_loss import PolicyLoss, policy_loss_of
 from drpo_core.trace import UntraceableError
-from drpo_torch.namespace import namespace
+from drpo_torch.namespace import is_transformed, namespace
 from drpo_torch.replay import replay
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from drpo_core import Objective
 
-__all__ = ["ENGINES", "Batch", "is_transformed"]
+__all__ = ["ENGINES", "Batch"]
 
 
 class Batch(NamedTuple):
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 def plain(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
     """One expression on whole tensors: what every transform of torch can trace, on any device."""
-    result = policy_loss_of(objective, *batch[:6], dtype=batch.dtype, diagnostics=diagnostics, xp=namespace())
+    result = policy_loss_of(objective, *batch[:6], dtype=batch.dtype, diagnostics=diagnostics, select=False, xp=namespace())
     return result._replace(gradient=result.gradient.to(batch.gradient_dtype))
 
 
@@ -134,12 +134,6 @@ def _pass(
         log_prob, behavior_log_prob, advantages, mask.to(torch.int32) > 0, coefficients, divergence, dtype, gradient_dtype
     )
     return tuple(plain(objective, batch, diagnostics=diagnostics))
-
-
-def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether torch.func looks on: such a tensor has no memory of its own."""
-    # there is no public test
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
 
 
 def _transformed(batch: Batch) -> bool:

@@ -12,8 +12,8 @@ from drpo_core import token_loss_and_gradient, token_mean
 from drpo_core.ratio import check_tokens
 from drpo_core.reduction import reduction_coefficients
 from drpo_torch.cotangent import scaled_by_cotangent
-from drpo_torch.fused import ENGINES, Batch, is_transformed
-from drpo_torch.namespace import namespace
+from drpo_torch.fused import ENGINES, Batch
+from drpo_torch.namespace import is_transformed, namespace
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -190,7 +190,7 @@ def policy_loss(
     dtype = cast("torch.dtype", found)
     options = {"normalizer": normalizer, "token_weights": None if token_weights is None else token_weights.detach()}
     with torch.no_grad():
-        coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, segment_ids=segment_ids, xp=xp)
+        coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, segment_ids=segment_ids, xp=namespace())
     if coefficients is None:
         losses = token_loss(objective, **tensors, divergence=divergence)
         loss = reduction(losses, mask, **options, segment_ids=segment_ids, xp=xp)

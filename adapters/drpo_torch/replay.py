@@ -27,7 +27,7 @@ __all__ = ["PIECE", "replay"]
 
 Operation = Callable[..., Any]
 
-PIECE = 1 << 16
+PIECE = 1 << 18
 """Tokens handled at a time: a dozen intermediate results of so many stay in the cache, and calling torch is worth it."""
 
 INPUTS = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients", "divergence")
@@ -52,7 +52,6 @@ ARITHMETIC: dict[str, Operation] = {
     "add": torch.add,
     "divide": torch.div,
     "exp": torch.exp,
-    "expm1": torch.expm1,
     "log": torch.log,
     "log1p": torch.log1p,
     "maximum": torch.maximum,
@@ -64,6 +63,9 @@ ARITHMETIC: dict[str, Operation] = {
     "subtract": torch.sub,
     "tanh": torch.tanh,
 }
+EXTREMA: dict[str, Operation] = {"greater": torch.minimum, "less": torch.maximum}
+"""What it is to select a constant where a value is beyond it."""
+
 REDUCTIONS: dict[str, Operation] = {"sum": torch.sum, "max": torch.amax}
 
 
@@ -176,7 +178,7 @@ def _program(objective: Objective, dtype: torch.dtype, diagnostics: bool, measur
     try:
         measurement = d if measured else None
         result = policy_loss_of(
-            objective, x, b, a, m, c, measurement, dtype=FLOAT, diagnostics=diagnostics, xp=trace.namespace
+            objective, x, b, a, m, c, measurement, dtype=FLOAT, diagnostics=diagnostics, select=False, xp=trace.namespace
         )
     except (AttributeError, TypeError, ValueError) as error:
         # what does not work on symbols may on tensors, as torch's own functions do; if not, `plain` says so
@@ -194,7 +196,7 @@ class _Lowering:
     """From symbols to steps, each result in a place of its own until `program` shares registers."""
 
     def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
-        self._constants = trace.constants
+        self._trace, self._constants = trace, trace.constants
         self._dtype = dtype
         self._of: dict[str, Value] = {}
         self._steps: list[Step] = []
@@ -267,15 +269,24 @@ class _Lowering:
         if name in CLASSES:
             comparison, limit = CLASSES[name]
             return self._compared(comparison, self._emit(torch.abs, *operands), self._constant(limit))
+        if name == "expm1":
+            return self._expm1(symbol.arguments[0])
         if name not in ARITHMETIC:
             raise UntraceableError(name)
         return self._emit(ARITHMETIC[name], *operands)
 
+    def _expm1(self, t: Symbol) -> Value:
+        """e^t − 1 = tanh(t/2) (e^t + 1), with the e^t that is mostly there: torch's own takes as long as six exponentials."""
+        half = self._emit(torch.mul, self.of(t), self._constant(0.5))
+        power = self.of(self._trace.apply("exp", t))
+        return self._emit(torch.mul, self._emit(torch.tanh, half), self._emit(torch.add, power, self._constant(1.0)))
+
     def _selected(self, condition: Symbol, x: Symbol, y: Symbol) -> Value:
         """Integer arithmetic, modulo 2³² or 2⁶⁴, on the bits: y + c (x − y), and less where less will do."""
         tested = [symbol.name for symbol in condition.arguments]
-        if condition.operation == "greater" and tested == [y.name, x.name] and self._is_constant(x):
-            return self._emit(torch.minimum, self.of(y), self.of(x))
+        extremum = EXTREMA.get(condition.operation)
+        if extremum and tested == [y.name, x.name] and self._is_constant(x):
+            return self._emit(extremum, self.of(y), self.of(x))
         opposite = [symbol.name for symbol in (x.arguments if x.operation == "negative" else ())] == [y.name]
         if opposite:
             return self._emit(_flip_sign, self.of(y).bits, self.of(condition).bits, bits=True)
