@@ -1,0 +1,69 @@
+"""Directives: a figure or table that the library draws while the site is built, and the table of claims."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import claims
+import figures
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+PROVERS = {"z3": "z3", "SymPy": "SymPy", "iv": "interval arithmetic"}
+
+
+class Drawn(SphinxDirective):
+    """``{drawn} name``: what the function `name` of figures.py returns, as HTML; the body says what it shows."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        """Draw."""
+        html = getattr(figures, self.arguments[0])()
+        figure = nodes.container(classes=["drawn-figure"])
+        figure += nodes.raw("", html, format="html")
+        self.state.nested_parse(self.content, self.content_offset, figure)
+        return [figure]
+
+
+class Claims(SphinxDirective):
+    """``{claims}``: every numbered claim of the derivations, with what proves it and what code that proof runs."""
+
+    def run(self) -> list[nodes.Node]:
+        """Tabulate."""
+        lines = ["| claim | proved by | properties | runs |", "|---|---|---|---|"]
+        for page in claims.pages():
+            for claim in claims.claims(page):
+                proofs = [claims.proofs()[name] for name in claim.proofs]
+                runs = dict.fromkeys(name for proof in proofs for name in proof.runs)
+                cells = (
+                    f"`{claim.page}:{claim.label}`",
+                    " · ".join(f"`{proof.name}` ({proof.prover})" for proof in proofs),
+                    " ".join(f"P{number}" for number in claim.properties) or "–",
+                    " ".join(f"`{name.removeprefix('drpo_core.')}`" for name in runs),
+                )
+                lines.append("| " + " | ".join(cells) + " |")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def copy_katex(app: Sphinx, _: object) -> None:
+    """Put KaTeX's style sheet and fonts beside the pages."""
+    if app.builder.format != "html":
+        return
+    source, target = Path(app.config.katex_js_path).parent, Path(app.outdir) / "_static"
+    shutil.copy(source / "katex.min.css", target)
+    shutil.copytree(source / "fonts", target / "fonts", ignore=shutil.ignore_patterns("*.ttf", "*.woff"), dirs_exist_ok=True)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.add_directive("drawn", Drawn)
+    app.add_directive("claims", Claims)
+    app.connect("build-finished", copy_katex, priority=100)
+    return {"parallel_read_safe": False, "version": "1"}
