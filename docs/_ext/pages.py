@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ import figures
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
+from drpo_core.cli import BUNDLED
+from drpo_core.explorer import explorer_data, explorer_html
+from drpo_core.rollouts import open_rollouts
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
-
-PROVERS = {"z3": "z3", "SymPy": "SymPy", "iv": "interval arithmetic"}
 
 
 class Drawn(SphinxDirective):
@@ -30,6 +33,16 @@ class Drawn(SphinxDirective):
         figure += nodes.raw("", html, format="html")
         self.state.nested_parse(self.content, self.content_offset, figure)
         return [figure]
+
+
+class Explorer(SphinxDirective):
+    """``{explorer}``: the trust region with sliders, over the rollouts that ship with the package."""
+
+    def run(self) -> list[nodes.Node]:
+        """Compute and embed."""
+        with as_file(files("drpo_core") / "data" / BUNDLED) as path:
+            data = explorer_data(open_rollouts(path))
+        return [nodes.raw("", explorer_html(data), format="html")]
 
 
 class Claims(SphinxDirective):
@@ -65,5 +78,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_directive("drawn", Drawn)
     app.add_directive("claims", Claims)
+    app.add_directive("explorer", Explorer)
     app.connect("build-finished", copy_katex, priority=100)
     return {"parallel_read_safe": False, "version": "1"}
