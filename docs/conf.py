@@ -28,7 +28,9 @@ extensions = [
 exclude_patterns = ["_ext", "examples"]
 # everything a page refers to exists
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r".*")]  # types in docstrings are prose, with shapes; roles are checked by the tests of the site
+nitpick_ignore_regex = [
+    ("py:.*", r".*")
+]  # types in docstrings are prose, with shapes; roles are checked by the tests of the site
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "fieldlist", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 3
@@ -47,6 +49,7 @@ katex_css_path = "katex.min.css"
 
 html_theme = "furo"
 html_title = "drpo-core"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

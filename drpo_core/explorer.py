@@ -50,7 +50,7 @@ DIGITS = 5
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Where the sliders stop: probabilities μ, thresholds δ on |π − μ|, thresholds ε on |r − 1|."""
+    """Where the sliders stop: probabilities μ, thresholds δ on abs(π − μ), thresholds ε on abs(r − 1)."""
 
     mu: tuple[float, ...] = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
     delta: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 12.5)
@@ -62,7 +62,9 @@ class Grid:
             name: {float(value) for o in objectives if (value := getattr(o, name, None)) is not None}
             for name in ("delta", "eps")
         }
-        nats = {float(o.delta) for o in objectives if isinstance(o, DPPO) and o.divergence != "binary_tv" and o.delta is not None}
+        nats = {
+            float(o.delta) for o in objectives if isinstance(o, DPPO) and o.divergence != "binary_tv" and o.delta is not None
+        }
         return Grid(
             mu=self.mu,
             delta=tuple(sorted({*self.delta, *(found["delta"] - nats)})),
@@ -149,9 +151,12 @@ def explorer_data(rollouts: Rollouts | None = None, grid: Grid | None = None) ->
         "eps": list(grid.eps),
         "pi": [_round(pi) for pi in points],
         "start": {"mu": _nearest(grid.mu, 0.25), "delta": _nearest(grid.delta, 0.15), "eps": _nearest(grid.eps, 0.2)},
-        "at_mu": [int(np.searchsorted(pi, mu)) for mu, pi in zip(grid.mu, points, strict=True)],
+        # where π's slider starts: a token that doubled
+        "probe": [_nearest(pi, min(1.0, 2.0 * mu)) for mu, pi in zip(grid.mu, points, strict=True)],
         "windows": [[[0.0, 1.0], [0.0, min(1.0, 4.0 * mu)]] for mu in grid.mu],
-        "loss_limits": [[[_loss_limits(sign, top / mu) for top in (1.0, min(1.0, 4.0 * mu))] for mu in grid.mu] for sign in SIGNS],
+        "loss_limits": [
+            [[_loss_limits(sign, top / mu) for top in (1.0, min(1.0, 4.0 * mu))] for mu in grid.mu] for sign in SIGNS
+        ],
         "plane": _round(plane),
         "objectives": objectives,
         "snapshots": [] if rollouts is None else _snapshots(rollouts, families, grid),
@@ -184,7 +189,7 @@ def _loss_limits(sign: float, largest_ratio: float) -> list[float]:
     return [-1.1 * largest_ratio, 0.5 * largest_ratio] if sign > 0 else [-0.5 * largest_ratio, 1.1 * largest_ratio]
 
 
-def _nearest(stops: Sequence[float], value: float) -> int:
+def _nearest(stops: Sequence[float] | Values, value: float) -> int:
     return int(np.argmin(np.abs(np.asarray(stops) - value)))
 
 
@@ -289,9 +294,12 @@ def report_html(report: Report, data: dict[str, Any], columns: dict[str, str]) -
     parts = []
     for name, snapshot in report.snapshots.items():
         health = snapshot.health
-        arrays = report.arrays
+        pi, mu, a, mask = (report.arrays[role] for role in ("log_prob", "behavior_log_prob", "advantages", "mask"))
         facts = [
-            ("arrays", f"π {arrays['log_prob'][name]}, μ {arrays['behavior_log_prob']}, A {arrays['advantages']}, mask {arrays['mask']}"),
+            (
+                "arrays",
+                f"π {pi[name]}, μ {mu}, A {a}, mask {mask}",
+            ),
             ("tokens", f"{health['valid_tokens']:,} valid of {health['tokens']:,}, {health['active_tokens']:,} with A ≠ 0"),
             ("policy", f"E_μ[r] = {health['ratio_mean']:.4f}, mean |π − μ| = {health['binary_tv_mean']:.5f}"),
             *(("warning", warning) for warning in snapshot.warnings),

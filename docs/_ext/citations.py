@@ -14,7 +14,7 @@ from pygments.lexers import PythonLexer
 from sphinx import addnodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sphinx.application import Sphinx
 
@@ -35,7 +35,9 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
     for node in list(doctree.findall(nodes.literal)):
         proof = claims.proofs().get(node.astext())
         if proof is not None:
-            node.replace_self(reference(_source(claims.PROOFS / proof.name.partition("::")[0]), f"line-{proof.line}", node.deepcopy()))
+            node.replace_self(
+                reference(_source(claims.PROOFS / proof.name.partition("::")[0]), f"line-{proof.line}", node.deepcopy())
+            )
         claim = CLAIM.fullmatch(node.astext())
         if claim is not None:
             node.replace_self(reference(f"derivations/{claim[1]}", claim[2].lower(), nodes.Text(claim[2]), css="claim-link"))
@@ -49,7 +51,7 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
         _properties(doctree)
 
 
-def _claims(doctree: nodes.document, reference: Any) -> None:
+def _claims(doctree: nodes.document, reference: Callable[..., nodes.reference]) -> None:
     for node in doctree.findall(nodes.strong):
         if LABEL.fullmatch(node.astext()):
             node.parent["ids"].append(node.astext()[:-1].lower())

@@ -13,7 +13,6 @@ PROOFS = DOCS.parent / "tests" / "proofs"
 CITATION = re.compile(r"`(test_\w+\.py::test_\w+)`")
 LABEL = re.compile(r"\*\*([A-Z]\d+)\.\*\*")
 PROPERTY = re.compile(r"\bP(\d+)\b")
-ENUMERATION = ("enumeration", "measured")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Proof:
 
     @property
     def prover(self) -> str:
-        """The first word of the statement: z3, SymPy, iv, mpmath, enumeration, …"""
+        """The first word of the statement: z3, SymPy, iv, enumeration and so on."""
         return self.statement.partition(":")[0]
 
 
@@ -86,8 +85,8 @@ def claims(page: Path) -> list[Claim]:
     """The claims of a page, in order; a claim ends where the next, or a heading, begins."""
     parts = LABEL.split(page.read_text(encoding="utf-8"))
     found = []
-    for label, body in zip(parts[1::2], parts[2::2], strict=True):
-        body, *_ = re.split(r"^#", body, maxsplit=1, flags=re.MULTILINE)
+    for label, rest in zip(parts[1::2], parts[2::2], strict=True):
+        body, *_ = re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)
         numbers = tuple(dict.fromkeys(int(number) for number in PROPERTY.findall(body)))
         found.append(Claim(page.stem, label, body.strip(), tuple(dict.fromkeys(CITATION.findall(body))), numbers))
     return found
