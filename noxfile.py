@@ -3,7 +3,8 @@
 ``pipx run nox -s scorecard`` (nox ≥ 2024.10, Python 3.11) makes the environments, runs the kit in each and writes
 docs/scorecard.md. One environment is about 1.4 GB and a few minutes; ``nox -s scorecard-verl scorecard-write`` runs one
 of them again and rewrites the page from the results of all. ``nox -s integration-verl`` runs the tests of an integration
-against the framework itself. ``nox -s docs`` builds the site and opens it in a browser. ``nox -s benchmarks`` times the library beside its peers and writes docs/benchmarks.md.
+against the framework itself. ``nox -s benchmarks`` times the library beside its peers and writes docs/benchmarks.md.
+``nox -s docs`` builds the site and opens it in a browser.
 """
 
 from __future__ import annotations
