@@ -21,7 +21,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.viewcode",
     "numpydoc",
-    "sphinxcontrib.katex",
+    "mathematics",
     "citations",
     "pages",
 ]
@@ -42,11 +42,7 @@ autosummary_generate = False
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
 
-# mathematics is rendered when the site is built: a reader needs no internet and no JavaScript for it
-katex_prerender = True
-katex_js_path = str(HERE.parent / "build" / "katex" / "node_modules" / "katex" / "dist" / "katex.min.js")
-katex_css_path = "katex.min.css"
-
+html_math_renderer = "katex"
 html_theme = "furo"
 html_title = "drpo-core"
 html_favicon = "_static/icon.svg"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib.resources import as_file, files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import claims
@@ -65,19 +63,9 @@ class Claims(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-def copy_katex(app: Sphinx, _: object) -> None:
-    """Put KaTeX's style sheet and fonts beside the pages."""
-    if app.builder.format != "html":
-        return
-    source, target = Path(app.config.katex_js_path).parent, Path(app.outdir) / "_static"
-    shutil.copy(source / "katex.min.css", target)
-    shutil.copytree(source / "fonts", target / "fonts", ignore=shutil.ignore_patterns("*.ttf", "*.woff"), dirs_exist_ok=True)
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_directive("drawn", Drawn)
     app.add_directive("claims", Claims)
     app.add_directive("explorer", Explorer)
-    app.connect("build-finished", copy_katex, priority=100)
     return {"parallel_read_safe": False, "version": "1"}
