@@ -72,9 +72,9 @@ class Grid:
         )
 
     def pi(self, mu: float) -> Values:
-        """Probabilities π that curves are drawn at: even steps, and geometric ones around μ."""
-        around = mu * np.geomspace(0.01, min(100.0, 1.0 / mu), 41)
-        return np.unique(np.concatenate((np.linspace(0.01, 1.0, 100), around, [1e-4, mu])))
+        """Probabilities π that curves are drawn at: even steps of [0, 1] and of [0, 4μ], and μ."""
+        steps = np.linspace(0.0, 1.0, 101)[1:]
+        return np.unique(np.concatenate((steps, steps[1::2] * min(1.0, 4.0 * mu), [1e-4, mu])))
 
 
 def _families(grid: Grid) -> list[tuple[str | None, list[AnyObjective]]]:

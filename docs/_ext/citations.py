@@ -13,6 +13,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from sphinx import addnodes
 
+import drpo_core
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -38,6 +40,8 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
             node.replace_self(
                 reference(_source(claims.PROOFS / proof.name.partition("::")[0]), f"line-{proof.line}", node.deepcopy())
             )
+        elif page == "reference/claims" or page.startswith("derivations/"):
+            _implementation(node, reference)
         claim = CLAIM.fullmatch(node.astext())
         if claim is not None:
             node.replace_self(reference(f"derivations/{claim[1]}", claim[2].lower(), nodes.Text(claim[2]), css="claim-link"))
@@ -49,6 +53,15 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
         _claims(doctree, reference)
     if page == "verify":
         _properties(doctree)
+
+
+def _implementation(node: nodes.literal, reference: Callable[..., nodes.reference]) -> None:
+    """A public function is a link to the reference, a file of the core to its source."""
+    name = node.astext()
+    if name in drpo_core.__all__:
+        node.replace_self(reference("reference/core", f"drpo_core.{name}", node.deepcopy(), css="function"))
+    elif name.startswith("drpo_core/") and not isinstance(node.parent, nodes.reference | addnodes.download_reference):
+        node.replace_self(reference(_source(ROOT / name), "", node.deepcopy(), css="source"))
 
 
 def _claims(doctree: nodes.document, reference: Callable[..., nodes.reference]) -> None:

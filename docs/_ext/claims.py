@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import drpo_core
+
 DOCS = Path(__file__).parents[1]
 PROOFS = DOCS.parent / "tests" / "proofs"
 CITATION = re.compile(r"`(test_\w+\.py::test_\w+)`")
 LABEL = re.compile(r"\*\*([A-Z]\d+)\.\*\*")
+FILE = re.compile(r"\]\(\.\./\.\./(drpo_core/\w+\.py)\)")
 PROPERTY = re.compile(r"\bP(\d+)\b")
 
 
@@ -39,6 +42,13 @@ class Claim:
     text: str
     proofs: tuple[str, ...]
     properties: tuple[int, ...]
+    files: tuple[str, ...]
+
+    @property
+    def implemented_by(self) -> tuple[str, ...]:
+        """Public functions whose kernels the proofs run; else the files of the core that the page is about."""
+        names = dict.fromkeys(name for proof in self.proofs for kernel in proofs()[proof].runs for name in _public(kernel))
+        return tuple(names) or self.files
 
 
 @cache
@@ -54,7 +64,7 @@ def proofs() -> dict[str, Proof]:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 name = f"{path.name}::{node.name}"
                 statement = (ast.get_docstring(node) or "").partition("\n")[0]
-                found[name] = Proof(name, node.lineno, statement, _runs(node, imported, path))
+                found[name] = Proof(name, node.lineno, statement, _runs(node, imported))
     return found
 
 
@@ -68,27 +78,39 @@ def _imports(tree: ast.Module) -> dict[str, str]:
     }
 
 
-def _runs(node: ast.FunctionDef, imported: dict[str, str], path: Path) -> tuple[str, ...]:
-    """What of drpo_core a proof runs, itself; else the module that its file is named after."""
+def _runs(node: ast.FunctionDef, imported: dict[str, str]) -> tuple[str, ...]:
+    """What of drpo_core the function names: ``drpo.weight``, ``divergence.k3_of``, ``dppo``."""
     used = {}
     for part in ast.walk(node):
         if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in imported:
             used[f"{imported[part.value.id]}.{part.attr}"] = None
-        elif isinstance(part, ast.Name) and part.id in imported and part.id.islower():
+        elif isinstance(part, ast.Name) and part.id in imported:
             used[imported[part.id]] = None
-    modules = {name.split(".")[1] for name in used}
-    kept = [name for name in used if name.count(".") > 1 or name.split(".")[1] not in modules - {name.split(".")[1]}]
-    return tuple(sorted(kept)) or (f"drpo_core.{path.stem.removeprefix('test_').replace('index', 'objectives')}",)
+    return tuple(name.removeprefix("drpo_core.") for name in used)
+
+
+def _public(kernel: str) -> list[str]:
+    """The public names of a kernel: ``drpo.mask_weight`` is mask_drpo_weight's, ``divergence.k3_of`` is k3's."""
+    module, _, name = kernel.partition(".")
+    family = {"ppo": "ppo_clip"}.get(module, module)
+    candidates = (
+        name,
+        name.removesuffix("_of"),
+        f"mask_{family}_{name[5:]}" if name.startswith("mask_") else f"{family}_{name}",
+    )
+    return [candidate for candidate in candidates if candidate in drpo_core.__all__]
 
 
 def claims(page: Path) -> list[Claim]:
     """The claims of a page, in order; a claim ends where the next, or a heading, begins."""
-    parts = LABEL.split(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    files = tuple(dict.fromkeys(FILE.findall(text)))
+    parts = LABEL.split(text)
     found = []
     for label, rest in zip(parts[1::2], parts[2::2], strict=True):
         body, *_ = re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)
         numbers = tuple(dict.fromkeys(int(number) for number in PROPERTY.findall(body)))
-        found.append(Claim(page.stem, label, body.strip(), tuple(dict.fromkeys(CITATION.findall(body))), numbers))
+        found.append(Claim(page.stem, label, body.strip(), tuple(dict.fromkeys(CITATION.findall(body))), numbers, files))
     return found
 
 

@@ -26,6 +26,7 @@ class Drawn(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Draw."""
+        self.env.note_reread()
         html = getattr(figures, self.arguments[0])()
         figure = nodes.container(classes=["drawn-figure"])
         figure += nodes.raw("", html, format="html")
@@ -38,6 +39,7 @@ class Explorer(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Compute and embed."""
+        self.env.note_reread()
         with as_file(files("drpo_core") / "data" / BUNDLED) as path:
             data = explorer_data(open_rollouts(path))
         return [nodes.raw("", explorer_html(data), format="html")]
@@ -48,16 +50,16 @@ class Claims(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Tabulate."""
-        lines = ["| claim | proved by | properties | runs |", "|---|---|---|---|"]
+        self.env.note_reread()
+        lines = ["| claim | proved by | properties | implemented by |", "|---|---|---|---|"]
         for page in claims.pages():
             for claim in claims.claims(page):
                 proofs = [claims.proofs()[name] for name in claim.proofs]
-                runs = dict.fromkeys(name for proof in proofs for name in proof.runs)
                 cells = (
                     f"`{claim.page}:{claim.label}`",
                     " · ".join(f"`{proof.name}` ({proof.prover})" for proof in proofs),
                     " ".join(f"P{number}" for number in claim.properties) or "–",
-                    " ".join(f"`{name.removeprefix('drpo_core.')}`" for name in runs),
+                    " ".join(f"`{name}`" for name in claim.implemented_by),
                 )
                 lines.append("| " + " | ".join(cells) + " |")
         return self.parse_text_to_nodes("\n".join(lines))
