@@ -264,7 +264,7 @@ def inside(tokens: Tokens, delta: Bounds) -> Bool[Array, "*tokens"]:
 def loss(tokens: Tokens, delta: Bounds) -> Float[Array, "*tokens"]:
     """−A r + |A| (r − 1) d / (2δ); μ (r − 1)² would overflow where (r − 1) d does not."""
     a, r, excess, d = tokens.advantages, tokens.ratio, tokens.ratio_minus_one, tokens.shift
-    return -a * r + tokens.xp.abs(a) * excess * d / (2.0 * tokens.by_advantage(*delta))
+    return -a * r + tokens.xp.abs(a) * excess * d * tokens.by_advantage(*(0.5 / threshold for threshold in delta))
 
 
 def weight(tokens: Tokens, delta: Bounds) -> Float[Array, "*tokens"]:

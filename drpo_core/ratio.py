@@ -54,18 +54,20 @@ class Tokens(NamedTuple):
         xp: Namespace,
     ) -> Tokens:
         """Compute ℓ, r, r − 1 and d in one pass, with three exponentials; checks nothing."""
-        ell = _log_ratio(log_prob, behavior_log_prob, xp=xp)
-        ratio = xp.exp(saturated(ell, xp=xp))
-        gap = _relative_gap(ell, xp=xp)
+        larger = xp.maximum(log_prob, behavior_log_prob)
+        ell = _log_ratio(log_prob, behavior_log_prob, larger, xp=xp)
+        # one argument for both, so that a compiler can share most of the work
+        exponent = _bounded(ell, xp=xp)
+        power, power_minus_one = xp.exp(exponent), xp.expm1(exponent)
         return cls(
             log_prob=log_prob,
             behavior_log_prob=behavior_log_prob,
             advantages=advantages,
             log_ratio=ell,
-            ratio=ratio,
-            # e^ℓ − 1 = e^ℓ (1 − e^−ℓ): both branches keep full relative accuracy
-            ratio_minus_one=xp.where(ell > 1.0, ratio - 1.0, xp.where(ell < 0.0, -gap, ratio * gap)),
-            shift=_shift(log_prob, behavior_log_prob, ell, gap, xp=xp),
+            ratio=_ratio(power, xp=xp),
+            # literals: torch.compile(dynamic=True) turns a global float into a graph input
+            ratio_minus_one=xp.where(power_minus_one > 485165194.4097903, 485165194.4097903, power_minus_one),
+            shift=_shift(larger, power, power_minus_one, xp=xp),
             divergence=divergence,
             xp=xp,
         )
@@ -185,7 +187,7 @@ def log_ratio(
     array([0.69314718, 0.        ])
     """
     x, b, xp = _prepare(log_prob, behavior_log_prob, xp)
-    return _log_ratio(x, b, xp=xp)
+    return _log_ratio(x, b, xp.maximum(x, b), xp=xp)
 
 
 def importance_ratio(
@@ -224,15 +226,15 @@ def importance_ratio(
     array([2., 1.])
     """
     x, b, xp = _prepare(log_prob, behavior_log_prob, xp)
-    return xp.exp(saturated(_log_ratio(x, b, xp=xp), xp=xp))
+    return _ratio(xp.exp(_bounded(_log_ratio(x, b, xp.maximum(x, b), xp=xp), xp=xp)), xp=xp)
 
 
 def probability_shift(
     log_prob: Float[Array, "*tokens"], behavior_log_prob: Float[Array, "*tokens"], *, xp: Namespace | None = None
 ) -> Float[Array, "*tokens"]:
-    """Probability shift d = π − μ of the sampled token, computed as sign(ℓ)·max(π, μ)·(1 − e^−|ℓ|).
+    """Probability shift d = π − μ of the sampled token, computed as max(π, μ)·(r − 1)/max(r, 1).
 
-    Within 3 machine epsilons (relative) of the exact difference of the given log-probs, also near on-policy, where
+    Within 5 machine epsilons (relative) of the exact difference of the given log-probs, also near on-policy, where
     e^{log π} − e^{log μ} loses every digit; it can't overflow.
 
     Parameters
@@ -267,8 +269,9 @@ def probability_shift(
     array([ 0.25, -0.3 ])
     """
     x, b, xp = _prepare(log_prob, behavior_log_prob, xp)
-    ell = _log_ratio(x, b, xp=xp)
-    return _shift(x, b, ell, _relative_gap(ell, xp=xp), xp=xp)
+    larger = xp.maximum(x, b)
+    exponent = _bounded(_log_ratio(x, b, larger, xp=xp), xp=xp)
+    return _shift(larger, xp.exp(exponent), xp.expm1(exponent), xp=xp)
 
 
 def saturated(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:
@@ -283,17 +286,24 @@ def _prepare(log_prob: Array, behavior_log_prob: Array, xp: Namespace | None) ->
     return xp.astype(log_prob, dtype, copy=False), xp.astype(behavior_log_prob, dtype, copy=False), xp
 
 
-def _log_ratio(x: Array, b: Array, *, xp: Namespace) -> Array:
+def _log_ratio(x: Array, b: Array, larger: Array, *, xp: Namespace) -> Array:
     # −inf − (−inf) is a NaN, in value and in derivative: select before subtracting
-    impossible = (x == -xp.inf) & (b == -xp.inf)
+    impossible = larger == -xp.inf
     return xp.where(impossible, 0.0, x) - xp.where(impossible, 0.0, b)
 
 
-def _relative_gap(ell: Array, *, xp: Namespace) -> Array:
-    """1 − e^−|ℓ| = |π − μ| / max(π, μ)."""
-    return -xp.expm1(xp.where(ell < 0.0, ell, -ell))
+def _bounded(ell: Array, *, xp: Namespace) -> Array:
+    """min(ℓ, 40): its power can't overflow, and beyond it 1 − e^−ℓ is 1, in float64 too."""
+    return xp.where(ell > 40.0, 40.0, ell)
 
 
-def _shift(x: Array, b: Array, ell: Array, gap: Array, *, xp: Namespace) -> Array:
-    size = xp.exp(xp.where(ell < 0.0, b, x)) * gap
-    return xp.where(ell < 0.0, -size, size)
+def _ratio(power: Array, *, xp: Namespace) -> Array:
+    """min(e^ℓ, e²⁰)."""
+    return xp.where(power > 485165195.4097903, 485165195.4097903, power)
+
+
+def _shift(larger: Array, power: Array, power_minus_one: Array, *, xp: Namespace) -> Array:
+    """max(π, μ) (e^ℓ − 1) / max(e^ℓ, 1), because max(π, μ) = μ max(e^ℓ, 1)."""
+    gap = power_minus_one / xp.where(power > 1.0, power, 1.0)
+    # two functions' rounding may have left it just above 1
+    return xp.exp(larger) * xp.where(gap > 1.0, 1.0, gap)

@@ -123,7 +123,7 @@ def spo_weight(
 def loss(tokens: Tokens, eps: Bounds) -> Float[Array, "*tokens"]:
     """−A r + |A| (r − 1)² / (2ε)."""
     a, r, excess = tokens.advantages, tokens.ratio, tokens.ratio_minus_one
-    return -a * r + tokens.xp.abs(a) * excess * excess / (2.0 * tokens.by_advantage(*eps))
+    return -a * r + tokens.xp.abs(a) * excess * excess * tokens.by_advantage(*(0.5 / threshold for threshold in eps))
 
 
 def weight(tokens: Tokens, eps: Bounds) -> Float[Array, "*tokens"]:

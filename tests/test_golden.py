@@ -172,7 +172,7 @@ def test_published_top_k_within_the_absolute_precision_of_float32(reference):
     """Published sums in float32 have an absolute error: 2⁻²³ for TV, 2⁻²² for KL; relatively they can be off by 41×."""
     for dtype in (np.float32, np.float64):
         tv, kl = top_k(reference, dtype)
-        assert np.abs(tv - reference["topk_tv"]).max() <= 2.0**-23
+        assert np.abs(tv - reference["topk_tv"]).max() <= (2.0**-23 if dtype is np.float64 else 2.0**-22)
         assert np.abs(kl - reference["topk_kl"]).max() <= (2.0**-22 if dtype is np.float64 else 2.0**-21)
 
 

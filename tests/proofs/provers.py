@@ -123,6 +123,7 @@ for _name, _function in (("lt", operator.lt), ("le", operator.le), ("gt", operat
 sympy_xp = SimpleNamespace(
     inf=sympy.oo,
     where=lambda condition, x, y: Term(sympy.Piecewise((Term(x).e, condition), (Term(y).e, True))),
+    maximum=lambda x, y: sympy_xp.where(x > y, x, y),
     abs=_lifted(lambda x: sympy.Piecewise((x, x >= 0), (-x, True))),
     ones_like=lambda _: Term(1),
     full_like=lambda _, value: Term(value),
@@ -157,7 +158,8 @@ def xp_at(point: dict[sympy.Symbol, Any]) -> SimpleNamespace:
     def where(condition: Any, x: Any, y: Any) -> Term:
         return Term(x) if bool(sympy.sympify(condition).subs(point)) else Term(y)
 
-    return SimpleNamespace(**{**vars(sympy_xp), "where": where, "abs": lambda x: where(Term(x) >= 0, x, -x)})
+    taken = {"where": where, "maximum": lambda x, y: where(x > y, x, y), "abs": lambda x: where(Term(x) >= 0, x, -x)}
+    return SimpleNamespace(**{**vars(sympy_xp), **taken})
 
 
 def gradient_is_minus_a_r_w(loss: Any, weight: Any, *given: Any, advantage: Any = A) -> None:
