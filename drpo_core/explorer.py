@@ -7,6 +7,7 @@ needs no network and no other file. `drpo audit --html FILE` writes one for reco
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -207,8 +208,12 @@ def _snapshots(
     report = audit(rollouts, table)
     found = []
     for name, snapshot in report.snapshots.items():
-        tokens = _sample(rollouts, name, snapshot.health["active_tokens"])
-        pi, mu = np.exp(tokens.log_prob), np.exp(tokens.behavior_log_prob)
+        # a log-prob above 0 is the audit's to report; here it is drawn at 1
+        with np.errstate(over="ignore", invalid="ignore"):
+            tokens = _sample(rollouts, name, snapshot.health["active_tokens"])
+            kinds = [[_kinds(o, tokens) for o in stops] for _, stops in families]
+        log_mu = np.minimum(tokens.behavior_log_prob, 0.0)
+        pi, mu = np.exp(np.minimum(tokens.log_prob, 0.0)), np.exp(log_mu)
         figures = iter(snapshot.objectives[1:])  # the audit's own first row is PG-IS
         found.append(
             {
@@ -218,8 +223,8 @@ def _snapshots(
                 "pi": _round(pi),
                 "positive": "".join("01"[a > 0] for a in tokens.advantages.tolist()),
                 # the stop of μ's slider that a token is nearest to, in ratio
-                "stop": np.abs(np.log(mu)[:, None] - np.log(grid.mu)).argmin(axis=1).tolist() if len(mu) else [],
-                "kinds": [[_kinds(o, tokens) for o in stops] for _, stops in families],
+                "stop": np.abs(log_mu[:, None] - np.log(grid.mu)).argmin(axis=1).tolist(),
+                "kinds": kinds,
                 "figures": [[_figures(next(figures).figures) for _ in stops] for _, stops in families],
             }
         )
@@ -246,9 +251,10 @@ def _kinds(objective: AnyObjective, tokens: Tokens) -> str:
     return "".join(letters.tolist())
 
 
-def _figures(figures: dict[str, float]) -> dict[str, float]:
+def _figures(figures: dict[str, float]) -> dict[str, float | None]:
+    """Shares and mass; None where there is no finite number, such as a share of nothing."""
     names = ("dropped_fraction", "corrective_fraction", "attenuated_fraction", "amplified_fraction", "gradient_mass_kept")
-    return {name.partition("_")[0]: _round([figures[name]])[0] for name in names}
+    return {name.partition("_")[0]: _round([figures[name]])[0] if math.isfinite(figures[name]) else None for name in names}
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------

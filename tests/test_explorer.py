@@ -86,6 +86,20 @@ def test_a_long_file_is_sampled_evenly(tmp_path):
     np.testing.assert_allclose(snapshot["pi"], np.exp(np.load(tmp_path / "r.npz")["log_prob_a"].ravel()[::3]), rtol=6e-5)
 
 
+@pytest.mark.parametrize(
+    ("policy", "advantage"),
+    [(800.0, 1.0), (0.1, 1.0), (-0.5, 0.0), (-np.inf, 1.0)],
+    ids=["overflows", "above 1", "nothing active", "impossible"],
+)
+def test_odd_files_give_pages_too(tmp_path, policy, advantage):
+    log_prob = np.array([[-0.5, policy, -0.2]])
+    arrays = {"log_prob": log_prob, "behavior_log_prob": np.full((1, 3), -0.4), "advantages": np.full((1, 3), advantage)}
+    np.savez(tmp_path / "r.npz", **arrays)
+    (snapshot,) = json.loads(json.dumps(explorer_data(open_rollouts(tmp_path / "r.npz"), SMALL), allow_nan=False))["snapshots"]
+    assert snapshot["active"] == (3 if advantage else 0)
+    assert all(0.0 <= pi <= 1.0 for pi in snapshot["pi"])
+
+
 def test_the_sliders_stop_at_thresholds_given():
     grid = Grid().including([DRPO(delta=0.17), PPOClip(eps=0.33), PPOClip(eps_low=0.2, eps_high=0.4), DPPO(delta=0.05)])
     assert 0.17 in grid.delta

@@ -62,7 +62,7 @@ class Claims(SphinxDirective):
                     " ".join(f"`{name}`" for name in claim.implemented_by),
                 )
                 lines.append("| " + " | ".join(cells) + " |")
-        return self.parse_text_to_nodes("\n".join(lines))
+        return [nodes.container("", *self.parse_text_to_nodes("\n".join(lines)), classes=["claims"])]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
