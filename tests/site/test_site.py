@@ -294,7 +294,7 @@ def test_controls_have_labels_and_say_their_values(address, tab):
 
 # --- drpo audit --html -----------------------------------------------------------------------------------------------
 
-POISON = "log_prob_<img src=x onerror=window.stolen=1><script>window.stolen=1<\u2215script>"
+POISON = "log_prob_</script><img src=x onerror=window.stolen=1><script>window.stolen=1</script>"
 
 
 def test_an_audit_page_shows_a_poisoned_name_as_text(tab, tmp_path):
