@@ -14,6 +14,7 @@ from pygments.lexers import PythonLexer
 from sphinx import addnodes
 
 import drpo_core
+from drpo_core.testing import CHECKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +41,9 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
             node.replace_self(
                 reference(_source(claims.PROOFS / proof.name.partition("::")[0]), f"line-{proof.line}", node.deepcopy())
             )
+        elif node.astext() in CHECKS:
+            target = f"drpo_core.testing.checks.{node.astext()}"
+            node.replace_self(reference("reference/testing", target, node.deepcopy(), css="function"))
         elif page == "reference/claims" or page.startswith("derivations/"):
             _implementation(node, reference)
         claim = CLAIM.fullmatch(node.astext())

@@ -6,6 +6,7 @@ Needs the extra `docs`, Node.js with npm, and Chromium: ``pytest tests/site``.
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -187,9 +188,24 @@ def test_every_public_name_is_in_the_reference(site):
     assert wanted - {"drpo_core.__version__"} - ids == set()
 
 
-def test_every_public_name_is_documented():
-    modules = {name: importlib.import_module(name) for name in PUBLIC}
-    symbols = {f"{name}.{s}": getattr(module, s) for name, module in modules.items() for s in module.__all__}
+def test_the_reference_has_every_check(site):
+    ids = Anchors((site / "reference" / "testing.html").read_text("utf-8")).ids
+    checks = [name for name in importlib.import_module("drpo_core.testing.checks").__all__ if name.startswith("check_")]
+    assert len(checks) > 30
+    assert {f"drpo_core.testing.checks.{name}" for name in checks} <= ids
+
+
+def modules():
+    """Every module of the three packages but those of frameworks that are not installed here."""
+    for package in map(importlib.import_module, ("drpo_core", "drpo_torch", "drpo_jax")):
+        yield package
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if ".integrations." not in found.name:
+                yield importlib.import_module(found.name)
+
+
+def test_no_exported_name_is_undocumented():
+    symbols = {f"{m.__name__}.{name}": getattr(m, name) for m in modules() for name in getattr(m, "__all__", ())}
     callables = {
         name: symbol for name, symbol in symbols.items() if callable(symbol) and not isinstance(symbol, type(list[int]))
     }
