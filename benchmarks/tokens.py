@@ -135,8 +135,11 @@ def jax_cases(shape: tuple[int, ...]) -> Iterator[Case]:
         losses = -advantages * ratio + jnp.abs(advantages) * mu * (ratio - 1.0) ** 2 / (2.0 * DELTA)
         return jnp.where(mask, losses, 0.0).sum() / mask.sum()
 
-    def adapter(*values: Any) -> Any:
-        return jax_policy_loss(OBJECTIVES["DRPO"], **dict(zip(Batch._fields, values, strict=True)))[0]
+    def adapter(*values: Any, objective: Objective = OBJECTIVES["DRPO"]) -> Any:
+        return jax_policy_loss(objective, **dict(zip(Batch._fields, values, strict=True)))
+
+    def loss(*values: Any, **options: Any) -> Any:
+        return adapter(*values, **options)[0]
 
     def call(function: Any) -> Function:
         compiled = jax.jit(function)
@@ -145,11 +148,15 @@ def jax_cases(shape: tuple[int, ...]) -> Iterator[Case]:
     functions = {
         "naive, value and gradient": call(jax.value_and_grad(naive)),
         "naive, gradient": call(jax.grad(naive)),
-        "drpo_jax, value and gradient": call(jax.value_and_grad(adapter)),
-        "drpo_jax, gradient": call(jax.grad(adapter)),
+        "drpo_jax, value and gradient": call(jax.value_and_grad(loss)),
+        "drpo_jax, gradient": call(jax.grad(loss)),
+        "drpo_jax, value, gradient and diagnostics": call(jax.value_and_grad(adapter, has_aux=True)),
         "bandwidth probe (jitted, 17 B a token)": call(lambda x, b, a, m: jnp.where(m, x + b * a, 0.0)),
     }
     yield Case(f"jax {shape}", f"DRPO, jitted, {shape} float32", arrays[0].size, functions, seconds=10)
+    functions = {name: call(jax.value_and_grad(partial(loss, objective=value))) for name, value in OBJECTIVES.items()}
+    about = f"every objective, jitted, value and gradient, {shape} float32"
+    yield Case(f"objectives jax {shape}", about, arrays[0].size, functions, seconds=8)
 
 
 def growth() -> Iterator[Case]:

@@ -44,7 +44,7 @@ from drpo_core.reduction import (
 )
 from drpo_core.spo import spo_loss, spo_weight
 from drpo_core.thresholds import VacuousTrustRegionWarning
-from drpo_core.validation import validate
+from drpo_core.validation import BehaviorPolicyWarning, validate
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "DPPO",
     "DRPO",
     "SPO",
+    "BehaviorPolicyWarning",
     "EffectiveSampleSize",
     "MaskDRPO",
     "MaskedSum",

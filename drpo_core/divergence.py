@@ -6,6 +6,7 @@ because probabilities sum to 1, but has no cancellation between outcomes and is 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
@@ -490,12 +491,13 @@ def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:
     massless = mass == 0.0
     near = (xp.abs(ell) < 0.5) & ~massless
     t = xp.where(near, ell, 0.0)
-    series = xp.ones_like(t)
-    for n in range(14, 2, -1):
-        series = 1.0 + t * (1.0 / n) * series
+    # φ(t) = t² Σ tⁿ/(n + 2)!, by Horner's rule
+    series = t * (1.0 / math.factorial(14)) + 1.0 / math.factorial(13)
+    for n in range(12, 1, -1):
+        series = series * t + 1.0 / math.factorial(n)
     # an outcome that μ gives no mass adds π; 0·inf would be a NaN
     far = xp.where(massless & (shift < 0.0), 0.0, shift) - mass * xp.where(near | massless, 0.0, ell)
-    return xp.where(near, mass * (0.5 * t * t * series), far)
+    return xp.where(near, mass * (t * t * series), far)
 
 
 def _complement(log_p: Array, *, xp: Namespace) -> Array:

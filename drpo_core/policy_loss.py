@@ -154,18 +154,23 @@ def policy_loss_of(
     *,
     dtype: object,
     diagnostics: bool,
+    select: bool = True,
     xp: Namespace,
 ) -> PolicyLoss:
     """Σ m c L and m c ∂L/∂log π of some of a batch's tokens, in one dtype; checks nothing.
 
-    It is all that a fast path has to run, whatever the objective: chunk by chunk, compiled, or traced.
+    It is all that a fast path has to run, whatever the objective: chunk by chunk, compiled, or traced. What is returned is
+    selected by the mask; without `select`, what is computed with is not, which is as good unless the result is
+    differentiated again or the namespace warns of NaN.
     """
     log_prob, behavior_log_prob, advantages = (
         xp.astype(array, dtype, copy=False) for array in (log_prob, behavior_log_prob, advantages)
     )
     if divergence is not None:
         divergence = xp.astype(divergence, dtype, copy=False)
-    tokens = Tokens.selected(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+    tokens = Tokens.selected(
+        log_prob, behavior_log_prob, advantages, mask=mask if select else None, divergence=divergence, xp=xp
+    )
     weight = objective.weight(tokens)
     loss, gradient = coefficients * objective.loss(tokens), coefficients * gradient_of(tokens, weight)
     return PolicyLoss(

@@ -9,7 +9,11 @@ from drpo_core.checks import check_arrays, check_dtype, check_shape
 if TYPE_CHECKING:
     from drpo_core.types import Array, Bool, Float, Namespace
 
-__all__ = ["Problem", "find_problems", "validate"]
+__all__ = ["BehaviorPolicyWarning", "Problem", "find_problems", "validate"]
+
+
+class BehaviorPolicyWarning(UserWarning):
+    """The log-probs that anchor the trust region are not known to be those of the policy that sampled the tokens."""
 
 
 class Problem(NamedTuple):

@@ -36,8 +36,9 @@ def arguments(name, dtype):
     largest = float(np.log(np.finfo(dtype).max))
     tiny = rng.normal(size=500) * 10.0 ** rng.uniform(-30.0, 0.0, 500)
     if name.startswith("exp"):
-        # subnormal results, where exp has them, included
-        return np.concatenate([rng.uniform(-1.17 * largest, largest, 1000), rng.uniform(-1.0, 1.0, 1000), tiny]).astype(dtype)
+        # to the subnormal results, which are 0, and to half of the largest number, which is inf
+        inner = rng.uniform(float(np.log(np.finfo(dtype).tiny)), largest - 0.7, 1000)
+        return np.concatenate([inner, rng.uniform(-1.0, 1.0, 1000), tiny]).astype(dtype)
     x = np.concatenate([np.exp(rng.uniform(-1.1, 0.99, 1000) * largest), rng.uniform(0.5, 2.0, 1000), 1.0 + 0.1 * tiny])
     return (np.concatenate([x - 1.0, 0.1 * tiny]) if name == "log1p" else x).astype(dtype)
 
@@ -63,6 +64,14 @@ def test_special_values(name, dtype):
     with np.errstate(all="ignore"):
         expected = getattr(np, name)(x)
     np.testing.assert_allclose(compiled(name, dtype)(x), expected, rtol=4.0 * np.finfo(dtype).eps, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exponentials_beyond_their_range(dtype):
+    tiny, most = (float(np.log(x)) for x in (np.finfo(dtype).tiny, np.finfo(dtype).max))
+    x = np.array([tiny - 0.36, tiny - 50.0, most - 0.69, most + 50.0], dtype)
+    assert compiled("exp", dtype)(x).tolist() == [0.0, 0.0, np.inf, np.inf]
+    assert compiled("expm1", dtype)(x).tolist() == [-1.0, -1.0, np.inf, np.inf]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

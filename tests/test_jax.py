@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from drpo_jax import loss as loss_module
 from drpo_jax import policy_loss, token_loss
+from drpo_jax.elementary import xp
 
 from drpo_core import (
     CISPO,
@@ -20,6 +21,7 @@ from drpo_core import (
     MaskDRPO,
     PolicyGradient,
     PPOClip,
+    diagnostics,
     sequence_mean_token_mean,
     sequence_mean_token_sum,
     token_loss_and_gradient,
@@ -170,7 +172,7 @@ def test_hessian_of_the_scalar_is_symmetric():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 7 tokens: 24 tokens are three and a remainder."""
+    """Blocks of 7 tokens: 24 tokens are three and a remainder; 21 are three."""
     monkeypatch.setattr(loss_module, "_BLOCK", 7)
 
 
@@ -184,6 +186,19 @@ def test_blocks_add_up_to_the_whole(objective, shape):
     value, gradient = jax.value_and_grad(in_log_prob(objective, data))(data["log_prob"])
     np.testing.assert_allclose(value, expected.loss.sum() / count, rtol=1e-12)
     np.testing.assert_allclose(gradient, expected.gradient / count, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@each_objective
+@pytest.mark.parametrize("shape", [(4, 6), (21,)])
+def test_diagnostics_of_blocks_add_up(objective, shape):
+    data = batch(shape)
+    data["advantages"] = data["advantages"].at[..., 2].set(0.0).at[..., 3].set(jnp.nan)
+    _, statistics = jax.jit(functools.partial(policy_loss, objective))(**data)
+    expected = diagnostics(objective, **data)
+    assert jax.tree.structure(statistics) == jax.tree.structure(expected)
+    for name, statistic in expected.items():
+        np.testing.assert_allclose(statistics[name], statistic, rtol=1e-12, err_msg=name)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -228,6 +243,31 @@ def test_the_derivative_of_value_and_gradient_is_that_of_the_rule():
     tangent = jnp.ones((4, 6))
     (_, gradient), (slope, _) = jax.jvp(jax.value_and_grad(loss), (data["log_prob"],), (tangent,))
     np.testing.assert_allclose(slope, gradient.sum(), rtol=1e-12)
+
+
+# the namespace of the formulas
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_expm1_is_as_accurate_as_its_exp(dtype):
+    size = np.concatenate(
+        [[0.0], np.geomspace(1e-30, 0.49999, 1000), np.linspace(0.45, 0.55, 1000), np.geomspace(0.5, 40.0, 1000)]
+    )
+    x = np.concatenate([size, -size]).astype(dtype)
+    expected = np.expm1(x.astype(np.longdouble))
+    assert np.all(np.abs(np.asarray(jax.jit(xp.expm1)(x)) - expected) <= 2.5 * np.finfo(dtype).eps * np.abs(expected))
+    special = np.array([-np.inf, -1000.0, 1000.0, np.inf, np.nan], dtype)
+    np.testing.assert_array_equal(xp.expm1(special), [-1.0, -1.0, np.inf, np.inf, np.nan])
+    slope = jax.vmap(jax.grad(xp.expm1))(x)
+    np.testing.assert_allclose(slope, np.exp(x), rtol=4.0 * np.finfo(dtype).eps)
+    assert jax.grad(xp.expm1)(dtype(-np.inf)) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (64,), (3, 128), (2, 3, 192), (4, 100)])
+def test_count_nonzero_counts_every_element(shape):
+    condition = jnp.asarray(np.random.default_rng(0).random(shape) < 0.7)
+    assert xp.count_nonzero(condition) == np.count_nonzero(condition)
+    assert xp.count_nonzero(jnp.ones(shape, bool)) == np.prod(shape, dtype=int)
 
 
 # residuals
@@ -390,6 +430,29 @@ collective = jax.shard_map(
 )
 gradient = jax.jit(jax.grad(lambda x: collective(data | {"log_prob": x})))(data["log_prob"])
 np.testing.assert_allclose(gradient, whole, rtol=1e-13, atol=0)
+"""
+    )
+
+
+def test_the_gradient_of_a_sharded_batch_stays_where_its_tokens_are():
+    run(
+        PREAMBLE.format(x64=True)
+        + """
+from jax.sharding import NamedSharding, PartitionSpec as P
+loss_module._BLOCK = 5
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+placed = jax.device_put(data, NamedSharding(mesh, P("data")))
+
+@jax.jit
+def gradient(data):
+    return jax.grad(lambda x: policy_loss(DRPO(delta=0.15), **data | {"log_prob": x})[0])(data["log_prob"])
+
+compiled = gradient.lower(placed).compile()
+assert "all-gather" not in compiled.as_text()
+assert "all-reduce" in compiled.as_text(), "of the count of tokens"
+found = compiled(placed)
+assert found.sharding.spec == P("data"), found.sharding
+np.testing.assert_allclose(found, gradient(data), rtol=1e-13, atol=0)
 """
     )
 

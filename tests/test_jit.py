@@ -103,7 +103,8 @@ def test_coefficients(rows):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_special_values(dtype):
-    values = [-np.inf, -1e30, -200.0, -90.0, -20.5, -1.0, -1e-3, -1e-30, 0.0, np.inf, np.nan]
+    # in float32 there is no e^−90: subnormal numbers are 0
+    values = [-np.inf, -1e30, -200.0, -85.0, -20.5, -1.0, -1e-3, -1e-30, 0.0, np.inf, np.nan]
     grid = np.array(list(itertools.product(values, values, [-2.0, 0.0, 1.0, np.inf, np.nan])), dtype)
     arrays = (*np.ascontiguousarray(grid.T), np.ones(len(grid), dtype=bool))
     _, gradient, statistics = run(DELTA, arrays)

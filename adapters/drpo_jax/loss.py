@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from drpo_core import diagnostics, token_loss_and_gradient, token_mean
-from drpo_core.checks import compute_dtype
+from drpo_core import TokenLoss, diagnostics, token_loss_and_gradient, token_mean
+from drpo_core.diagnostics import Maximum, Minimum
+from drpo_core.ratio import check_tokens
 from drpo_core.reduction import reduction_coefficients
 from drpo_jax.checks import check_jax_arrays
+from drpo_jax.elementary import xp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["coefficients_of", "policy_loss", "token_loss"]
 
-# tokens that stay in the cache, and enough of them for more than one thread
-_BLOCK = 1 << 17
+# tokens that stay in the cache of a core
+_BLOCK = 1 << 14
 
 
 def token_loss(
@@ -104,8 +106,8 @@ def policy_loss(
 ) -> tuple[jax.Array, Diagnostics]:
     """Scalar loss of a batch of tokens to differentiate, and diagnostics (for `has_aux=True`).
 
-    Only `log_prob` is differentiated, as in `token_loss`. With a reduction of drpo_core, the loss and its final gradient
-    ∂(Σ m c L)/∂log π = −m c A r w are formed in one pass; only that gradient is kept. Meant to be called under `jit`.
+    Only `log_prob` is differentiated, as in `token_loss`. With a reduction of drpo_core, the final gradient
+    ∂(Σ m c L)/∂log π = −m c A r w is formed in one pass and is all that is kept. Meant to be called under `jit`.
 
     Parameters
     ----------
@@ -164,10 +166,9 @@ def policy_loss(
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
     check_jax_arrays(**tokens, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    # checks the arrays, too, before the loss takes them apart
-    statistics = diagnostics(objective, **jax.lax.stop_gradient(tokens), mask=mask, divergence=divergence, xp=jnp)
-    dtype = compute_dtype(*tokens.values(), xp=jnp)
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=jnp)
+    _, dtype = check_tokens(**tokens, mask=mask, divergence=divergence, xp=xp)
+    statistics = _diagnostics(objective, *jax.lax.stop_gradient((*tokens.values(), mask, divergence)))
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     if coefficients is None:
         losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
         options["token_weights"] = jax.lax.stop_gradient(token_weights)
@@ -175,7 +176,7 @@ def policy_loss(
         # differentiated on its own, a reduction would keep arrays of the tokens' shape, some of them zeros
         @partial(jax.checkpoint, prevent_cse=False)
         def reduce(losses: jax.Array) -> jax.Array:
-            return reduction(losses, mask, **options, xp=jnp)  # type: ignore[no-any-return]
+            return reduction(losses, mask, **options, xp=xp)  # type: ignore[no-any-return]
 
         return reduce(losses), statistics
     constants = jax.lax.stop_gradient((behavior_log_prob, advantages, mask, divergence, coefficients))
@@ -184,7 +185,7 @@ def policy_loss(
 
 def coefficients_of(reduction: Reduction, mask: jax.Array, dtype: object, options: dict[str, Any]) -> jax.Array:
     """`reduction_coefficients`, or a TypeError for a reduction that has none."""
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=jnp)
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     if coefficients is None:
         msg = f"reduction: expected one of drpo_core's, whose coefficients are known beforehand, got {reduction!r}"
         raise TypeError(msg)
@@ -192,103 +193,101 @@ def coefficients_of(reduction: Reduction, mask: jax.Array, dtype: object, option
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _reduced_loss(objective: Objective, log_prob: jax.Array, *constants: Any) -> jax.Array:  # noqa: ANN401
-    return _loss_and_gradient(objective, log_prob, *constants)[0]
+def _reduced_loss(
+    objective: Objective,
+    log_prob: jax.Array,
+    behavior_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    divergence: jax.Array | None,
+    coefficients: jax.Array,
+) -> jax.Array:
+    """Σ m c L."""
+    spread = jnp.broadcast_to(coefficients, mask.shape) if coefficients.ndim else None
+
+    def total(*arrays: Any) -> jax.Array:  # noqa: ANN401
+        *tokens, mask, spread = arrays
+        return jnp.sum(_weighted(objective, tokens, mask, coefficients if spread is None else spread).loss)
+
+    result: jax.Array = _in_blocks(total, jnp.sum, (log_prob, behavior_log_prob, advantages, divergence, mask, spread))
+    return result
 
 
-# linear in the tangent, as that of `_token_loss`; what is kept is the final gradient
+# linear in the tangent, as that of `_token_loss`; what is kept is the final gradient. An expression of its own, and not an
+# output of the sum's blocks: XLA fuses it to one loop wherever the tokens are, and differentiates it as the formula it is
 @_reduced_loss.defjvp
 def _reduced_loss_jvp(
     objective: Objective, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    loss, gradient = _loss_and_gradient(objective, *primals)
-    return loss, jnp.sum(gradient * tangents[0].astype(gradient.dtype))
+    log_prob, behavior_log_prob, advantages, mask, divergence, coefficients = primals
+    gradient = _weighted(objective, (log_prob, behavior_log_prob, advantages, divergence), mask, coefficients).gradient
+    return _reduced_loss(objective, *primals), jnp.sum(gradient * tangents[0].astype(gradient.dtype))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _loss_and_gradient(
-    objective: Objective,
-    log_prob: jax.Array,
-    behavior_log_prob: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
-    divergence: jax.Array | None,
-    coefficients: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Σ m c L and m c ∂L/∂log π, in one pass."""
-    spread = jnp.broadcast_to(coefficients, mask.shape) if coefficients.ndim else None
-    arrays = (log_prob, behavior_log_prob, advantages, mask, divergence, spread)
-
-    def block(*arrays: Any) -> tuple[jax.Array, jax.Array]:  # noqa: ANN401
-        *tokens, spread = arrays
-        loss, gradient = _weighted(objective, coefficients if spread is None else spread, *tokens)
-        return jnp.sum(loss), gradient
-
-    partial_sums, gradient = _in_blocks(block, tuple(None if a is None else a.reshape(-1) for a in arrays))
-    return jnp.sum(partial_sums), gradient.reshape(log_prob.shape)
-
-
-# the second derivative is that of the formula for the gradient
-@_loss_and_gradient.defjvp
-def _loss_and_gradient_jvp(
-    objective: Objective, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    loss, gradient = _loss_and_gradient(objective, *primals)
-    log_prob, *constants, coefficients = primals
-
-    def formula(log_prob: jax.Array) -> jax.Array:
-        return _weighted(objective, coefficients, log_prob, *constants)[1]
-
-    _, of_gradient = jax.jvp(formula, (log_prob,), (tangents[0],))
-    return (loss, gradient), (jnp.sum(gradient * tangents[0].astype(gradient.dtype)), of_gradient)
-
-
-def _weighted(
-    objective: Objective,
-    coefficients: jax.Array,
-    log_prob: jax.Array,
-    behavior_log_prob: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
-    divergence: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+def _weighted(objective: Objective, tokens: Any, mask: jax.Array, coefficients: jax.Array) -> TokenLoss:  # noqa: ANN401
     """C L and c ∂L/∂log π, exactly 0 at masked tokens and, the gradient, where the weight is 0."""
-    promoted = log_prob.astype(coefficients.dtype)
+    log_prob, behavior_log_prob, advantages, divergence = tokens
     result = token_loss_and_gradient(
-        objective, promoted, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=jnp
+        objective,
+        log_prob.astype(coefficients.dtype),
+        behavior_log_prob,
+        advantages,
+        mask=mask,
+        divergence=divergence,
+        xp=xp,
     )
+    # a masked coefficient may be anything
     loss = jnp.where(mask, coefficients * result.loss, 0.0)
-    return loss, jnp.where(result.gradient == 0.0, 0.0, coefficients * result.gradient)
+    return TokenLoss(loss, jnp.where(result.gradient == 0.0, 0.0, coefficients * result.gradient), result.weight)
 
 
-def _in_blocks(function: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array, ...]:
-    """A function of 1-D arrays, a block of them at a time; its results joined: one figure a block, or one a token.
+def _diagnostics(objective: Objective, *arrays: Any) -> Diagnostics:  # noqa: ANN401
+    """`drpo_core.diagnostics`, in blocks."""
 
-    XLA's CPU compiler makes a loop of its own of each result, and each reads every array: of blocks, from the cache.
-    Other compilers fuse the loops.
+    def statistics(*arrays: Any) -> Diagnostics:  # noqa: ANN401
+        *tokens, mask, divergence = arrays
+        return diagnostics(objective, *tokens, mask=mask, divergence=divergence, xp=xp)
+
+    result: Diagnostics = _in_blocks(statistics, _merged, arrays)
+    return result
+
+
+def _merged(parts: Diagnostics) -> Diagnostics:
+    """`drpo_core.merge_diagnostics` of parts whose fields are stacked to arrays."""
+    merged = {}
+    for name, part in parts.items():
+        combine: Callable[[jax.Array], jax.Array] = jnp.sum
+        if isinstance(part, (Maximum, Minimum)):
+            combine = jnp.max if isinstance(part, Maximum) else jnp.min
+        merged[name] = type(part)(combine(part[0]), *(jnp.sum(field) for field in part[1:]))
+    return merged
+
+
+def _in_blocks(function: Callable[..., Any], merge: Callable[[Any], Any], arrays: tuple[jax.Array | None, ...]) -> Any:  # noqa: ANN401
+    """Figures of all tokens: on a CPU, those of blocks of tokens, merged; else of all of them at once.
+
+    XLA's CPU compiler makes a loop of every sum, writes what it is going to sum to memory first, and reads the tokens
+    again for the next: of a block, to and from the cache. It would also have the loops of the sums and of the gradient
+    share intermediate results through memory, were all of the same shape.
     """
-    size = arrays[0].shape[0]  # type: ignore[union-attr]
+    size = arrays[0].size  # type: ignore[union-attr]
     if size <= _BLOCK:
         return function(*arrays)
     blocks, rest = divmod(size, _BLOCK)
 
-    def by_block(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        def block(i: jax.Array) -> tuple[jax.Array, ...]:
-            return function(*jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK), arrays))
+    def by_block(*arrays: jax.Array | None) -> Any:  # noqa: ANN401
+        flat = [None if a is None else a.reshape(-1) for a in arrays]
 
-        whole = tuple(a.reshape(-1) for a in jax.lax.map(block, jnp.arange(blocks)))
-        if rest == 0:
-            return whole
-        last = function(*jax.tree.map(lambda a: a[-rest:], arrays))
-        return tuple(jnp.concatenate((a, b.reshape(-1))) for a, b in zip(whole, last, strict=True))
+        def block(i: jax.Array) -> Any:  # noqa: ANN401
+            return function(*(None if a is None else jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK) for a in flat))
 
-    def at_once(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        figures = [a.reshape(-1) for a in function(*arrays)]
-        # in the shape of the blocked results
-        return tuple(a if a.shape[0] == size else jnp.pad(a, (0, blocks + (rest > 0) - 1)) for a in figures)
+        parts = jax.lax.map(block, jnp.arange(blocks))
+        if rest:
+            last = function(*(None if a is None else a[-rest:] for a in flat))
+            parts = jax.tree.map(jnp.append, parts, last)
+        return merge(parts)
 
-    joined: tuple[jax.Array, ...] = jax.lax.platform_dependent(*arrays, cpu=by_block, default=at_once)
-    return joined
+    return jax.lax.platform_dependent(*arrays, cpu=by_block, default=function)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -301,7 +300,7 @@ def _token_loss(
     divergence: jax.Array | None,
 ) -> jax.Array:
     loss: jax.Array = token_loss_and_gradient(
-        objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=jnp
+        objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
     ).loss
     return loss
 
@@ -311,7 +310,7 @@ def _token_loss(
 def _token_loss_jvp(objective: Objective, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     log_prob, behavior_log_prob, advantages, mask, divergence = primals
     result = token_loss_and_gradient(
-        objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=jnp
+        objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
     )
     dtype = result.loss.dtype
     return result.loss, result.gradient.astype(dtype) * tangents[0].astype(dtype)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from drpo_core import Objective
 
-__all__ = ["ENGINES", "Batch"]
+__all__ = ["ENGINES", "Batch", "is_transformed"]
 
 
 class Batch(NamedTuple):
@@ -136,14 +136,16 @@ def _pass(
     return tuple(plain(objective, batch, diagnostics=diagnostics))
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether torch.func looks on: such a tensor has no memory of its own."""
+    # there is no public test
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
+
+
 def _transformed(batch: Batch) -> bool:
     """Whether torch.func or make_fx looks on, or there is no memory: tensors that only `plain` can take."""
     tensors = [t for t in batch[:6] if isinstance(t, torch.Tensor)]
-    return any(
-        # there is no public test for functorch's
-        type(t) not in (torch.Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t)  # noqa: SLF001
-        for t in tensors
-    )
+    return any(type(t) not in (torch.Tensor, torch.nn.Parameter) or is_transformed(t) for t in tensors)
 
 
 def _in_memory(batch: Batch) -> bool:

@@ -11,12 +11,14 @@ from drpo_core import diagnostics as statistics_of
 from drpo_core import token_loss_and_gradient, token_mean
 from drpo_core.ratio import check_tokens
 from drpo_core.reduction import reduction_coefficients
-from drpo_torch.fused import ENGINES, Batch
+from drpo_torch.cotangent import scaled_by_cotangent
+from drpo_torch.fused import ENGINES, Batch, is_transformed
 from drpo_torch.namespace import namespace
 
 if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
+    from drpo_core.policy_loss import PolicyLoss
     from drpo_core.reduction import Reduction
 
 __all__ = ["policy_loss", "token_loss"]
@@ -200,12 +202,18 @@ def policy_loss(
     # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code
     with torch.no_grad():
         result = ENGINES[engine](objective, batch, diagnostics=diagnostics)
-    loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling() or is_transformed(log_prob):
+        loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
+    else:
+        loss, _ = _WithFinalGradient.apply(log_prob, result)  # type: ignore[no-untyped-call]
     return loss, result.diagnostics or {}
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss with its gradient in `log_prob`; backward multiplies that gradient, all that is kept, by the cotangent."""
+    """A loss with its gradient in `log_prob`; backward multiplies that gradient, all that is kept, by the cotangent.
+
+    The gradient is an output so that asking for its derivative arrives in `backward` instead of being lost.
+    """
 
     generate_vmap_rule = True
 
@@ -222,13 +230,38 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN401
         of_loss, of_gradient = cotangents
+        # (Dynamo passes zeros for it, and AOTAutograd refuses double backward itself)
         if of_gradient is not None and not torch.compiler.is_compiling():
-            # the gradient is an output so that asking for its derivative arrives here instead of being lost
-            # (Dynamo passes zeros for it, and AOTAutograd refuses double backward itself)
-            msg = "drpo_torch: the second derivative of a policy loss is not implemented (double backward, hessian)"
-            raise RuntimeError(msg)
+            raise RuntimeError(_SECOND_DERIVATIVE)
         (gradient,) = ctx.saved_tensors
         return None if of_loss is None else (of_loss * gradient).to(ctx.dtype), None, None
+
+
+class _WithFinalGradient(torch.autograd.Function):
+    """`_WithGradient` of a scalar loss for where no transform of torch looks on: with no second array in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, log_prob: torch.Tensor, result: PolicyLoss) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(result.gradient)
+        ctx.dtype = log_prob.dtype
+        return result.loss, result.gradient
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:  # noqa: ANN401
+        of_loss, of_gradient = cotangents
+        if of_gradient is not None:
+            raise RuntimeError(_SECOND_DERIVATIVE)
+        if of_loss is None:
+            return None, None
+        (gradient,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # the graph of this backward pass is wanted, and leads back here
+            return (of_loss * gradient).to(ctx.dtype), None
+        return scaled_by_cotangent(gradient.detach(), of_loss).to(ctx.dtype), None
+
+
+_SECOND_DERIVATIVE = "drpo_torch: the second derivative of a policy loss is not implemented (double backward, hessian)"
 
 
 def _check_tensors(**tensors: object) -> None:

@@ -30,6 +30,7 @@ import torch
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, summarize
 from drpo_torch.integrations import BehaviorPolicyWarning
+from drpo_torch.integrations.anchor import sequence_anchor
 from drpo_torch.loss import policy_loss
 
 try:
@@ -113,7 +114,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
         value, statistics = policy_loss(
             objective(config) if callable(objective) else objective,
             log_prob=log_prob,
-            behavior_log_prob=_sequence_anchor(log_prob, old_log_prob, mask) if sequence_level else old_log_prob,
+            behavior_log_prob=sequence_anchor(log_prob, old_log_prob, mask) if sequence_level else old_log_prob,
             advantages=advantages,
             mask=mask,
             reduction=reduction,
@@ -141,13 +142,6 @@ def _check_anchor(config: Any, rollout_is_weights: torch.Tensor | None) -> None:
             "algorithm.rollout_correction.bypass_mode=true"
         )
         raise ValueError(msg)
-
-
-def _sequence_anchor(log_prob: torch.Tensor, behavior_log_prob: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Log π − mean ℓ: the anchor to which every token has the mean log-ratio of its sequence."""
-    log_ratio = torch.where(mask, log_prob - behavior_log_prob, 0.0)
-    mean = log_ratio.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
-    return (log_prob - mean).detach()
 
 
 def _metrics(statistics: Diagnostics) -> dict[str, float]:

@@ -1,0 +1,51 @@
+"""The namespace of the adapter's formulas: jax.numpy, with two functions that XLA compiles to much faster code on a CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from drpo_core.types import Namespace
+
+__all__ = ["xp"]
+
+_BYTES = 64
+"""How many are added up as bytes: fewer than 128."""
+
+
+class _Namespace:
+    """jax.numpy but for `expm1` and `count_nonzero`."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 -- whatever jax.numpy has
+        return getattr(jnp, name)
+
+    @staticmethod
+    def expm1(x: jax.Array) -> jax.Array:
+        """e^x − 1: its Taylor series where abs(x) < ½, else from `exp`, which the formulas around it share.
+
+        XLA makes tanh(x/2)(e^x + 1) of its own, at twice the time and no smaller an error.
+        """
+        near = jnp.abs(x) < 0.5
+        # selected before the series, whose derivative would be a NaN at −inf
+        small = jnp.where(near, x, 0.0)
+        terms = 8 if x.dtype.itemsize < 8 else 15
+        series = jnp.full_like(x, 1.0 / math.factorial(terms))
+        for n in reversed(range(2, terms)):
+            series = series * small + 1.0 / math.factorial(n)
+        return jnp.where(near, small + small * small * series, jnp.exp(x) - 1.0)
+
+    @staticmethod
+    def count_nonzero(condition: jax.Array) -> jax.Array:
+        """Number of True elements: first added up as bytes, because XLA writes what it widens to memory."""
+        ones = condition.astype(jnp.int8)
+        if condition.shape and condition.shape[-1] % _BYTES == 0:
+            # rows of them: columns add up a bare mask in half the time, but make the loop of a computed condition slow
+            ones = ones.reshape(*condition.shape[:-1], -1, _BYTES).sum(axis=-1, dtype=jnp.int8)
+        return jnp.sum(ones, dtype=jnp.int32)
+
+
+xp: Namespace = _Namespace()

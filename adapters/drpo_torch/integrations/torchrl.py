@@ -1,0 +1,157 @@
+"""torchrl: a `GRPOLoss` whose policy loss is an objective of drpo-core, given as one argument.
+
+Masks, log-probs, entropy bonus, KL penalties, aggregation and torchrl's own entries of the output are those of
+`torchrl.objectives.llm.GRPOLoss`; the per-token loss and `clip_fraction` are the objective's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torchrl.objectives.llm import GRPOLoss, LLMLossOutput
+
+from drpo_core import PolicyGradient, diagnostics
+from drpo_torch.integrations import BehaviorPolicyWarning
+from drpo_torch.loss import token_loss
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+    from torchrl.objectives.llm import GRPOLoss as _Loss
+    from torchrl.objectives.llm import LLMLossOutput as _Output
+
+    from drpo_core import Objective
+    from drpo_core.diagnostics import Diagnostics, Statistic
+else:
+    _Loss, _Output = GRPOLoss, LLMLossOutput
+
+__all__ = ["STATISTICS", "PolicyLossModule", "PolicyLossOutput"]
+
+STATISTICS = tuple(diagnostics(PolicyGradient(), *(torch.zeros(1) for _ in range(3))))
+"""Names of the statistics of `drpo_core.diagnostics`."""
+
+
+class PolicyLossOutput(_Output):  # type: ignore[misc]
+    """torchrl's entries and, as 0-d tensors without gradient, the statistics of `drpo_core.diagnostics` by their names."""
+
+    __annotations__ = dict.fromkeys(STATISTICS, "torch.Tensor | None")
+    vars().update(dict.fromkeys(STATISTICS))
+
+    def mean(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Mean of torchrl's own entries: with ``reduce=True``, the scalar that its recipes call `backward` on.
+
+        That is an average over all entries, of which only losses have gradients: more entries would shrink them.
+        """
+        return LLMLossOutput.from_tensordict(self.to_tensordict().exclude(*STATISTICS)).mean(*args, **kwargs)
+
+
+class PolicyLossModule(_Loss):  # type: ignore[misc]
+    """Replaces the policy loss of `torchrl.objectives.llm.GRPOLoss`.
+
+    The behaviour policy's log-probs, log μ, are what `tensor_keys.sample_log_prob` names, by default what the collector's
+    policy wrote: ``("log_probs", "full")``. A `BehaviorPolicyWarning` says where they are not the sampling policy's. The
+    output has the statistics of `drpo_core.diagnostics` as entries of their own, over the tokens of the masking strategy;
+    `clip_fraction` is the share of tokens outside the objective's trust region, among those with A ≠ 0.
+
+    Parameters
+    ----------
+    actor_network
+        As for `GRPOLoss`.
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    **kwargs
+        As for `GRPOLoss`.
+
+    Raises
+    ------
+    ValueError
+        If an argument would have no effect: `clip_epsilon`, as the objective has its own thresholds; `clip_value` or `gamma`,
+        which torchrl does not read; ``reduction="sum"`` or an unknown `aggregation`, which torchrl takes for a token mean.
+
+    Examples
+    --------
+    ::
+
+        loss_fn = PolicyLossModule(policy, objective=DRPO(delta=0.15))
+        output = loss_fn(batch)
+        output.loss_objective.backward()
+    """
+
+    output_type = PolicyLossOutput
+    out_keys: list[str]
+    _tokens: dict[str, torch.Tensor]
+    _statistics: Diagnostics
+
+    def __init__(self, actor_network: Any = None, *, objective: Objective, **kwargs: Any) -> None:  # noqa: ANN401
+        _refuse(kwargs)
+        super().__init__(actor_network, **kwargs)
+        self.objective = objective
+        self.out_keys = [*self.out_keys, *STATISTICS]
+        if self.masking_strategy == "generic":
+            msg = (
+                "masking_strategy='generic' counts the prompt's tokens, which the behaviour policy did not sample; 'sft' "
+                "counts those of the response, 'rlhf' those of the assistant"
+            )
+            warnings.warn(msg, BehaviorPolicyWarning, stacklevel=2)
+
+    def forward(self, tensordict: TensorDictBase) -> PolicyLossOutput:
+        """Losses and statistics of a batch; see `GRPOLoss`."""
+        output: PolicyLossOutput = super().forward(self._aligned(tensordict))
+        for name, statistic in self._statistics.items():
+            output.set(name, _value(statistic))
+        del self._tokens, self._statistics  # with the graph that they hold
+        return output
+
+    def _aligned(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Advantages padded on the left: torchrl pads ragged ones on the right, and the tokens they belong to on the left."""
+        advantages = tensordict.get(self.tensor_keys.advantage, None, as_padded_tensor=True, padding_side="left")
+        return tensordict if advantages is None else tensordict.copy().set(self.tensor_keys.advantage, advantages)
+
+    def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> tuple[Any, ...]:
+        log_weight, dist, kl_approx, mask = super()._log_weight(tensordict, adv_shape)
+        keys = self.tensor_keys
+        behavior_log_prob = tensordict.get(keys.sample_log_prob, as_padded_tensor=True, padding_side="left", padding_value=0.0)
+        if keys.sample_log_prob == keys.ref_log_probs:
+            _warn(f"tensor_keys.sample_log_prob names the reference policy's log-probs, {keys.ref_log_probs!r}")
+        elif bool((dist.mask & ~torch.isfinite(behavior_log_prob)).any()):
+            _warn(
+                f"{keys.sample_log_prob!r} has no log-prob for some of the tokens that masking_strategy="
+                f"{self.masking_strategy!r} selects, and torchrl leaves those out of the loss"
+            )
+        self._tokens = {"log_prob": tensordict["_cur_log_prob"], "behavior_log_prob": behavior_log_prob, "mask": mask}
+        return log_weight, dist, kl_approx, mask
+
+    def _compute_policy_objective(
+        self, log_weight: torch.Tensor, advantage: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self._tokens | {"advantages": advantage.expand_as(log_weight).squeeze(-1)}
+        with torch.no_grad():
+            self._statistics = diagnostics(self.objective, **tokens)
+        return token_loss(self.objective, **tokens).unsqueeze(-1), _value(self._statistics["outside_fraction"])
+
+
+_AGGREGATIONS = (None, "token_mean", "prompt_mean", "none")
+_REDUCTIONS = (None, "mean", "none")
+
+
+def _refuse(arguments: dict[str, Any]) -> None:
+    """Raise for an argument that would silently have no effect."""
+    for name in ("clip_epsilon", "clip_value", "gamma"):
+        if arguments.get(name) is not None:
+            msg = f"{name}: expected none, got {arguments[name]!r}; the objective has its own thresholds, and nothing reads it"
+            raise ValueError(msg)
+    for name, known in {"aggregation": _AGGREGATIONS, "reduction": _REDUCTIONS}.items():
+        if arguments.get(name) not in known:
+            msg = f"{name}: expected one of {', '.join(map(repr, known))}, got {arguments[name]!r}, which has no effect"
+            raise ValueError(msg)
+
+
+def _warn(problem: str) -> None:
+    msg = f"{problem}; the trust region lies around the policy that these log-probs belong to"
+    warnings.warn(msg, BehaviorPolicyWarning, stacklevel=4)
+
+
+def _value(statistic: Statistic) -> torch.Tensor:
+    """0 where nothing was counted, so that averages over batches stay finite."""
+    return torch.where(statistic.count > 0, statistic.value, 0.0)
