@@ -36,19 +36,15 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
         return nodes.reference("", "", *children, internal=True, refuri=uri, classes=[css])
 
     for node in list(doctree.findall(nodes.literal)):
-        proof = claims.proofs().get(node.astext())
-        if proof is not None:
-            node.replace_self(
-                reference(_source(claims.PROOFS / proof.name.partition("::")[0]), f"line-{proof.line}", node.deepcopy())
-            )
-        elif node.astext() in CHECKS:
-            target = f"drpo_core.testing.checks.{node.astext()}"
-            node.replace_self(reference("reference/testing", target, node.deepcopy(), css="function"))
-        elif page == "reference/claims" or page.startswith("derivations/"):
-            _implementation(node, reference)
-        claim = CLAIM.fullmatch(node.astext())
-        if claim is not None:
-            node.replace_self(reference(f"derivations/{claim[1]}", claim[2].lower(), nodes.Text(claim[2]), css="claim-link"))
+        found = (
+            None
+            if isinstance(node.parent, nodes.reference | addnodes.download_reference)
+            else _destination(node.astext(), page)
+        )
+        if found is not None:
+            target, anchor, css = found
+            shown = nodes.Text(node.astext().partition(":")[2]) if css == "claim-link" else node.deepcopy()
+            node.replace_self(reference(target, anchor, shown, css=css))
     for node in list(doctree.findall(addnodes.download_reference)):
         path = (Path(app.srcdir) / page).parent.joinpath(node["reftarget"]).resolve()
         if path.suffix == ".py" and path.is_relative_to(ROOT):
@@ -59,13 +55,20 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
         _properties(doctree)
 
 
-def _implementation(node: nodes.literal, reference: Callable[..., nodes.reference]) -> None:
-    """A public function is a link to the reference, a file of the core to its source."""
-    name = node.astext()
-    if name in drpo_core.__all__:
-        node.replace_self(reference("reference/core", f"drpo_core.{name}", node.deepcopy(), css="function"))
-    elif name.startswith("drpo_core/") and not isinstance(node.parent, nodes.reference | addnodes.download_reference):
-        node.replace_self(reference(_source(ROOT / name), "", node.deepcopy(), css="source"))
+def _destination(text: str, page: str) -> tuple[str, str, str] | None:
+    """Page, anchor and kind of what a piece of code names: a proof, a check, a claim, a public function, a file."""
+    if text in claims.proofs():
+        return _source(claims.PROOFS / text.partition("::")[0]), f"line-{claims.proofs()[text].line}", "proof"
+    if text in CHECKS:
+        return "reference/testing", f"drpo_core.testing.checks.{text}", "function"
+    if page != "reference/claims" and not page.startswith("derivations/"):
+        return None
+    if text in drpo_core.__all__:
+        return "reference/core", f"drpo_core.{text}", "function"
+    if (ROOT / text).is_file() and text.endswith(".py"):
+        return _source(ROOT / text), "", "source"
+    claim = CLAIM.fullmatch(text)
+    return claim and (f"derivations/{claim[1]}", claim[2].lower(), "claim-link")
 
 
 def _claims(doctree: nodes.document, reference: Callable[..., nodes.reference]) -> None:
