@@ -240,7 +240,7 @@ def loop({", ".join(f"all_{name}" for name in ARRAYS)}, all_gradient, row, segme
     return loop
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _wide_vectors(typing: Any) -> Any:  # noqa: ARG001
     """Let LLVM vectorise the calling function with 512 bits where the processor has them: it takes 256 by default."""
 

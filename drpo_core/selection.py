@@ -31,17 +31,17 @@ class SelectingNamespace:
     def where(self, condition: NDArray[np.bool_], x: Any, y: Any) -> NDArray[Any]:
         """The elements of x where the condition holds, else those of y."""
         arrays = [v for v in (x, y) if isinstance(v, np.ndarray)]
-        dtype = arrays[0].dtype if arrays else None
-        alike = all(v.dtype == dtype and v.shape == np.shape(condition) for v in arrays)
-        if dtype not in _INTEGERS or not alike:
-            return self._xp.where(condition, x, y)  # type: ignore[no-any-return]
-        integer = _INTEGERS[dtype]
-        chosen, a, b = condition.astype(integer), _bits(x, dtype), _bits(y, dtype)
+        dtypes, shapes = {v.dtype for v in arrays}, {v.shape for v in arrays}
+        if len(dtypes) != 1 or not dtypes <= _INTEGERS.keys() or shapes != {np.shape(condition)}:
+            return np.where(condition, x, y)
+        (dtype,) = dtypes
+        chosen, a, b = condition.astype(_INTEGERS[dtype]), _bits(x, dtype), _bits(y, dtype)
         nothing_else = b.ndim == 0 and b == 0
         chosen *= a if nothing_else else a - b
         if not nothing_else:
             chosen += b
-        return chosen.view(dtype)
+        result: NDArray[Any] = chosen.view(dtype)
+        return result
 
 
 _INTEGERS = {np.dtype(np.float32): np.dtype(np.int32), np.dtype(np.float64): np.dtype(np.int64)}

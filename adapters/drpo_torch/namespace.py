@@ -1,4 +1,4 @@
-"""Namespaces in which what torch does inaccurately or slowly is replaced: of code that it compiles, and of code that it runs."""
+"""Namespaces in which what torch does inaccurately or slowly is replaced: for code that it compiles, and that it runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CompiledNamespace:
 
 
 class EagerNamespace:
-    """array-api-compat's torch with NumPy's count of the truths in a CPU tensor, which takes a third of the time of torch's."""
+    """array-api-compat's torch with NumPy's count of the truths in a CPU tensor: torch's takes three times as long."""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 -- functions, dtypes and numbers
         """Whatever is not replaced."""

@@ -259,6 +259,10 @@ class _Lowering:
             return self._negated(operands[0])
         if name in CONNECTIVES:
             return self._emit(CONNECTIVES[name], *(operand.bits for operand in operands), bits=True)
+        return self._of_numbers(symbol, operands)
+
+    def _of_numbers(self, symbol: Symbol, operands: list[Value]) -> Value:
+        name = symbol.operation
         if any(argument.kind == BOOL for argument in symbol.arguments):
             msg = f"{name} of truth values"
             raise UntraceableError(msg)
