@@ -33,7 +33,7 @@ class SelectingNamespace:
         arrays = [v for v in (x, y) if isinstance(v, np.ndarray)]
         dtypes, shapes = {v.dtype for v in arrays}, {v.shape for v in arrays}
         if len(dtypes) != 1 or not dtypes <= _INTEGERS.keys() or shapes != {np.shape(condition)}:
-            return np.where(condition, x, y)
+            return np.asarray(np.where(condition, x, y))
         (dtype,) = dtypes
         chosen, a, b = condition.astype(_INTEGERS[dtype]), _bits(x, dtype), _bits(y, dtype)
         nothing_else = b.ndim == 0 and b == 0
