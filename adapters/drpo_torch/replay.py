@@ -123,12 +123,13 @@ def replay(
     }
     given["mask"] = given["mask"].view(torch.uint8)
     target = gradient.view(-1, columns)
-    memory = torch.empty((program.registers, min(PIECE, gradient.numel())), dtype=dtype)
+    size = PIECE * torch.get_num_threads()
+    memory = torch.empty((program.registers, min(size, gradient.numel())), dtype=dtype)
     collected: list[torch.Tensor] = []
     shape: torch.Size | None = None
     views: dict[Value, torch.Tensor] = {}
     calls: list[Callable[[], object] | None] = []
-    for rows, part in _pieces(*target.shape):
+    for rows, part in _pieces(*target.shape, size):
         piece = target[rows, part]
         if piece.shape != shape:
             shape = piece.shape
@@ -163,12 +164,12 @@ def _bound(step: Step, views: dict[Value, torch.Tensor], collected: list[torch.T
     return partial(step.function, *operands, out=views[step.out])
 
 
-def _pieces(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cover a matrix with pieces of at most `PIECE` elements: whole rows, or parts of one."""
-    height = max(1, PIECE // columns)
+def _pieces(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cover a matrix with pieces of at most `size` elements: whole rows, or parts of one."""
+    height = max(1, size // columns)
     for row in range(0, rows, height):
-        for column in range(0, columns, PIECE):
-            yield slice(row, row + height), slice(column, column + PIECE)
+        for column in range(0, columns, size):
+            yield slice(row, row + height), slice(column, column + size)
 
 
 @lru_cache(maxsize=64)
