@@ -206,7 +206,7 @@ def test_vectors_are_as_wide_as_the_processor_has_them(monkeypatch):
     if not llvmlite.binding.get_host_cpu_features().get("avx512f"):
         pytest.skip("a processor without AVX-512")
     loops = []
-    compile_loop = compiler._compile_loop
+    compile_loop = compiler._compile_loop  # noqa: SLF001 -- to look at the code that it makes
     monkeypatch.setattr(compiler, "_compile_loop", lambda *arguments: loops.append(compile_loop(*arguments)) or loops[0])
     objective = DRPO(delta=0.123)  # compiled by no other test
     run(objective, tokens(64, np.float32))
