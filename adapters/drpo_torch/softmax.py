@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["Normalizer", "Tempering", "Workspace", "eager", "gradient_of_logits", "normalize", "working_dtype"]
 
 # what a logit this far below the largest adds underflows in any dtype; −inf times its probability 0 would be a NaN
-_NEGLIGIBLE = -1000.0
+NEGLIGIBLE = -1000.0
 _CPU_BYTES_PER_THREAD, _DEVICE_BYTES = 5 << 18, 64 << 20
 
 
 class Normalizer(NamedTuple):
-    """Per row: max x, log Σ e^(x − max x), and the entropy in nats if it was asked for."""
+    """Per row: max x, log Σ e^(x − max x), and the entropy in nats if it was asked for (``"jit"``: always)."""
 
     maximum: torch.Tensor
     log_sum: torch.Tensor
@@ -103,14 +103,16 @@ def normalize(
         if entropy:
             x = torch.sub(x, maximum, out=buffer)
         p = torch.softmax(x, -1, out=p if out is None else out[step])  # noqa: PLW2901 -- p is where to put it
-        log_sum = p.amax(-1).log_().neg_()
+        # torch adds up the exponentials one after the other: of 10⁵ of them the sum is off by 10⁻⁵, but this one is not
+        total = p.sum(-1)
+        log_sum = (total / p.amax(-1)).log_()
         statistics[0, step], statistics[1, step] = maximum[:, 0], log_sum
         if entropy:
             terms = torch.mul(p, x, out=buffer)
-            mean = terms.sum(-1)
+            mean = terms.sum(-1).div_(total)
             if mean.isnan().any():
                 # 0 · −inf of an impossible token; a row that holds a NaN has one in its log_sum too
-                mean = terms.nan_to_num_(nan=0.0).sum(-1)
+                mean = terms.nan_to_num_(nan=0.0).sum(-1).div_(total)
             torch.sub(log_sum, mean, out=statistics[2, step])
     return Normalizer(statistics[0], statistics[1], statistics[2] if entropy else None)
 
@@ -125,30 +127,31 @@ def gradient_of_logits(
     scale: torch.Tensor,
     slope: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
-    compact: bool = False,
     normalized: bool = False,
     out: torch.Tensor,
 ) -> None:
     """∂/∂z of a function of softmaxes: p (scale − slope (x − max x)) + at_index at the column `index`.
 
-    `rows` (increasing) selects rows of z, and every other array has one entry a selected row. They are written to the same
-    rows of `out`, or with `compact` to its first ones. `out` may be z: a row is read before it, or one above it, is
-    written. With `normalized` z holds p already.
+    `rows` selects rows of z and of `out`, which may be z; every other array has one entry a selected row. With
+    `normalized` z holds p already.
     """
     for step, buffer, p in work.steps(len(scale)):
         z = logits[step] if rows is None else logits[rows[step]]
         if normalized:
             # in place, if it can be, and not by way of the buffer
-            p = torch.mul(z, scale[step, None], out=p if rows is not None else out[step])  # noqa: PLW2901
+            share = scale[step, None] / z.sum(-1, keepdim=True)
+            p = torch.mul(z, share, out=p if rows is not None else out[step])  # noqa: PLW2901
         else:
             x = tempering(z, buffer)
             torch.softmax(x, -1, out=p)
+            total = p.sum(-1, keepdim=True)
+            share = scale[step, None] / total
             if slope is None:
-                p.mul_(scale[step, None])
+                p.mul_(share)
             else:
-                x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
-                p.mul_(x.mul_(-slope[step, None]).add_(scale[step, None]))
+                x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=NEGLIGIBLE)
+                p.mul_(x.mul_(-slope[step, None] / total).add_(share))
         p.scatter_add_(-1, index[step, None], at_index[step, None])
         tempering.pull_back_(p, z)
         if rows is not None or not normalized:
-            out[step if rows is None or compact else rows[step]] = p
+            out[step if rows is None else rows[step]] = p
