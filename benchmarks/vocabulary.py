@@ -88,7 +88,8 @@ def growth() -> Iterator[Case]:
 def _top_k(name: str, logits: torch.Tensor, ids: torch.Tensor, behavior: torch.Tensor, sizes: tuple[int, ...]) -> Case:
     normalizer = selective_log_prob(logits=logits, tokens=ids).log_normalizer
     normalize = partial(selective_log_prob, logits=logits, tokens=ids)
-    functions: dict[str, Callable[[], object]] = {"log-sum-exp": normalize, "log-sum-exp, jit": partial(normalize, engine="jit")}
+    functions: dict[str, Callable[[], object]] = {"log-sum-exp": normalize}
+    functions["log-sum-exp, jit"] = partial(normalize, engine="jit")
     for k in sizes:
         top, places = logits.log_softmax(-1).topk(k, -1)
         recorded = {"behavior_log_prob": behavior, "top_k_ids": places, "top_k_behavior_log_prob": top}

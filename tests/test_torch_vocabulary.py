@@ -353,9 +353,7 @@ def test_selective_log_prob_gradcheck(entropy, engine):
     logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
 
     def outputs(z):
-        result = selective_log_prob(
-            logits=z, tokens=torch.tensor([0, 4, 2]), temperature=0.7, entropy=entropy, engine=engine
-        )
+        result = selective_log_prob(logits=z, tokens=torch.tensor([0, 4, 2]), temperature=0.7, entropy=entropy, engine=engine)
         return tuple(t for t in result if t is not None)
 
     assert torch.autograd.gradcheck(outputs, logits)
@@ -375,9 +373,7 @@ def test_rows_of_no_influence_may_hold_nan(overwrite, engine):
     assert (leaf.grad[data["mask"]] != 0.0).any()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "engine"), [(torch.bfloat16, "eager"), (torch.float16, "eager"), (torch.bfloat16, "jit")]
-)
+@pytest.mark.parametrize(("dtype", "engine"), [(torch.bfloat16, "eager"), (torch.float16, "eager"), (torch.bfloat16, "jit")])
 def test_selective_log_prob_accumulates_in_float32(dtype, engine):
     logits = (3.0 * torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))).to(dtype)
     actual = selective_log_prob(logits=logits, tokens=torch.arange(4), entropy=True, engine=engine)

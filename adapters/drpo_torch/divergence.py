@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Divergences", "FullDivergence", "LinearHead", "TopKDivergence", "full_divergences", "top_k_divergences"]
 
 # e^60 is finite in float32, and a probability e^60 times smaller than its counterpart is as good as none
-_LARGEST_LOG_RATIO = 60.0
+LARGEST_LOG_RATIO = 60.0
 
 
 class Divergences(NamedTuple):
@@ -271,7 +271,7 @@ def full_divergence_rows(
         total = q.sum(-1)
         d.sub_((torch.mul(q, d, out=p).sum(-1) / total)[:, None])
         # a NaN fails this too: of a row that holds one, or of a token that neither policy can take (−inf + inf)
-        near = (d.amax(-1) <= _LARGEST_LOG_RATIO).all()
+        near = (d.amax(-1) <= LARGEST_LOG_RATIO).all()
         if not near:
             result[:, step] = torch.stack(_distant(tempering(logits[step]), y, q))
             continue
@@ -373,13 +373,13 @@ def check_positive(name: str, value: float) -> float:
 def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """TV and KL of rows that may hold −inf, NaN, or ratios too large for e^d."""
     log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
-    ell = (log_p - log_q).clamp_(max=_LARGEST_LOG_RATIO)
+    ell = (log_p - log_q).clamp_(max=LARGEST_LOG_RATIO)
     # a token that neither policy can take has ell = −inf + inf; nan_to_num also hides the NaN of rows that hold one
     invalid = torch.isnan(log_p.amax(-1) + log_q.amax(-1))
     ell.nan_to_num_(nan=0.0, neginf=-torch.inf)
     p = log_p.exp_()
     # flooring μ at π e^−60 keeps every product finite
-    floored = torch.maximum(q, p * torch.e**-_LARGEST_LOG_RATIO)
+    floored = torch.maximum(q, p * torch.e**-LARGEST_LOG_RATIO)
     kl = (torch.expm1(ell) - ell).mul_(floored).sum(-1)
     tv = (p - q).abs_().sum(-1).mul_(0.5)
     return tv.masked_fill_(invalid, torch.nan), kl.masked_fill_(invalid, torch.nan)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["linear_policy_loss"]
 
-# of ∂weight at a time, where it has to be rounded to the dtype it is accumulated in
-_WEIGHT_ROWS = 8192
+# of ∂weight at a time, where it is rounded to the dtype it is accumulated in, or its other factor transposed
+_WEIGHT_ROWS = 4096
 
 
 class _Gradients(NamedTuple):
@@ -238,15 +238,18 @@ class _Head:
             of_hidden += torch.mm(gradient, self.weight[part])
         if self.gradients.weight is not None:
             total = self.gradients.weight[part]
-            if total.dtype == gradient.dtype:
-                # β = 0 overwrites what uninitialised memory holds, NaN included
-                total.addmm_(gradient.mT, hidden, beta=float(part.start in self.started))
-            else:
-                for block, share in zip(
-                    torch.split(total, _WEIGHT_ROWS), torch.split(gradient, _WEIGHT_ROWS, dim=1), strict=True
-                ):
-                    product = torch.mm(share.mT, hidden)
-                    _ = block.add_(product) if part.start in self.started else block.copy_(product)
+            again = part.start in self.started
+            rounded = total.dtype != gradient.dtype
+            # of bfloat16 the product of a transposed matrix takes twice as long as transposing it and their product
+            rows = _WEIGHT_ROWS if rounded or gradient.dtype == torch.bfloat16 else max(1, len(total))
+            for block, share in zip(torch.split(total, rows), torch.split(gradient, rows, dim=1), strict=True):
+                transposed = share.mT.contiguous() if share.dtype == torch.bfloat16 else share.mT
+                if rounded:
+                    product = torch.mm(transposed, hidden)
+                    _ = block.add_(product) if again else block.copy_(product)
+                else:
+                    # β = 0 overwrites what uninitialised memory holds, NaN included
+                    block.addmm_(transposed, hidden, beta=float(again))
         if self.gradients.bias is not None:
             self.gradients.bias[part] += gradient.sum(0, dtype=of_hidden.dtype)
         self.started.add(part.start)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from drpo_core.elementary import functions
+from drpo_torch.divergence import LARGEST_LOG_RATIO
 from drpo_torch.softmax import NEGLIGIBLE, Normalizer, working_dtype
 
 if TYPE_CHECKING:
@@ -126,33 +127,53 @@ class _Kernels(NamedTuple):
     divergences: Callable[..., None]
 
 
+class _Tools(NamedTuple):
+    """What the loops are made of, for one dtype of the arithmetic and one of the logits."""
+
+    dtype: np.dtype[Any]
+    load: Callable[..., None]
+    store: Callable[..., None]
+    of_ordered: Callable[..., Any]
+    largest_in: Callable[..., Any]
+
+
+_jit = numba.njit(nogil=True, error_model="numpy")
+
+
 @cache
-def _kernels(stored: torch.dtype) -> _Kernels:  # noqa: C901 -- the loops share what they close over
+def _kernels(stored: torch.dtype) -> _Kernels:
     """The loops for logits of this dtype."""
     dtype = np.dtype(str(working_dtype(stored)).removeprefix("torch."))
-    number, integer = dtype.type, np.dtype(f"i{dtype.itemsize}").type
-    f = functions(dtype)
-    exp, expm1, add, largest, ordered, select = f.exp, f.expm1, f.add, f.largest, f.ordered, f.select
-    zero, least, most_ratio = number(0), number(NEGLIGIBLE), number(60.0)
-    lowest, every_bit = np.iinfo(integer).min, np.iinfo(integer).max
-    block = _BLOCK
-    load, store = _bfloat16(number) if stored == torch.bfloat16 else _as_they_are(number)
-    jit = numba.njit(nogil=True, error_model="numpy")
+    integer = np.dtype(f"i{dtype.itemsize}").type
+    lowest, every_bit = integer(np.iinfo(integer).min), integer(np.iinfo(integer).max)
+    largest, ordered = functions(dtype).largest, functions(dtype).ordered
 
-    @jit
+    @_jit
     def of_ordered(value: Any, scratch: Any) -> Any:
         """The number whose `ordered` this is."""
         scratch[0] = value if value >= 0 else value ^ every_bit
         return scratch.view(dtype)[0]
 
-    @jit
+    @_jit
     def largest_in(x: Any, scratch: Any) -> Any:
-        most = integer(lowest)
+        most = lowest
         for i in range(x.size):
             most = largest(most, ordered(x[i]))
         return of_ordered(most, scratch)
 
-    @jit
+    load, store = (_bfloat16 if stored == torch.bfloat16 else _as_they_are)(dtype.type)
+    tools = _Tools(dtype, load, store, of_ordered, largest_in)
+    return _Kernels(_statistics(tools), _gradients(tools), _divergences(tools))
+
+
+def _statistics(tools: _Tools) -> Callable[..., None]:
+    """Maximum, Σ e^(x − maximum) and entropy of rows, read once: what is summed is rescaled when the maximum moves."""
+    dtype, load, largest_in = tools.dtype, tools.load, tools.largest_in
+    exp, add, select = functions(dtype).exp, functions(dtype).add, functions(dtype).select
+    number, integer, zero, least = dtype.type, np.dtype(f"i{dtype.itemsize}"), dtype.type(0), dtype.type(NEGLIGIBLE)
+    block = _BLOCK
+
+    @_jit
     def statistics(z: Any, stride: Any, width: Any, rows: Any, temperature: Any, first: Any, last: Any, out: Any) -> None:
         buffer, scratch = np.empty(block, dtype), np.empty(1, integer)
         for r in range(first, last):
@@ -185,7 +206,16 @@ def _kernels(stored: torch.dtype) -> _Kernels:  # noqa: C901 -- the loops share 
             out[1, r] = total if total != 0.0 else np.nan
             out[2, r] = np.log(total) - weighted / total
 
-    @jit
+    return statistics
+
+
+def _gradients(tools: _Tools) -> Callable[..., None]:
+    """(p (scale − slope (x − max x)) + at_index at a column) / T, in the rows of another matrix or the same."""
+    dtype, load, store = tools.dtype, tools.load, tools.store
+    exp, select = functions(dtype).exp, functions(dtype).select
+    number, least, block = dtype.type, dtype.type(NEGLIGIBLE), _BLOCK
+
+    @_jit
     def gradients(
         z: Any,
         stride: Any,
@@ -222,7 +252,20 @@ def _kernels(stored: torch.dtype) -> _Kernels:  # noqa: C901 -- the loops share 
                     x[column] += at_column
                 store(place[start : start + block], x)
 
-    @jit
+    return gradients
+
+
+def _divergences(tools: _Tools) -> Callable[..., None]:  # noqa: C901 -- the steps of one pass
+    """Full TV and KL, as `drpo_torch.divergence.full_divergence_rows` has them, in two rows that stay in the cache."""
+    dtype, load = tools.dtype, tools.load
+    of_ordered, largest_in = tools.of_ordered, tools.largest_in
+    exp, expm1, add, largest, ordered = (
+        getattr(functions(dtype), name) for name in ("exp", "expm1", "add", "largest", "ordered")
+    )
+    number, integer, zero, block = dtype.type, np.dtype(f"i{dtype.itemsize}").type, dtype.type(0), _BLOCK
+    lowest, largest_ratio = np.iinfo(integer).min, number(LARGEST_LOG_RATIO)
+
+    @_jit
     def exponentiate(y: Any, x: Any, m: Any) -> Any:
         """From y and x to e^(y − m) and x − y, in place; Σ e^(y − m) and Σ e^(y − m) (x − y)."""
         total, weighted = zero, zero
@@ -233,7 +276,7 @@ def _kernels(stored: torch.dtype) -> _Kernels:  # noqa: C901 -- the loops share 
             y[i], x[i] = e, gap
         return total, weighted
 
-    @jit
+    @_jit
     def compare(q: Any, d: Any, center: Any) -> Any:
         """From d to q (e^(d − center) − 1), in place; Σ q φ(d − center), and the largest d as an integer."""
         total, most = zero, integer(lowest)
@@ -245,7 +288,7 @@ def _kernels(stored: torch.dtype) -> _Kernels:  # noqa: C901 -- the loops share 
             d[i] = q[i] * e
         return total, most
 
-    @jit
+    @_jit
     def distance(q: Any, d: Any, k: Any) -> Any:
         """Σ abs(d − q k)."""
         total = zero
@@ -253,7 +296,7 @@ def _kernels(stored: torch.dtype) -> _Kernels:  # noqa: C901 -- the loops share 
             total = add(total, abs(d[i] - q[i] * k))
         return total
 
-    @jit
+    @_jit
     def divergences(
         x: Any,
         x_stride: Any,
@@ -286,9 +329,9 @@ def _kernels(stored: torch.dtype) -> _Kernels:  # noqa: C901 -- the loops share 
             for start in range(0, width, block):
                 moved += distance(q[start : start + block], d[start : start + block], number(k))
             out[0, r], out[1, r] = moved / total / (2.0 * (1.0 + k)), np.log1p(k)
-            out[2, r] = of_ordered(most, scratch) <= most_ratio
+            out[2, r] = of_ordered(most, scratch) <= largest_ratio
 
-    return _Kernels(statistics, gradients, divergences)
+    return divergences
 
 
 def _as_they_are(number: Any) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -256,7 +256,8 @@ def _sweep_in_loops(
     gradient = (logits if overwrite else torch.empty_like(logits)) if needed else None
     for rows in batch.chunks(max(1, _CHUNK_BYTES // (logits.shape[-1] * logits.element_size()))):
         columns = batch.columns(rows)
-        measured = batch.full_divergence(rows, logits[rows], tempering) if isinstance(batch.divergence, FullDivergence) else None
+        full = isinstance(batch.divergence, FullDivergence)
+        measured = batch.full_divergence(rows, logits[rows], tempering) if full else None
         statistics = row_statistics(logits, rows, tempering.temperature)
         normalizer = statistics.normalizer()
         picked = tempering(logits[rows[:, None], columns])
