@@ -289,10 +289,10 @@ class _Sweep:
 
     def _forward(
         self, rows: torch.Tensor, hidden: torch.Tensor, columns: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[RowStatistics]]:
-        """∂(reduced loss)/∂log π of a chunk's tokens, the share of each part of the vocabulary, and what the loops found."""
+    ) -> tuple[torch.Tensor, torch.Tensor, list[RowStatistics | Normalizer]]:
+        """∂(reduced loss)/∂log π of a chunk's tokens, and the share and statistics of each part of the vocabulary."""
         batch, normalizers = self.batch, []
-        statistics: list[RowStatistics] = []
+        statistics: list[RowStatistics | Normalizer] = []
         picked = torch.zeros(columns.shape, dtype=working_dtype(hidden.dtype), device=hidden.device)
         full_divergence = None
         for part in self.parts:
@@ -303,11 +303,13 @@ class _Sweep:
             if batch.jit:
                 from drpo_torch.rows import row_statistics  # noqa: PLC0415 -- numba is an extra, and slow to import
 
-                statistics.append(row_statistics(z, torch.arange(len(z)), self.tempering.temperature))
-                normalizers.append(statistics[-1].normalizer())
+                found = row_statistics(z, torch.arange(len(z)), self.tempering.temperature)
+                statistics.append(found)
+                normalizers.append(found.normalizer())
             else:
                 work, out = self.workspaces[z.shape[1]], z if self.kept else None
                 normalizers.append(normalize(z, self.tempering, work, entropy=batch.entropy is not None, out=out))
+                statistics.append(normalizers[-1])
         normalizer, shares = _merge(normalizers)
         log_prob = picked - normalizer.maximum[:, None] - normalizer.log_sum[:, None]
         return batch.step(rows, log_prob, normalizer, full_divergence), shares, statistics
@@ -319,7 +321,7 @@ class _Sweep:
         sampled: torch.Tensor,
         slope: torch.Tensor,
         shares: torch.Tensor,
-        statistics: list[RowStatistics],
+        statistics: list[RowStatistics | Normalizer],
         alive: torch.Tensor,
     ) -> None:
         """Add the gradients of the tokens of a chunk that have one."""
@@ -338,10 +340,12 @@ class _Sweep:
             if self.batch.jit:
                 from drpo_torch.rows import RowStatistics, row_gradients  # noqa: PLC0415
 
-                of_part = RowStatistics(*(statistic[alive] for statistic in statistics[i]))
+                of_part = RowStatistics(*(statistic[alive] for statistic in statistics[i]))  # type: ignore[index]
                 every, temperature = torch.arange(len(alive)), self.tempering.temperature
                 row_gradients(gradient, every, temperature, statistics=of_part, **at, out=gradient)
             else:
+                if self.kept:
+                    at["scale"] = scale / statistics[i].total[alive]  # type: ignore[index]
                 work = self.workspaces[gradient.shape[1]]
                 gradient_of_logits(gradient, self.tempering, work, **at, normalized=self.kept, out=gradient)
             if self.recompute:

@@ -7,9 +7,7 @@ over a buffer are in the dtype of the arithmetic, sums of these in float64.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
@@ -18,7 +16,8 @@ import torch
 
 from drpo_core.elementary import functions
 from drpo_torch.divergence import LARGEST_LOG_RATIO
-from drpo_torch.softmax import NEGLIGIBLE, Normalizer, working_dtype
+from drpo_torch.softmax import Normalizer, working_dtype
+from drpo_torch.threads import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -166,11 +165,16 @@ def _kernels(stored: torch.dtype) -> _Kernels:
     return _Kernels(_statistics(tools), _gradients(tools), _divergences(tools))
 
 
+def _least(dtype: np.dtype[Any]) -> Any:
+    """What e^x is taken to be 0 below: subnormal numbers cost a hundred times the others; and −inf · 0 is a NaN."""
+    return np.ceil(np.log(np.finfo(dtype).tiny))
+
+
 def _statistics(tools: _Tools) -> Callable[..., None]:
     """Maximum, Σ e^(x − maximum) and entropy of rows, read once: what is summed is rescaled when the maximum moves."""
     dtype, load, largest_in = tools.dtype, tools.load, tools.largest_in
     exp, add, select = functions(dtype).exp, functions(dtype).add, functions(dtype).select
-    number, integer, zero, least = dtype.type, np.dtype(f"i{dtype.itemsize}"), dtype.type(0), dtype.type(NEGLIGIBLE)
+    number, integer, zero, least = dtype.type, np.dtype(f"i{dtype.itemsize}"), dtype.type(0), _least(dtype)
     block = _BLOCK
 
     @_jit
@@ -195,8 +199,9 @@ def _statistics(tools: _Tools) -> Callable[..., None]:
                 m, part_total, part_weighted = number(maximum), zero, zero
                 for i in range(x.size):
                     d = x[i] - m
-                    d = select(d < least, least, d)
-                    e = exp(d)
+                    far = d < least
+                    d = select(far, least, d)
+                    e = select(far, zero, exp(d))
                     part_total = add(part_total, e)
                     part_weighted = add(part_weighted, e * d)
                 total += part_total
@@ -213,7 +218,7 @@ def _gradients(tools: _Tools) -> Callable[..., None]:
     """(p (scale − slope (x − max x)) + at_index at a column) / T, in the rows of another matrix or the same."""
     dtype, load, store = tools.dtype, tools.load, tools.store
     exp, select = functions(dtype).exp, functions(dtype).select
-    number, least, block = dtype.type, dtype.type(NEGLIGIBLE), _BLOCK
+    number, zero, least, block = dtype.type, dtype.type(0), _least(dtype), _BLOCK
 
     @_jit
     def gradients(
@@ -245,8 +250,9 @@ def _gradients(tools: _Tools) -> Callable[..., None]:
                 load(x, part, number(temperature))
                 for i in range(x.size):
                     d = x[i] - maximum
-                    d = select(d < least, least, d)
-                    x[i] = exp(d) * (scale - slope * d)
+                    far = d < least
+                    d = select(far, least, d)
+                    x[i] = select(far, zero, exp(d)) * (scale - slope * d)
                 column = columns[r] - start
                 if 0 <= column < x.size:
                     x[column] += at_column
@@ -380,15 +386,5 @@ def _bfloat16(number: Any) -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 def _in_threads(run: Callable[[int, int], None], rows: int, width: int) -> None:
-    """Cover the rows in equal shares, the first of them in this thread."""
-    threads = max(1, min(torch.get_num_threads(), rows, rows * width // _LOGITS_PER_THREAD))
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(run, *share) for share in pairwise(bounds[1:])]
-    run(bounds[0], bounds[1])
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="drpo_torch.rows")
+    """Cover the rows, in as many threads as torch has and pay."""
+    in_threads(run, rows, max(1, min(torch.get_num_threads(), rows, rows * width // _LOGITS_PER_THREAD)))

@@ -254,9 +254,11 @@ def _sweep_in_loops(
     from drpo_torch.rows import row_gradients, row_statistics  # noqa: PLC0415 -- numba is an extra, and slow to import
 
     gradient = (logits if overwrite else torch.empty_like(logits)) if needed else None
-    for rows in batch.chunks(max(1, _CHUNK_BYTES // (logits.shape[-1] * logits.element_size()))):
+    full = isinstance(batch.divergence, FullDivergence)
+    # all at once, where no rows have to be copied
+    chunk = _CHUNK_BYTES // (logits.shape[-1] * logits.element_size()) if full else len(batch.valid)
+    for rows in batch.chunks(max(1, chunk)):
         columns = batch.columns(rows)
-        full = isinstance(batch.divergence, FullDivergence)
         measured = batch.full_divergence(rows, logits[rows], tempering) if full else None
         statistics = row_statistics(logits, rows, tempering.temperature)
         normalizer = statistics.normalizer()
@@ -309,7 +311,7 @@ def _sweep(
             work,
             index=columns[:, 0],
             at_index=slope,
-            scale=-slope,
+            scale=-slope / normalizer.total if kept else -slope,  # type: ignore[operator]
             normalized=kept,
             out=out,
         )
