@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
+    from drpo_core.types import Spread
 
 __all__ = ["Kernel", "fused"]
 
@@ -47,7 +48,8 @@ class Kernel(Protocol):
     """A compiled objective, over flat C-contiguous NumPy arrays of its dtype.
 
     `coefficients` may have one element, one per row of tokens, or one per token. `gradient` is overwritten with
-    m c ∂L/∂log π. `threads` defaults to the CPUs this process may use, and fewer for few tokens.
+    m c ∂L/∂log π. `threads` defaults to the CPUs this process may use, and fewer for few tokens; `spread` is that of
+    `drpo_core.policy_loss_and_gradient`.
     """
 
     def __call__(
@@ -61,6 +63,7 @@ class Kernel(Protocol):
         divergence: NDArray[Any] | None = None,
         gradient: NDArray[Any],
         threads: int | None = None,
+        spread: Spread | None = None,
     ) -> tuple[np.floating[Any], Diagnostics | None]:
         """Σ m c L, 0-d, and diagnostics."""
         ...
@@ -120,11 +123,12 @@ def fused(objective: Objective, *, dtype: DTypeLike, diagnostics: bool = True) -
         divergence: NDArray[Any] | None = None,
         gradient: NDArray[Any],
         threads: int | None = None,
+        spread: Spread | None = None,
     ) -> tuple[np.floating[Any], Diagnostics | None]:
         program = _compiled(objective, dtype, diagnostics=diagnostics, measured=divergence is not None)  # type: ignore[arg-type]
         measured = log_prob if divergence is None else divergence
         arrays = (log_prob, behavior_log_prob, advantages, mask.view(np.uint8), coefficients.reshape(-1), measured)
-        return program(arrays, gradient, threads)
+        return program(arrays, gradient, threads, spread or _in_threads)
 
     return kernel
 
@@ -149,7 +153,7 @@ def _compiled(
     lowest = int(_flipped(np.asarray(-np.inf, dtype).view(_integer(dtype))))
 
     def program(
-        arrays: tuple[NDArray[Any], ...], gradient: NDArray[Any], threads: int | None
+        arrays: tuple[NDArray[Any], ...], gradient: NDArray[Any], threads: int | None, spread: Spread
     ) -> tuple[np.floating[Any], Diagnostics | None]:
         if threads is not None and threads < 1:
             msg = f"threads: expected 1 or more, got {threads!r}"
@@ -168,7 +172,7 @@ def _compiled(
         def run(first: int, last: int) -> None:
             loop(*arrays, gradient, row, segment, first, last, totals, most)
 
-        _in_threads(run, segments, min(threads or _cpus(), max(1, n // TOKENS_PER_THREAD)))
+        spread(run, segments, min(threads or _cpus(), max(1, n // TOKENS_PER_THREAD)))
         largest = _flipped(np.max(most, axis=0, initial=lowest)).view(dtype) if maxima else ()
         values = finish([*totals.sum(axis=0), *largest])
 

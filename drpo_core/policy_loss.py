@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
     from drpo_core.reduction import Reduction
-    from drpo_core.types import Array, Bool, Float, Int, Namespace
+    from drpo_core.types import Array, Bool, Float, Int, Namespace, Spread
 
 __all__ = ["PolicyLoss", "policy_loss_and_gradient"]
 
@@ -50,6 +50,7 @@ def policy_loss_and_gradient(
     diagnostics: bool = True,
     engine: Literal["plain", "jit"] = "plain",
     threads: int | None = None,
+    spread: Spread | None = None,
     xp: Namespace | None = None,
 ) -> PolicyLoss:
     """Scalar loss Σ m c L of a batch, its gradient m c ∂L/∂log π = −m c A r w, and diagnostics, in one pass.
@@ -84,6 +85,9 @@ def policy_loss_and_gradient(
         hashable, at the first call; NumPy arrays and the extra `jit` only. See `drpo_core.jit`.
     threads
         Of the compiled loop; default: the CPUs this process may use. The result does not depend on it.
+    spread
+        ``spread(run, count, threads)`` calls ``run(first, last)`` for shares that cover ``range(count)``, on so many threads
+        at most; `run` releases the GIL. Default: on a pool of this library's. The torch adapter gives torch's own threads.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -134,7 +138,7 @@ def policy_loss_and_gradient(
         raise TypeError(msg)
     arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
     if engine == "jit":
-        return _compiled(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads, xp=xp)
+        return _compiled(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads, spread=spread, xp=xp)
     if is_numpy_namespace(xp):
         gradient = xp.empty(log_prob.shape, dtype=log_prob.dtype)
         selecting = SelectingNamespace(xp)
@@ -250,6 +254,7 @@ def _compiled(
     dtype: Any,
     diagnostics: bool,
     threads: int | None,
+    spread: Spread | None,
     xp: Namespace,
 ) -> PolicyLoss:
     if not is_numpy_namespace(xp):
@@ -274,6 +279,7 @@ def _compiled(
         divergence=None if divergence is None else flat(divergence),
         gradient=gradient,
         threads=threads,
+        spread=spread,
     )
     gradient = xp.astype(xp.reshape(gradient, log_prob.shape), log_prob.dtype, copy=False)
     return PolicyLoss(loss, gradient, statistics)

@@ -17,6 +17,7 @@ from drpo_core.policy_loss import PolicyLoss, policy_loss_and_gradient, policy_l
 from drpo_core.trace import UntraceableError
 from drpo_torch.namespace import is_transformed, namespace
 from drpo_torch.replay import replay
+from drpo_torch.threads import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,6 +99,7 @@ def jitted(
         diagnostics=diagnostics,
         engine="jit",
         threads=torch.get_num_threads(),
+        spread=in_threads,
         xp=array_api_compat.numpy,
     )
     statistics = result.diagnostics

@@ -8,6 +8,7 @@ import torch
 
 from drpo_core import token_mean
 from drpo_torch.batch import TokenBatch, VocabularyLoss, head_logits
+from drpo_torch.cotangent import scaled_by_cotangent
 from drpo_torch.divergence import (
     FullDivergence,
     check_float,
@@ -17,7 +18,6 @@ from drpo_torch.divergence import (
     refuse_second_derivative,
 )
 from drpo_torch.softmax import Normalizer, Tempering, Workspace, eager, gradient_of_logits, normalize, working_dtype
-from drpo_torch.vocabulary import scaled_by_cotangent
 
 if TYPE_CHECKING:
     from drpo_core import Objective

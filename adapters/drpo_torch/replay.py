@@ -27,8 +27,8 @@ __all__ = ["PIECE", "replay"]
 
 Operation = Callable[..., Any]
 
-PIECE = 1 << 18
-"""Tokens handled at a time: a dozen intermediate results of so many stay in the cache, and calling torch is worth it."""
+PIECE = 1 << 16
+"""Tokens a thread handles at a time: its intermediate results of so many stay in its cache, and calling torch is worth it."""
 
 INPUTS = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients", "divergence")
 
@@ -129,7 +129,7 @@ def replay(
     shape: torch.Size | None = None
     views: dict[Value, torch.Tensor] = {}
     calls: list[Callable[[], object] | None] = []
-    for rows, part in _pieces(*target.shape, size):
+    for rows, part in _pieces(target.shape[0], columns, size):
         piece = target[rows, part]
         if piece.shape != shape:
             shape = piece.shape

@@ -8,6 +8,7 @@ import torch
 
 from drpo_core import token_mean
 from drpo_torch.batch import TokenBatch, VocabularyLoss
+from drpo_torch.cotangent import scaled_by_cotangent
 from drpo_torch.divergence import (
     FullDivergence,
     check_float,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_torch.batch import Divergence
 
-__all__ = ["SelectedLogProb", "logits_policy_loss", "scaled_by_cotangent", "selective_log_prob"]
+__all__ = ["SelectedLogProb", "logits_policy_loss", "selective_log_prob"]
 
 # rows whose softmaxes are kept between the two passes: few enough for the last-level cache, many for one objective call
 _CHUNK_BYTES = 16 << 20
@@ -227,15 +228,6 @@ def logits_policy_loss(
     loss = _LogitsPolicyLoss.apply(flat, batch, tempering, overwrite_logits)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return batch.result()._replace(loss=loss)
-
-
-def scaled_by_cotangent(gradient: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-    """Gradient times a 0-d cotangent, without a second array of its size if this is its last use."""
-    if cotangent.device.type == "cpu" and cotangent == 1.0:
-        return gradient
-    if torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 -- the only way to know
-        return gradient * cotangent.to(gradient.dtype)
-    return gradient.mul_(cotangent)
 
 
 def _takes_rows(engine: str, flat: torch.Tensor) -> bool:
