@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from study.results import Result
     from study.verdicts import Line, Runs
 
-HISTOGRAMS: tuple[Line, ...] = (("pg-is", 0.0), ("grpo", 0.28), ("spo", 12.5), ("dppo-tv", 0.15), ("drpo", 12.5), ("drpo", 2.5))
+HISTOGRAMS: tuple[Line, ...] = (
+    ("pg-is", 0.0),
+    ("grpo", 0.28),
+    ("spo", 12.5),
+    ("dppo-tv", 0.15),
+    ("drpo", 12.5),
+    ("drpo", 2.5),
+)
 
 
 def grouped(results: Iterable[Result]) -> Runs:
@@ -75,7 +82,10 @@ def report(folder: Path, drawings: Path) -> str:
     parts += ["**Final reward**", reward_table(runs, lines, tuple(SIX), seeds, tuned)]
     parts += ["**Stability and efficiency over the six settings**", stability_table(runs, lines, tuple(SIX), seeds)]
     parts += ["**Further settings**", reward_table(runs, headline_lines(tuned), tuple(FURTHER), seeds, tuned)]
-    parts += [f"**At {STRESS:g} times the learning rate**", reward_table(stressed, headline_lines(tuned), STRESSED, seeds, tuned)]
+    parts += [
+        f"**At {STRESS:g} times the learning rate**",
+        reward_table(stressed, headline_lines(tuned), STRESSED, seeds, tuned),
+    ]
     parts += ["**Tuning**", tuning_table(tuning, tuned)]
     parts += ["**Mismatch**", mismatch_table(runs, headline)]
     text = "\n\n".join(parts) + "\n"
@@ -83,10 +93,10 @@ def report(folder: Path, drawings: Path) -> str:
 
     figures.save(figures.learning_curves(runs, headline), drawings / "learning.svg")
     figures.save(figures.mismatch(runs, headline), drawings / "mismatch.svg")
-    rates = grouped(r for r in everything if r.cell.seed in TUNING_SEEDS and r.cell.training == DEFAULT)
-    figures.save(figures.sensitivity(rates, TUNED_IN), drawings / "sensitivity.svg")
-    figures.save(figures.weight_histograms({"study": study_weights(runs, HISTOGRAMS), "Gemma 3 270M, 8 steps old": figures.gemma_weights(HISTOGRAMS)}),
-                 drawings / "weights.svg")  # fmt: skip
+    figures.save(figures.sensitivity(tuning, TUNED_IN), drawings / "sensitivity.svg")
+    counts = {"study": study_weights(runs, HISTOGRAMS)}
+    counts |= {name: figures.gemma_weights(HISTOGRAMS, snapshot) for name, snapshot in figures.GEMMA.items()}
+    figures.save(figures.weight_histograms(counts), drawings / "weights.svg")
     return text
 
 
@@ -107,7 +117,9 @@ def verdict_table(runs: Runs, tuned: dict[str, float], seeds: Sequence[int]) -> 
     return _markdown(["", "claim", "difference [95 %]", "decision"], rows)
 
 
-def reward_table(runs: Runs, lines: Sequence[Line], settings: Sequence[str], seeds: Sequence[int], tuned: dict[str, float]) -> str:
+def reward_table(
+    runs: Runs, lines: Sequence[Line], settings: Sequence[str], seeds: Sequence[int], tuned: dict[str, float]
+) -> str:
     """Interquartile mean of the final reward with its interval, a column a setting and one for all of them."""
     rows = []
     for line in lines:

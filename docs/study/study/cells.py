@@ -38,6 +38,8 @@ SIX = {
 }
 FURTHER = {"dense-int8-rollout": Setting("dense", "int8"), "dense-fp8-lag": Setting("dense", "fp8", lag=2)}
 SETTINGS = SIX | FURTHER
+EXACT = Setting("dense", "float32")
+"""No mismatch: for comparing implementations, where a rounded engine turns differences of 1e-7 into other tokens."""
 TUNED_IN = "dense-fp8-rollout"
 
 

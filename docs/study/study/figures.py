@@ -75,7 +75,9 @@ def _style(i: int) -> dict[str, object]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
 
 
-def _draw(axis: Axes, results: Sequence[Result], name: str, style: dict[str, object], label: str | None, width: int = 1) -> None:
+def _draw(
+    axis: Axes, results: Sequence[Result], name: str, style: dict[str, object], label: str | None, width: int = 1
+) -> None:
     """Every seed thin, their mean thick."""
     if not results:
         return
@@ -147,17 +149,24 @@ def sensitivity(runs: Runs, setting: str) -> Figure:
             ]
             for threshold, reward in points:
                 axis.plot(threshold, reward, "o", color=COLOURS[6], ms=4)
-            means = [(t, np.mean([y for x, y in points if x == t])) for t in METHODS[name].grid if any(x == t for x, _ in points)]
+            means = [
+                (t, np.mean([y for x, y in points if x == t])) for t in METHODS[name].grid if any(x == t for x, _ in points)
+            ]
             axis.plot(*zip(*means, strict=True) if means else ([], []), color=COLOURS[6], lw=1.2)
             if reference:
                 axis.axhline(float(np.mean(reference)), color="#000000", lw=0.8, ls=DASHES[1])
             axis.set(title=NAMES[name], xscale="log", ylim=(0, 1), xlabel="threshold")
+            axis.set_xlim(METHODS[name].grid[0] / 1.5, METHODS[name].grid[-1] * 1.5)
         figure.axes[0].set_ylabel("final reward")
         figure.suptitle(f"Tuning seeds in {setting}; dashed: PG-IS", fontsize=9)
         return figure
 
 
-def gemma_weights(lines: Iterable[Line], snapshot: str = "step8") -> dict[Line, np.ndarray]:
+GEMMA = {"Gemma, 8 steps at 1e-6": "lr1e6_step8", "Gemma, 8 steps at 2e-5": "lr2e5_step8"}
+"""Snapshots of the Gemma rollouts: a run that is well and one that is going wrong."""
+
+
+def gemma_weights(lines: Iterable[Line], snapshot: str) -> dict[Line, np.ndarray]:
     """Histogram over WEIGHT_EDGES of w at the active tokens of the Gemma rollouts that ship with the package."""
     rollouts = open_rollouts(str(files("drpo_core") / "data" / "gemma3_270m_arithmetic.npz"))
     counts = {line: np.zeros(len(WEIGHT_EDGES) - 1, dtype=np.int64) for line in lines}
@@ -200,12 +209,23 @@ def quick(runs: Runs, setting: str) -> Figure:
             results = list(runs.get((setting, line), {}).values())
             style = {"color": COLOURS[(0, 1, 6)[i % 3]]}
             _draw(left, results, "reward", style, title(line), SMOOTH)
-            _draw(right, results, "tv_last", style, f"{title(line)}, last step of a batch")
-            _draw(right, results, "tv", {**style, "linestyle": (0, (1, 1))}, f"{title(line)}, first step")
-        left.set(xlabel="rollout batch", ylabel=f"reward (mean over {SMOOTH} batches)", ylim=(0, 1), title=f"Learning, {setting}")
-        right.set(xlabel="rollout batch", ylabel="mean |π − μ|", yscale="log", title="How far the policy is from what sampled")
+            for name, dash in (("tv_last", "-"), ("tv", (0, (1, 1)))):
+                mean = np.nanmean([run.curves[name] for run in results], axis=0)
+                right.plot(batches(results[0], name), mean, lw=1.8, linestyle=dash, **style)
+        for label, dash in (("last step of a batch: formats and staleness", "-"), ("first step: formats", (0, (1, 1)))):
+            right.plot([], [], color="#777777", lw=1.8, linestyle=dash, label=label)
+        seeds = len({seed for by_seed in runs.values() for seed in by_seed})
+        name = f"Learning in {setting}, {seeds} seeds"
+        left.set(xlabel="rollout batch", ylabel=f"reward (mean over {SMOOTH} batches)", ylim=(0, 1), title=name)
+        right.set(
+            xlabel="rollout batch",
+            ylabel="mean |π − μ|",
+            yscale="log",
+            ylim=(1e-3, 4e-2),
+            title="How far the policy is from what sampled",
+        )
         left.legend(frameon=False, fontsize=8, loc="lower right")
-        right.legend(frameon=False, fontsize=6.5, ncols=2, loc="lower left")
+        right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.14))
         return figure
 
 

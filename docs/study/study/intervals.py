@@ -79,5 +79,9 @@ def better(margin: float) -> Callable[[Interval], str]:
 def close(margin: float) -> Callable[[Interval], str]:
     """Equivalent, up to a margin."""
     return lambda d: (
-        SUPPORTED if -margin < d.low and d.high < margin else NOT_SUPPORTED if d.high < -margin or d.low > margin else UNDECIDED
+        SUPPORTED
+        if -margin < d.low and d.high < margin
+        else NOT_SUPPORTED
+        if d.high < -margin or d.low > margin
+        else UNDECIDED
     )

@@ -101,7 +101,7 @@ def hidden_states(
         x = x + _attention(p, i, shape, _normalised(x, p[f"{i}.norm1"]), causal, precision, cache)
         y = _normalised(x, p[f"{i}.norm2"])
         if shape.experts:
-            update, term = _experts(p, i, shape, y, precision)
+            update, term = mixture(p, i, shape, y, precision)
             imbalance = imbalance + term
         else:
             update = precision.linear(torch.nn.functional.silu(precision.linear(y, p[f"{i}.up"])), p[f"{i}.down"])
@@ -132,7 +132,7 @@ def _attention(
     return precision.linear((share @ v).transpose(1, 2).reshape(batch, new, width), p[f"{i}.out"])
 
 
-def _experts(p: Parameters, i: int, shape: Shape, x: torch.Tensor, precision: Float32) -> tuple[torch.Tensor, torch.Tensor]:
+def mixture(p: Parameters, i: int, shape: Shape, x: torch.Tensor, precision: Float32) -> tuple[torch.Tensor, torch.Tensor]:
     """All experts of all tokens, then those chosen: at this size cheaper than to gather."""
     affinity = (x @ p[f"{i}.router"].mT).float().softmax(-1)
     best, index = affinity.topk(shape.chosen, -1)

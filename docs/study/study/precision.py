@@ -113,4 +113,4 @@ ENGINES = {"float32": Float32(), "bfloat16": BFloat16(), "fp8": EngineFP8(), "in
 
 def is_linear(name: str) -> bool:
     """Whether a parameter is the matrix of a layer, which FP8 and int8 apply to; routers are kept out, as is usual."""
-    return name.split(".")[-1] in {"qkv", "out", "up", "down"}
+    return name.rpartition(".")[2] in {"qkv", "out", "up", "down"}

@@ -6,7 +6,7 @@ import torch
 
 from study import model
 from study.precision import Float32
-from study.rollout import sample
+from study.rollout import sample, uniforms
 from study.task import PROMPT, Task
 
 BATCH, LEARNING_RATE, MOST_STEPS, EVERY = 128, 3e-3, 3000, 25
@@ -34,5 +34,6 @@ def prefit(architecture: str, seed: int, task: Task) -> tuple[model.Parameters, 
         optimiser.step()
         if step % EVERY == 0:
             prompts = task.prompts(512, generator)
-            reward = float(task.reward(prompts, sample(parameters, shape, prompts, precision, generator).responses).mean())
+            rollout = sample(parameters, shape, prompts, precision, uniforms(prompts, generator))
+            reward = float(task.reward(prompts, rollout.responses).mean())
     return model.copied(parameters), {"steps": step, "reward": reward}

@@ -83,3 +83,8 @@ def read_all(folder: Path) -> Iterator[Result]:
 
 def _number(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def in_words(differences: dict[str, float]) -> str:
+    """Largest differences, as the comparisons of implementations print them."""
+    return "largest differences: " + ", ".join(f"{name} {value:.2g}" for name, value in differences.items())

@@ -36,11 +36,15 @@ class Rollout:
         )
 
 
+def uniforms(prompts: Prompts, generator: torch.Generator) -> torch.Tensor:
+    """The numbers in [0, 1) that decide what is sampled, one a token: (prompts, RESPONSE)."""
+    return torch.rand(prompts.tokens.shape[0], RESPONSE, generator=generator, dtype=torch.float64)
+
+
 @torch.no_grad()
-def sample(engine: Parameters, shape: Shape, prompts: Prompts, precision: Float32, generator: torch.Generator) -> Rollout:
-    """One response a prompt at temperature 1, by inversion: the same seed gives near policies near samples."""
+def sample(engine: Parameters, shape: Shape, prompts: Prompts, precision: Float32, u: torch.Tensor) -> Rollout:
+    """One response a prompt at temperature 1, by inversion: the same numbers give near policies near samples."""
     number = prompts.tokens.shape[0]
-    u = torch.rand(number, RESPONSE, generator=generator, dtype=torch.float64)
     cache = model.Cache.empty(shape, number, precision.dtype)
     tokens = prompts.tokens
     chosen, log_probs = [], []

@@ -27,24 +27,31 @@ if TYPE_CHECKING:
 
 PROCESSES = 2
 # seconds a rollout batch on one of two busy cores, and of a pre-fit: what the estimate starts from
-COST = {"dense": 0.2, "moe": 0.35}
+COST = {"dense": 0.175, "moe": 0.25}
 PREFIT_COST = {"dense": 15.0, "moe": 20.0}
+
+
+def start_path(architecture: str, seed: int, folder: Path) -> Path:
+    """Where the start of a seed is kept."""
+    task = Task()
+    return folder / f"{architecture}.{seed}.{task.exponent:g}.{task.wrong:g}.pt"
+
+
 def start_of(architecture: str, seed: int, folder: Path = STARTS) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Pre-fitted parameters and what the pre-fit says of itself, from the folder or made now."""
-    task = Task()
-    path = folder / f"{architecture}.{seed}.{task.exponent:g}.{task.wrong:g}.pt"
+    path = start_path(architecture, seed, folder)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.part")
-        torch.save(prefit(architecture, seed, task), unfinished)
+        torch.save(prefit(architecture, seed, Task()), unfinished)
         unfinished.replace(path)
     parameters, about = torch.load(path)
     return parameters, about
 
 
-def run_cell(folder: Path, cell: Cell) -> None:
+def run_cell(folder: Path, cell: Cell, starts: Path = STARTS) -> None:
     """Run a cell and write its file."""
-    parameters, about = start_of(SETTINGS[cell.setting].architecture, cell.seed)
+    parameters, about = start_of(SETTINGS[cell.setting].architecture, cell.seed, starts)
     found = run(cell, parameters, Task())
     write(folder, Result(cell, about, compact(found["curves"]), found["weights"]))
     # apart from the results, which are the same whenever they are computed
@@ -57,8 +64,8 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def _prefit(start: tuple[str, int]) -> None:
-    start_of(*start)
+def _prefit(starts: Path, start: tuple[str, int]) -> None:
+    start_of(*start, starts)
 
 
 def missing(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
@@ -71,30 +78,30 @@ def cost(cell: Cell) -> float:
     return COST[SETTINGS[cell.setting].architecture] * cell.training.rollouts
 
 
-def run_missing(folder: Path, cells: Sequence[Cell], processes: int = PROCESSES, label: str = "runs") -> None:
+def run_missing(
+    folder: Path, cells: Sequence[Cell], processes: int = PROCESSES, label: str = "runs", starts: Path = STARTS
+) -> None:
     """Run what has no result yet; what has one is not touched, so an interruption costs the unfinished runs only."""
     todo = missing(folder, cells)
-    starts = dict.fromkeys((SETTINGS[cell.setting].architecture, cell.seed) for cell in todo)
-    _in_processes("pre-fits", _prefit, [(start, PREFIT_COST[start[0]]) for start in starts], processes)
-    _in_processes(label, partial(run_cell, folder), [(cell, cost(cell)) for cell in todo], processes)
+    needed = dict.fromkeys((SETTINGS[cell.setting].architecture, cell.seed) for cell in todo)
+    prefits = [(start, PREFIT_COST[start[0]]) for start in needed if not start_path(*start, starts).exists()]
+    _in_processes("pre-fits", partial(_prefit, starts), prefits, processes)
+    _in_processes(label, partial(run_cell, folder, starts=starts), [(cell, cost(cell)) for cell in todo], processes)
 
 
-def _in_processes(
-    label: str, work: Callable[[Any], object], jobs: Sequence[tuple[Any, float]], processes: int
-) -> None:
+def _in_processes(label: str, work: Callable[[Any], object], jobs: Sequence[tuple[Any, float]], processes: int) -> None:
     if not jobs:
         return
-    bar = Progress(
-        TextColumn(f"{label} {{task.fields[done]}}/{len(jobs)}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        speed_estimate_period=1800.0,
-    )  # fmt: skip
+    shown = f"{label} {{task.fields[done]}}/{len(jobs)}"
+    columns = (TextColumn(shown), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    bar = Progress(*columns, speed_estimate_period=1800.0)
     context = multiprocessing.get_context("spawn")
     with bar, ProcessPoolExecutor(processes, context, initializer=_alone) as pool:
-        shown = bar.add_task(label, total=sum(price for _, price in jobs), done=0)
+        work_done = bar.add_task(label, total=sum(price for _, price in jobs), done=0)
         running = {pool.submit(work, job): price for job, price in jobs}
         for number, finished in enumerate(as_completed(running), 1):
             finished.result()
-            bar.update(shown, advance=running[finished], done=number)
+            bar.update(work_done, advance=running[finished], done=number)
 
 
 def tuned_thresholds(folder: Path, training: Training = DEFAULT) -> dict[str, float]:
@@ -102,7 +109,9 @@ def tuned_thresholds(folder: Path, training: Training = DEFAULT) -> dict[str, fl
     rewards: dict[str, dict[float, list[float]]] = {}
     for cell in tuning_cells(training):
         if METHODS[cell.method].grid:
-            rewards.setdefault(cell.method, {}).setdefault(cell.threshold, []).append(final_reward(read(path_of(folder, cell))))
+            rewards.setdefault(cell.method, {}).setdefault(cell.threshold, []).append(
+                final_reward(read(path_of(folder, cell)))
+            )
     return {name: max(by, key=lambda t: (sum(by[t]) / len(by[t]), t)) for name, by in rewards.items()}
 
 

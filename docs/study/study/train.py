@@ -1,4 +1,4 @@
-"""One run: sample with the engine, take several optimiser steps on what it sampled, measure; as a user of the library would."""
+"""One run: sample with the engine, take several optimiser steps on what it sampled, measure; as a user of the library."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from drpo_torch import policy_loss, selective_log_prob
 
-from drpo_core import expand_advantages, group_advantages, summarize, token_loss_and_gradient
+from drpo_core import expand_advantages, group_advantages, summarize, token_loss_and_gradient, token_mean
 from study import model
 from study.cells import SETTINGS, Cell, objective
-from study.objectives import nonzero
+from study.objectives import SMALL, nonzero
 from study.precision import ENGINES, TRAINERS
-from study.rollout import Rollout, sample
+from study.rollout import Rollout, sample, uniforms
 from study.task import PROMPT, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from drpo_core import Objective
+    from drpo_core.diagnostics import Diagnostics
     from study.model import Parameters, Shape
     from study.precision import Float32
 
@@ -72,9 +73,37 @@ def packed(batch: Batch) -> dict[str, torch.Tensor]:
     }
 
 
-def run(
-    cell: Cell, start: Parameters, task: Task, progress: Callable[[int], None] = lambda _: None
-) -> dict[str, Any]:
+def backward(
+    parameters: Parameters,
+    shape: Shape,
+    precision: Float32,
+    chosen: Objective,
+    batch: Batch,
+    normalizer: torch.Tensor | None = None,
+) -> tuple[float, torch.Tensor, Diagnostics]:
+    """Gradients into the parameters; the loss, log π of the packed tokens, and the library's diagnostics."""
+    log_prob = log_probs(parameters, shape, batch.rollout, precision)
+    loss, diagnostics = policy_loss(chosen, log_prob=log_prob, **packed(batch), reduction=token_mean, normalizer=normalizer)
+    loss.backward()
+    return float(loss.detach()), log_prob.detach(), diagnostics
+
+
+def advance(parameters: Parameters, optimiser: torch.optim.Optimizer, clip_norm: float) -> float:
+    """One optimiser step, unless the gradient is not finite; its norm before clipping."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm))
+    if math.isfinite(norm):
+        optimiser.step()
+    return norm
+
+
+def histogram(weights: torch.Tensor) -> torch.Tensor:
+    """How many weights are in each bin of WEIGHT_EDGES."""
+    edges = torch.tensor(WEIGHT_EDGES, dtype=weights.dtype)
+    bins = len(WEIGHT_EDGES) - 1
+    return torch.bincount(torch.bucketize(weights, edges, right=True).clamp(1, bins) - 1, minlength=bins)
+
+
+def run(cell: Cell, start: Parameters, task: Task, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
     """Train; the curves by name, one number a rollout batch, and the histogram of weights over the run.
 
     ======================  ==============================================================================================
@@ -100,28 +129,21 @@ def run(
     history = [model.prepared(parameters, engine)] * (setting.lag + 1)
     generator = torch.Generator().manual_seed(1_000_003 * (cell.seed + 1))
     curves: dict[str, list[float]] = {}
-    edges = torch.tensor(WEIGHT_EDGES)
     weights = torch.zeros(len(WEIGHT_EDGES) - 1, dtype=torch.int64)
     started = time.perf_counter()
     for i in range(how.rollouts):
         prompts = task.prompts(how.prompts, generator).repeat(how.samples)
-        rollout = sample(history[0], shape, prompts, engine, generator)
+        rollout = sample(history[0], shape, prompts, engine, uniforms(prompts, generator))
         rewards, batch = rewarded(rollout, task, how.samples, chosen)
         measured = []
         for part in batch.parts(how.steps):
-            log_prob = log_probs(parameters, shape, part.rollout, trainer)
-            tokens = packed(part)
-            loss, diagnostics = policy_loss(chosen, log_prob=log_prob, **tokens)
             optimiser.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), how.clip_norm)
-            # a step that is not finite is not taken, and counted
-            if torch.isfinite(norm):
-                optimiser.step()
-            measured.append({**summarize(diagnostics), "norm": float(norm)})
-            found = token_loss_and_gradient(chosen, log_prob.detach(), tokens["behavior_log_prob"], tokens["advantages"])
-            active = found.weight[tokens["advantages"] != 0.0]
-            weights += torch.bincount(torch.bucketize(active, edges, right=True).clamp(1, len(weights)) - 1, minlength=len(weights))
+            _, log_prob, diagnostics = backward(parameters, shape, trainer, chosen, part)
+            norm = advance(parameters, optimiser, how.clip_norm)
+            measured.append({**summarize(diagnostics), "norm": norm})
+            tokens = packed(part)
+            found = token_loss_and_gradient(chosen, log_prob, tokens["behavior_log_prob"], tokens["advantages"])
+            weights += histogram(found.weight[abs(tokens["advantages"]) > 2.0 * SMALL])
         history = [*history[1:], model.prepared(parameters, engine)]
         for name, value in _summary(rewards, rollout, measured).items():
             curves.setdefault(name, []).append(value)
