@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from study import analysis, runner
@@ -35,6 +36,7 @@ def main() -> None:
             runner.run_missing(folder, quick_cells(), chosen.processes, "quick")
             print(analysis.quick(folder, FIGURES if chosen.results is None else folder))
         case "full":
+            print(runner.status(folder, range(chosen.seeds), chosen.processes))
             runner.full(folder, range(chosen.seeds), chosen.processes)
             print(analysis.report(folder, FIGURES if chosen.results is None else folder))
         case "status":
@@ -52,4 +54,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")

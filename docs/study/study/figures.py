@@ -33,9 +33,17 @@ STYLE = {
     "svg.hashsalt": "drpo-study",
     "svg.fonttype": "path",
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart, and dashes for a second round of them
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
-DASHES = ("-", (0, (4, 1.5)))
+# Okabe and Ito's colours, which the colour-blind can tell apart; a method has the same in every figure
+COLOURS = {
+    "pg-is": "#000000",
+    "grpo": "#E69F00",
+    "spo": "#56B4E9",
+    "dppo-tv": "#009E73",
+    "dppo-kl": "#CC79A7",
+    "drpo": "#D55E00",
+}
+OTHER = "#0072B2"
+DOTTED = (0, (1, 1))
 NAMES = {
     "pg-is": "PG-IS",
     "grpo": "GRPO clip-higher",
@@ -71,8 +79,8 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _style(i: int) -> dict[str, object]:
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+def _style(line: Line) -> dict[str, object]:
+    return {"color": COLOURS.get(line[0], OTHER)}
 
 
 def _draw(
@@ -98,8 +106,8 @@ def learning_curves(runs: Runs, lines: Sequence[Line], settings: Sequence[str] =
         figure = Figure(figsize=(3.7 * columns, 2.6 * rows + 0.8), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
         for axis, setting in zip(axes, settings, strict=False):
-            for i, line in enumerate(lines):
-                _draw(axis, list(runs.get((setting, line), {}).values()), "reward", _style(i), title(line), SMOOTH)
+            for line in lines:
+                _draw(axis, list(runs.get((setting, line), {}).values()), "reward", _style(line), title(line), SMOOTH)
             axis.set(title=setting, xlabel="rollout batch", ylim=(0, 1))
         figure.axes[0].set_ylabel(f"reward (mean over {SMOOTH} batches)")
         _legend(figure)
@@ -115,14 +123,13 @@ def mismatch(runs: Runs, lines: Sequence[Line], settings: Sequence[str] = tuple(
         for column, setting in enumerate(settings):
             for row, (name, label) in enumerate(rows.items()):
                 axis = axes[row, column]
-                for i, line in enumerate(lines):
+                for line in lines:
                     results = list(runs.get((setting, line), {}).values())
-                    colour = COLOURS[i % len(COLOURS)]
-                    for curve, dash in ((name, (0, (1, 1))), (f"{name}_last", "-")):
+                    for curve, dash in ((name, DOTTED), (f"{name}_last", "-")):
                         if results:
                             y = np.nanmean([run.curves[curve] for run in results], axis=0)
                             label_of = title(line) if row == 0 and dash == "-" else None
-                            axis.plot(batches(results[0], curve), y, lw=1.3, color=colour, linestyle=dash, label=label_of)
+                            axis.plot(batches(results[0], curve), y, lw=1.3, linestyle=dash, label=label_of, **_style(line))
                 if name != "ratio":
                     axis.set_yscale("log")
                 if column == 0:
@@ -148,15 +155,17 @@ def sensitivity(runs: Runs, setting: str) -> Figure:
                 for run in runs.get((setting, (name, threshold)), {}).values()
             ]
             for threshold, reward in points:
-                axis.plot(threshold, reward, "o", color=COLOURS[6], ms=4)
+                axis.plot(threshold, reward, "o", color=COLOURS.get(name, OTHER), ms=4)
             means = [
                 (t, np.mean([y for x, y in points if x == t])) for t in METHODS[name].grid if any(x == t for x, _ in points)
             ]
-            axis.plot(*zip(*means, strict=True) if means else ([], []), color=COLOURS[6], lw=1.2)
+            axis.plot(*zip(*means, strict=True) if means else ([], []), color=COLOURS.get(name, OTHER), lw=1.2)
             if reference:
-                axis.axhline(float(np.mean(reference)), color="#000000", lw=0.8, ls=DASHES[1])
+                axis.axhline(float(np.mean(reference)), color="#000000", lw=0.8, ls="--")
             axis.set(title=NAMES[name], xscale="log", ylim=(0, 1), xlabel="threshold")
             axis.set_xlim(METHODS[name].grid[0] / 1.5, METHODS[name].grid[-1] * 1.5)
+            axis.set_xticks(METHODS[name].grid, [f"{t:g}" for t in METHODS[name].grid])
+            axis.minorticks_off()
         figure.axes[0].set_ylabel("final reward")
         figure.suptitle(f"Tuning seeds in {setting}; dashed: PG-IS", fontsize=9)
         return figure
@@ -182,7 +191,9 @@ def gemma_weights(lines: Iterable[Line], snapshot: str) -> dict[Line, np.ndarray
 def weight_histograms(counts: dict[str, dict[Line, np.ndarray]]) -> Figure:
     """Share of the active tokens by weight: a column a source of tokens, a row a line; below 0, around 1, above."""
     lines = list(dict.fromkeys(line for column in counts.values() for line in column))
-    names = ["−∞"] + [f"{edge:g}" for edge in WEIGHT_EDGES[1:-1]]
+    shown = [
+        WEIGHT_EDGES.index(edge) for edge in (-1.0, 0.0, 0.5, 0.9, 0.92, 0.96, 0.99, 1.0, 1.01, 1.04, 1.08, 1.1, 1.5, 2.0, 3.0)
+    ]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(counts) + 0.6, 1.15 * len(lines) + 1.0), layout="constrained")
         axes = figure.subplots(len(lines), len(counts), sharex=True, sharey=True, squeeze=False)
@@ -190,11 +201,11 @@ def weight_histograms(counts: dict[str, dict[Line, np.ndarray]]) -> Figure:
             for row, line in enumerate(lines):
                 axis, bins = axes[row, column], by_line.get(line)
                 if bins is not None and bins.sum():
-                    axis.bar(np.arange(len(bins)) + 0.5, bins / bins.sum(), width=0.9, color=COLOURS[row % len(COLOURS)])
+                    axis.bar(np.arange(len(bins)) + 0.5, bins / bins.sum(), width=0.9, **_style(line))
                 axis.set_ylim(0, 1)
                 axis.set_title(f"{title(line)}, {source}", fontsize=8, loc="left")
-            axes[-1, column].set_xticks(np.arange(len(names)), names, rotation=90, fontsize=6)
-            axes[-1, column].set_xlabel("weight w: lower edge of the bin")
+            axes[-1, column].set_xticks(shown, [f"{WEIGHT_EDGES[i]:g}" for i in shown], rotation=90, fontsize=8)
+            axes[-1, column].set_xlabel("weight w: edges of the bins, finest around 1")
         figure.supylabel("share of tokens with A ≠ 0", fontsize=9)
         return figure
 
@@ -205,14 +216,13 @@ def quick(runs: Runs, setting: str) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for i, line in enumerate(lines):
+        for line in lines:
             results = list(runs.get((setting, line), {}).values())
-            style = {"color": COLOURS[(0, 1, 6)[i % 3]]}
-            _draw(left, results, "reward", style, title(line), SMOOTH)
-            for name, dash in (("tv_last", "-"), ("tv", (0, (1, 1)))):
+            _draw(left, results, "reward", _style(line), title(line), SMOOTH)
+            for name, dash in (("tv_last", "-"), ("tv", DOTTED)):
                 mean = np.nanmean([run.curves[name] for run in results], axis=0)
-                right.plot(batches(results[0], name), mean, lw=1.8, linestyle=dash, **style)
-        for label, dash in (("last step of a batch: formats and staleness", "-"), ("first step: formats", (0, (1, 1)))):
+                right.plot(batches(results[0], name), mean, lw=1.8, linestyle=dash, **_style(line))
+        for label, dash in (("last step of a batch: formats and staleness", "-"), ("first step: formats", DOTTED)):
             right.plot([], [], color="#777777", lw=1.8, linestyle=dash, label=label)
         seeds = len({seed for by_seed in runs.values() for seed in by_seed})
         name = f"Learning in {setting}, {seeds} seeds"
@@ -221,11 +231,11 @@ def quick(runs: Runs, setting: str) -> Figure:
             xlabel="rollout batch",
             ylabel="mean |π − μ|",
             yscale="log",
-            ylim=(1e-3, 4e-2),
+            ylim=(5e-4, 4e-2),
             title="How far the policy is from what sampled",
         )
         left.legend(frameon=False, fontsize=8, loc="lower right")
-        right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.14))
+        right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.2))
         return figure
 
 

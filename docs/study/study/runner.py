@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,16 @@ def run_cell(folder: Path, cell: Cell, starts: Path = STARTS) -> None:
 def _alone() -> None:
     # one thread a process: reductions then have one order, and two processes fill two cores
     torch.set_num_threads(1)
+    # an interrupt is the parent's to handle, and no run outlives it, however it ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _prefit(starts: Path, start: tuple[str, int]) -> None:
@@ -99,9 +111,15 @@ def _in_processes(label: str, work: Callable[[Any], object], jobs: Sequence[tupl
     with bar, ProcessPoolExecutor(processes, context, initializer=_alone) as pool:
         work_done = bar.add_task(label, total=sum(price for _, price in jobs), done=0)
         running = {pool.submit(work, job): price for job, price in jobs}
-        for number, finished in enumerate(as_completed(running), 1):
-            finished.result()
-            bar.update(work_done, advance=running[finished], done=number)
+        try:
+            for number, finished in enumerate(as_completed(running), 1):
+                finished.result()
+                bar.update(work_done, advance=running[finished], done=number)
+        except BaseException:
+            # neither what is queued nor what is running is waited for
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def tuned_thresholds(folder: Path, training: Training = DEFAULT) -> dict[str, float]:
