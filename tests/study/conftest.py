@@ -20,6 +20,6 @@ def start():
     """Parameters, and what the pre-fit says of itself."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = prefit.prefit("dense", 7, Task())
+    found = prefit.prefit("dense", 100, Task())
     torch.set_num_threads(threads)
     return found

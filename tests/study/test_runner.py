@@ -49,7 +49,7 @@ for seed in range(3):
 
 def test_killed_and_resumed_gives_the_files_of_one_go(tmp_path, starts):
     """A process is killed by SIGKILL in the middle of its second run; what it finished is not computed again."""
-    rollouts = 40
+    rollouts = 30
     cells = [Cell("dense-bf16", "drpo", 0.15, seed, replace(TINY, rollouts=rollouts)) for seed in range(3)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for cell in cells:

@@ -106,8 +106,12 @@ class Task:
         return ((right | ~in_chain).all(1) & ended).float()
 
     def _draw(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        u = torch.rand(rows.shape[0], 1, generator=generator, dtype=torch.float64)
-        return torch.searchsorted(self._cumulative[rows], u, right=True)[:, 0].clamp(max=VOCABULARY - 1)
+        """A word for each row of the table of cumulative frequencies."""
+        u = torch.rand(rows.shape[0], generator=generator, dtype=torch.float64)
+        words = torch.empty_like(rows)
+        for row, cumulative in enumerate(self._cumulative):
+            words[rows == row] = torch.searchsorted(cumulative, u[rows == row], right=True)
+        return words.clamp(max=VOCABULARY - 1)
 
 
 def response_mask(responses: torch.Tensor) -> torch.Tensor:
