@@ -32,7 +32,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS)
 def test_the_same_parameters_after_three_steps(trained, theirs, ours):
     expected, found = (torch.tensor(trained[mode]["parameters"]) for mode in (theirs, ours))
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-7)
+    # a norm's weight is near 1, where one unit in the last place is 1.2e-7
+    torch.testing.assert_close(found, expected, rtol=2.5e-7, atol=1e-7)
     assert trained[ours]["metrics"]["grad_norm"] == pytest.approx(trained[theirs]["metrics"]["grad_norm"], rel=1e-5)
 
 
