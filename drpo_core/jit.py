@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numba
 import numpy as np
-from numba.extending import intrinsic
 
-from drpo_core.elementary import functions
+from drpo_core.elementary import functions, wide_vectors
 from drpo_core.policy_loss import policy_loss_of
 from drpo_core.trace import BOOL, FLOAT, Symbol, Trace
 
@@ -231,7 +230,7 @@ def loop({", ".join(f"all_{name}" for name in ARRAYS)}, all_gradient, row, segme
         "empty": np.empty,
         "sqrt": np.sqrt,
         "tanh": np.tanh,
-        "wide_vectors": _wide_vectors,
+        "wide_vectors": wide_vectors,
     }
     exec(source, namespace)  # noqa: S102
     number, index = numba.from_dtype(dtype), numba.types.intp
@@ -242,18 +241,6 @@ def loop({", ".join(f"all_{name}" for name in ARRAYS)}, all_gradient, row, segme
     compiled = numba.njit((*arrays, number[::1], index, index, index, index, totals, most), nogil=True, error_model="numpy")
     loop: Callable[..., None] = compiled(namespace["loop"])
     return loop
-
-
-@intrinsic
-def _wide_vectors(typing: Any) -> Any:  # noqa: ARG001
-    """Let LLVM vectorise the calling function with 512 bits where the processor has them: it takes 256 by default."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        # llvmlite's own `add` knows no attributes with a value
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-
-    return numba.types.void(), generate
 
 
 def _integer(dtype: np.dtype[Any]) -> np.dtype[Any]:

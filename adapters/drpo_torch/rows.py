@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 
-from drpo_core.elementary import functions
+from drpo_core.elementary import functions, wide_vectors
 from drpo_torch.divergence import LARGEST_LOG_RATIO
 from drpo_torch.softmax import Normalizer, working_dtype
 from drpo_torch.threads import in_threads
@@ -155,6 +155,7 @@ def _kernels(stored: torch.dtype) -> _Kernels:
 
     @_jit
     def largest_in(x: Any, scratch: Any) -> Any:
+        wide_vectors()
         most = lowest
         for i in range(x.size):
             most = largest(most, ordered(x[i]))
@@ -166,19 +167,20 @@ def _kernels(stored: torch.dtype) -> _Kernels:
 
 
 def _least(dtype: np.dtype[Any]) -> Any:
-    """What e^x is taken to be 0 below: subnormal numbers cost a hundred times the others; and −inf · 0 is a NaN."""
+    """Some x below which e^x is 0 or next to it, to multiply e^x with instead of x: −inf · 0 is a NaN."""
     return np.ceil(np.log(np.finfo(dtype).tiny))
 
 
 def _statistics(tools: _Tools) -> Callable[..., None]:
     """Maximum, Σ e^(x − maximum) and entropy of rows, read once: what is summed is rescaled when the maximum moves."""
     dtype, load, largest_in = tools.dtype, tools.load, tools.largest_in
-    exp, add, select = functions(dtype).exp, functions(dtype).add, functions(dtype).select
+    decay, add, select = functions(dtype).decay, functions(dtype).add, functions(dtype).select
     number, integer, zero, least = dtype.type, np.dtype(f"i{dtype.itemsize}"), dtype.type(0), _least(dtype)
     block = _BLOCK
 
     @_jit
     def statistics(z: Any, stride: Any, width: Any, rows: Any, temperature: Any, first: Any, last: Any, out: Any) -> None:
+        wide_vectors()
         buffer, scratch = np.empty(block, dtype), np.empty(1, integer)
         for r in range(first, last):
             row = z[rows[r] * stride : rows[r] * stride + width]
@@ -199,11 +201,9 @@ def _statistics(tools: _Tools) -> Callable[..., None]:
                 m, part_total, part_weighted = number(maximum), zero, zero
                 for i in range(x.size):
                     d = x[i] - m
-                    far = d < least
-                    d = select(far, least, d)
-                    e = select(far, zero, exp(d))
+                    e = decay(d)
                     part_total = add(part_total, e)
-                    part_weighted = add(part_weighted, e * d)
+                    part_weighted = add(part_weighted, e * select(d < least, least, d))
                 total += part_total
                 weighted += part_weighted
             out[0, r] = maximum
@@ -217,8 +217,8 @@ def _statistics(tools: _Tools) -> Callable[..., None]:
 def _gradients(tools: _Tools) -> Callable[..., None]:
     """(p (scale − slope (x − max x)) + at_index at a column) / T, in the rows of another matrix or the same."""
     dtype, load, store = tools.dtype, tools.load, tools.store
-    exp, select = functions(dtype).exp, functions(dtype).select
-    number, zero, least, block = dtype.type, dtype.type(0), _least(dtype), _BLOCK
+    decay, select = functions(dtype).decay, functions(dtype).select
+    number, least, block = dtype.type, _least(dtype), _BLOCK
 
     @_jit
     def gradients(
@@ -234,6 +234,7 @@ def _gradients(tools: _Tools) -> Callable[..., None]:
         coefficients: Any,
         columns: Any,
     ) -> None:
+        wide_vectors()
         buffer = np.empty(block, dtype)
         for r in range(first, last):
             row = z[rows[r] * stride : rows[r] * stride + width]
@@ -250,9 +251,7 @@ def _gradients(tools: _Tools) -> Callable[..., None]:
                 load(x, part, number(temperature))
                 for i in range(x.size):
                     d = x[i] - maximum
-                    far = d < least
-                    d = select(far, least, d)
-                    x[i] = select(far, zero, exp(d)) * (scale - slope * d)
+                    x[i] = decay(d) * (scale - slope * select(d < least, least, d))
                 column = columns[r] - start
                 if 0 <= column < x.size:
                     x[column] += at_column
@@ -265,8 +264,8 @@ def _divergences(tools: _Tools) -> Callable[..., None]:  # noqa: C901 -- the ste
     """Full TV and KL, as `drpo_torch.divergence.full_divergence_rows` has them, in two rows that stay in the cache."""
     dtype, load = tools.dtype, tools.load
     of_ordered, largest_in = tools.of_ordered, tools.largest_in
-    exp, expm1, add, largest, ordered = (
-        getattr(functions(dtype), name) for name in ("exp", "expm1", "add", "largest", "ordered")
+    decay, expm1, add, largest, ordered = (
+        getattr(functions(dtype), name) for name in ("decay", "expm1", "add", "largest", "ordered")
     )
     number, integer, zero, block = dtype.type, np.dtype(f"i{dtype.itemsize}").type, dtype.type(0), _BLOCK
     lowest, largest_ratio = np.iinfo(integer).min, number(LARGEST_LOG_RATIO)
@@ -274,9 +273,10 @@ def _divergences(tools: _Tools) -> Callable[..., None]:  # noqa: C901 -- the ste
     @_jit
     def exponentiate(y: Any, x: Any, m: Any) -> Any:
         """From y and x to e^(y − m) and x − y, in place; Σ e^(y − m) and Σ e^(y − m) (x − y)."""
+        wide_vectors()
         total, weighted = zero, zero
         for i in range(y.size):
-            gap, e = x[i] - y[i], exp(y[i] - m)
+            gap, e = x[i] - y[i], decay(y[i] - m)
             total = add(total, e)
             weighted = add(weighted, e * gap)
             y[i], x[i] = e, gap
@@ -285,6 +285,7 @@ def _divergences(tools: _Tools) -> Callable[..., None]:  # noqa: C901 -- the ste
     @_jit
     def compare(q: Any, d: Any, center: Any) -> Any:
         """From d to q (e^(d − center) − 1), in place; Σ q φ(d − center), and the largest d as an integer."""
+        wide_vectors()
         total, most = zero, integer(lowest)
         for i in range(q.size):
             gap = d[i] - center
@@ -297,6 +298,7 @@ def _divergences(tools: _Tools) -> Callable[..., None]:  # noqa: C901 -- the ste
     @_jit
     def distance(q: Any, d: Any, k: Any) -> Any:
         """Σ abs(d − q k)."""
+        wide_vectors()
         total = zero
         for i in range(q.size):
             total = add(total, abs(d[i] - q[i] * k))
@@ -315,6 +317,7 @@ def _divergences(tools: _Tools) -> Callable[..., None]:  # noqa: C901 -- the ste
         last: Any,
         out: Any,
     ) -> None:
+        wide_vectors()
         q, d, scratch = np.empty(width, dtype), np.empty(width, dtype), np.empty(1, integer)
         for r in range(first, last):
             load(q, y[r * y_stride : r * y_stride + width], number(behavior_temperature))
