@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
     from sybil import Document
 
-# they import frameworks that live in environments of their own: see noxfile.py
-collect_ignore_glob = ["adapters/*/integrations/*.py", "docs/integrations/*.py"]
+# they import frameworks and Sphinx, which live in environments of their own: see noxfile.py; or are a package of their own
+collect_ignore_glob = [
+    "adapters/*/integrations/*.py",
+    "docs/integrations/*.py",
+    "docs/_ext/*.py",
+    "docs/conf.py",
+    "docs/study/study/*.py",
+]
 
 PYTHON = CodeBlockParser("python", PythonEvaluator())
 PYCON = CodeBlockParser("pycon", PythonEvaluator())

@@ -4,6 +4,7 @@
 docs/scorecard.md. One environment is about 1.4 GB and a few minutes; ``nox -s scorecard-verl scorecard-write`` runs one
 of them again and rewrites the page from the results of all. ``nox -s integration-verl`` runs the tests of an integration
 against the framework itself. ``nox -s benchmarks`` times the library beside its peers and writes docs/benchmarks.md.
+``nox -s docs`` builds the site and opens it in a browser.
 """
 
 from __future__ import annotations
@@ -74,6 +75,15 @@ for _name in INTEGRATIONS:
 def write(session: nox.Session) -> None:
     """Write docs/scorecard.md from the results."""
     session.run("python3", str(HERE / "write.py"), str(_results(session)), "docs/scorecard.md", external=True)
+
+
+@nox.session(python="3.11", venv_backend="venv")
+def docs(session: nox.Session) -> None:
+    """Build the site into build/site and test it in Chromium, which must be installed, as must Node.js."""
+    session.install("-c", "constraints.txt", "torch==2.13.0")
+    session.install("-c", "constraints.txt", "-e", ".[dev,docs]")
+    session.run("python", "docs/build.py")
+    session.run("pytest", "tests/site")
 
 
 @nox.session(python="3.11", venv_backend="venv")

@@ -50,6 +50,9 @@ def functions(n: int, v: int, dtype: torch.dtype, *, with_peers: bool) -> dict[s
         "ours": ours,
         "ours, half of the tokens masked": partial(ours, mask=half),
         "ours, low memory": partial(ours, **LOW_MEMORY),
+        "ours, jit": partial(ours, engine="jit"),
+        "ours, jit, half of the tokens masked": partial(ours, engine="jit", mask=half),
+        "ours, jit, low memory": partial(ours, engine="jit", **LOW_MEMORY),
     }
     for label, head in peers.heads().items() if with_peers else ():
         losses[label] = partial(head, hidden, weight, ids, behavior, advantages, of_log_prob)

@@ -33,11 +33,11 @@ def _ours(logits: torch.Tensor, ids: torch.Tensor, rest: dict[str, torch.Tensor]
     logits_policy_loss(OBJECTIVE, logits=leaf, tokens=ids, **options, **rest).loss.backward()
 
 
-def _overwriting(buffer: torch.Tensor, *arguments: Any) -> None:
+def _overwriting(buffer: torch.Tensor, *arguments: Any, **options: Any) -> None:
     # the logits of the next round are the gradient of this one: values do not change the time
     leaf = buffer.detach().requires_grad_()
     result = logits_policy_loss(
-        OBJECTIVE, logits=leaf, tokens=arguments[0], entropy=True, overwrite_logits=True, **arguments[1]
+        OBJECTIVE, logits=leaf, tokens=arguments[0], entropy=True, overwrite_logits=True, **options, **arguments[1]
     )
     torch.autograd.grad(result.loss, leaf)
 
@@ -59,6 +59,8 @@ def cases(n: int, v: int) -> Iterator[Case]:
     functions["ours"] = partial(_ours, logits, ids, rest)
     functions["ours, entropy"] = partial(_ours, logits, ids, rest, entropy=True)
     functions["ours, entropy, in the logits' storage"] = partial(_overwriting, logits.clone(), ids, rest)
+    functions["ours, jit"] = partial(_ours, logits, ids, rest, engine="jit")
+    functions["ours, jit, entropy, in the logits' storage"] = partial(_overwriting, logits.clone(), ids, rest, engine="jit")
     yield Case("logits", f"logits → DRPO → ∂logits, N = {n}, V = {v:,}, float32", n * v, functions, seconds=20)
 
     other = logits + 0.1 * torch.randn(n, v)
@@ -68,7 +70,8 @@ def cases(n: int, v: int) -> Iterator[Case]:
         q = y.exp()
         return 0.5 * (x.exp() - q).abs().sum(-1), (q * (y - x)).sum(-1)
 
-    functions = {"two log_softmax": naive, "ours": partial(full_divergences, logits=other, behavior_logits=logits)}
+    ours = partial(full_divergences, logits=other, behavior_logits=logits)
+    functions = {"two log_softmax": naive, "ours": ours, "ours, jit": partial(ours, engine="jit")}
     yield Case("divergences", f"TV and KL of two policies, N = {n}, V = {v:,}, float32", n * v, functions, seconds=8)
     yield _top_k("top-k", logits, ids, rest["behavior_log_prob"], (20,))
 
@@ -84,7 +87,9 @@ def growth() -> Iterator[Case]:
 
 def _top_k(name: str, logits: torch.Tensor, ids: torch.Tensor, behavior: torch.Tensor, sizes: tuple[int, ...]) -> Case:
     normalizer = selective_log_prob(logits=logits, tokens=ids).log_normalizer
-    functions: dict[str, Callable[[], object]] = {"log-sum-exp": partial(selective_log_prob, logits=logits, tokens=ids)}
+    normalize = partial(selective_log_prob, logits=logits, tokens=ids)
+    functions: dict[str, Callable[[], object]] = {"log-sum-exp": normalize}
+    functions["log-sum-exp, jit"] = partial(normalize, engine="jit")
     for k in sizes:
         top, places = logits.log_softmax(-1).topk(k, -1)
         recorded = {"behavior_log_prob": behavior, "top_k_ids": places, "top_k_behavior_log_prob": top}

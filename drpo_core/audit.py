@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Values = np.ndarray[Any, Any]
     Advance: TypeAlias = Callable[[int], object]
 
-__all__ = ["SCHEMA_VERSION", "Audited", "Curve", "Report", "Row", "Snapshot", "Threshold", "audit", "rows"]
+__all__ = ["SCHEMA_VERSION", "Audited", "Curve", "Report", "Row", "Snapshot", "Threshold", "active_tokens", "audit", "rows"]
 
 SCHEMA_VERSION = 1
 RARE = (0.1, 0.01, 0.001)
@@ -384,7 +384,7 @@ def _snapshot(rollouts: Rollouts, name: str, table: Sequence[Row], advance: Adva
 
 def _own_statistics(chunk: Chunk) -> Diagnostics:
     """What `diagnostics` has no name for, in its form: shares of valid, active, diverging and rare tokens."""
-    tokens, active = _active(chunk)
+    tokens, active = active_tokens(chunk)
 
     def share(condition: Values, of: Values) -> Mean:
         return Mean(*(np.asarray(np.count_nonzero(where), np.float64) for where in (condition & of, of)))
@@ -397,7 +397,7 @@ def _own_statistics(chunk: Chunk) -> Diagnostics:
     }
 
 
-def _active(chunk: Chunk) -> tuple[Tokens, Values]:
+def active_tokens(chunk: Chunk) -> tuple[Tokens, Values]:
     """A chunk's tokens, and which of them have a finite A ≠ 0 and finite log-probs, as in `diagnostics`."""
     tokens = Tokens.checked(*chunk[:3], mask=chunk.mask)
     a = tokens.advantages
@@ -410,7 +410,7 @@ def _diverging(tokens: Tokens) -> Values:
 
 
 def _add_to_curves(chunk: Chunk, counts: Values, curves: Sequence[Curve]) -> None:
-    tokens, active = _active(chunk)
+    tokens, active = active_tokens(chunk)
     # log-probs above 0 can put the shift outside [−1, 1], or make it NaN
     scaled = np.nan_to_num((tokens.shift[active] + 1.0) * (0.5 * BINS), nan=0.5 * BINS)
     bins = np.clip(scaled, 0, BINS - 1).astype(np.intp)
@@ -485,7 +485,7 @@ def _rank(n: int, q: float) -> int:
 
 def _bits(chunk: Chunk) -> Iterator[tuple[str, Values]]:
     """The bit patterns of each measure of a chunk's diverging tokens."""
-    tokens, active = _active(chunk)
+    tokens, active = active_tokens(chunk)
     where = active & _diverging(tokens)
     for measure, of in _MEASURES.items():
         yield measure, of(tokens)[where].view(np.uint64)

@@ -11,9 +11,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from drpo_core import check_cli
+from drpo_core import check_cli, explorer
 from drpo_core.audit import Audited, Report, Row, Snapshot, Threshold, audit, rows
-from drpo_core.rollouts import RolloutError, open_rollouts
+from drpo_core.rollouts import RolloutError, Rollouts, open_rollouts
 
 if TYPE_CHECKING:
     import typer
@@ -84,12 +84,13 @@ def _app() -> "typer.Typer":
         *,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
         plot: Annotated[Path | None, typer.Option(help="Draw weight against shift: .png, .svg or .pdf.")] = None,
+        html: Annotated[Path | None, typer.Option(help="Write the report and an explorer as one page.")] = None,
     ) -> None:
         """Print what each objective would do to recorded rollouts."""
         thresholds = _Thresholds(delta or [], delta_kl or [], eps or [], max_ratio or [], at_quantile or [])
         names = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
         try:
-            report = _audit(file, names, snapshot or [], thresholds, plot)
+            report = _audit(file, names, snapshot or [], thresholds, plot, html)
         except RolloutError as error:
             _stop(f"drpo audit: {error}")
         _warn(report)
@@ -156,15 +157,22 @@ def _numbers(flag: str, texts: list[str], *, sides: bool = True) -> list[Thresho
 
 
 def _audit(
-    file: Path | None, names: dict[str, str | None], snapshots: list[str], thresholds: _Thresholds, plot: Path | None
+    file: Path | None,
+    names: dict[str, str | None],
+    snapshots: list[str],
+    thresholds: _Thresholds,
+    plot: Path | None,
+    html: Path | None,
 ) -> Report:
-    """Audit a file under a progress bar, and draw it."""
+    """Audit a file under a progress bar, draw it, and write its page."""
     from rich.console import Console  # noqa: PLC0415 - of the extra `cli`
     from rich.progress import Progress  # noqa: PLC0415 - of the extra `cli`
 
     objectives, quantiles = thresholds.rows(), thresholds.quantiles()
     if plot is not None:
         _check_plot(plot)
+    if html is not None:
+        _check_html(html)
     with ExitStack() as stack:
         path = file if file is not None else stack.enter_context(as_file(files("drpo_core") / "data" / BUNDLED))
         rollouts = open_rollouts(path, snapshots=snapshots, **names)
@@ -180,6 +188,8 @@ def _audit(
             advance=lambda count: progress.advance(task, count),
             file=f"bundled:{BUNDLED}" if file is None else None,
         )
+        if html is not None:
+            _write_html(html, rollouts, report)
     if plot is not None:
         _draw(report, plot)
     return report
@@ -192,8 +202,19 @@ def _check_plot(path: Path) -> None:
     if path.suffix.lower() not in plots.SUFFIXES:
         msg = f"--plot: expected a file named {', '.join(plots.SUFFIXES)}, got {path}"
         raise RolloutError(msg)
+    _check_folder("--plot", path)
+
+
+def _check_html(path: Path) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        msg = f"--html: expected a file named .html, got {path}"
+        raise RolloutError(msg)
+    _check_folder("--html", path)
+
+
+def _check_folder(flag: str, path: Path) -> None:
     if not path.parent.is_dir():
-        msg = f"--plot: {path} can't be written: no folder {path.parent}"
+        msg = f"{flag}: {path} can't be written: no folder {path.parent}"
         raise RolloutError(msg)
 
 
@@ -204,6 +225,17 @@ def _draw(report: Report, path: Path) -> None:
         plots.save(plots.audit_figure(report), path)
     except OSError as error:
         msg = f"--plot: {path} can't be written: {error.strerror or error}"
+        raise RolloutError(msg) from error
+
+
+def _write_html(path: Path, rollouts: Rollouts, report: Report) -> None:
+    """The report and an explorer of the same rollouts, whose sliders stop at the audited thresholds too."""
+    objectives = [audited.row.objective for snapshot in report.snapshots.values() for audited in snapshot.objectives]
+    data = explorer.explorer_data(rollouts, explorer.Grid().including(objectives))
+    try:
+        path.write_text(explorer.report_html(report, data, COLUMNS), encoding="utf-8")
+    except OSError as error:
+        msg = f"--html: {path} can't be written: {error.strerror or error}"
         raise RolloutError(msg) from error
 
 

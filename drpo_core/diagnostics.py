@@ -125,7 +125,7 @@ def diagnostics(
     `attenuated_fraction`          0 < w < 1
     `amplified_fraction`           w > 1
     `corrective_fraction`          w < 0: the gradient points back to μ
-    `weight_mean`, `…_min`, `…_max`  w
+    `weight_{mean,min,max}`        w
     `gradient_mass_kept`           Σ abs(A r w) / Σ abs(A r): gradient magnitude relative to PG-IS
     `effective_sample_size`        of the importance weights ρ = r abs(w) that the gradient has, in (0, 1]
     =============================  ==================================================================================

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numba
 import numpy as np
-from numba.extending import intrinsic
 
-from drpo_core.elementary import functions
+from drpo_core.elementary import functions, wide_vectors
 from drpo_core.policy_loss import policy_loss_of
 from drpo_core.trace import BOOL, FLOAT, Symbol, Trace
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
+    from drpo_core.types import Spread
 
 __all__ = ["Kernel", "fused"]
 
@@ -47,7 +47,8 @@ class Kernel(Protocol):
     """A compiled objective, over flat C-contiguous NumPy arrays of its dtype.
 
     `coefficients` may have one element, one per row of tokens, or one per token. `gradient` is overwritten with
-    m c ∂L/∂log π. `threads` defaults to the CPUs this process may use, and fewer for few tokens.
+    m c ∂L/∂log π. `threads` defaults to the CPUs this process may use, and fewer for few tokens; `spread` is that of
+    `drpo_core.policy_loss_and_gradient`.
     """
 
     def __call__(
@@ -61,6 +62,7 @@ class Kernel(Protocol):
         divergence: NDArray[Any] | None = None,
         gradient: NDArray[Any],
         threads: int | None = None,
+        spread: Spread | None = None,
     ) -> tuple[np.floating[Any], Diagnostics | None]:
         """Σ m c L, 0-d, and diagnostics."""
         ...
@@ -120,11 +122,12 @@ def fused(objective: Objective, *, dtype: DTypeLike, diagnostics: bool = True) -
         divergence: NDArray[Any] | None = None,
         gradient: NDArray[Any],
         threads: int | None = None,
+        spread: Spread | None = None,
     ) -> tuple[np.floating[Any], Diagnostics | None]:
         program = _compiled(objective, dtype, diagnostics=diagnostics, measured=divergence is not None)  # type: ignore[arg-type]
         measured = log_prob if divergence is None else divergence
         arrays = (log_prob, behavior_log_prob, advantages, mask.view(np.uint8), coefficients.reshape(-1), measured)
-        return program(arrays, gradient, threads)
+        return program(arrays, gradient, threads, spread or _in_threads)
 
     return kernel
 
@@ -149,7 +152,7 @@ def _compiled(
     lowest = int(_flipped(np.asarray(-np.inf, dtype).view(_integer(dtype))))
 
     def program(
-        arrays: tuple[NDArray[Any], ...], gradient: NDArray[Any], threads: int | None
+        arrays: tuple[NDArray[Any], ...], gradient: NDArray[Any], threads: int | None, spread: Spread
     ) -> tuple[np.floating[Any], Diagnostics | None]:
         if threads is not None and threads < 1:
             msg = f"threads: expected 1 or more, got {threads!r}"
@@ -168,8 +171,9 @@ def _compiled(
         def run(first: int, last: int) -> None:
             loop(*arrays, gradient, row, segment, first, last, totals, most)
 
-        _in_threads(run, segments, min(threads or _cpus(), max(1, n // TOKENS_PER_THREAD)))
-        values = finish([*totals.sum(axis=0), *_flipped(np.max(most, axis=0, initial=lowest)).view(dtype)])
+        spread(run, segments, min(threads or _cpus(), max(1, n // TOKENS_PER_THREAD)))
+        largest = _flipped(np.max(most, axis=0, initial=lowest)).view(dtype) if maxima else ()
+        values = finish([*totals.sum(axis=0), *largest])
 
         def value(symbol: Symbol) -> np.floating[Any]:
             return dtype.type(values[symbol.name])  # type: ignore[no-any-return]
@@ -226,7 +230,7 @@ def loop({", ".join(f"all_{name}" for name in ARRAYS)}, all_gradient, row, segme
         "empty": np.empty,
         "sqrt": np.sqrt,
         "tanh": np.tanh,
-        "wide_vectors": _wide_vectors,
+        "wide_vectors": wide_vectors,
     }
     exec(source, namespace)  # noqa: S102
     number, index = numba.from_dtype(dtype), numba.types.intp
@@ -237,18 +241,6 @@ def loop({", ".join(f"all_{name}" for name in ARRAYS)}, all_gradient, row, segme
     compiled = numba.njit((*arrays, number[::1], index, index, index, index, totals, most), nogil=True, error_model="numpy")
     loop: Callable[..., None] = compiled(namespace["loop"])
     return loop
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _wide_vectors(typing: Any) -> Any:  # noqa: ARG001
-    """Let LLVM vectorise the calling function with 512 bits where the processor has them: it takes 256 by default."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-        # llvmlite's own `add` knows no attributes with a value
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-
-    return numba.types.void(), generate
 
 
 def _integer(dtype: np.dtype[Any]) -> np.dtype[Any]:

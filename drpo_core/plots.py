@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from drpo_core.audit import BINS, Row
+from drpo_core.explorer import COLOURS
 from drpo_core.objectives import DPPO, DRPO, SPO, MaskDRPO, PPOClip
 from drpo_core.ratio import Tokens
 
@@ -36,17 +37,7 @@ README_OBJECTIVES: tuple[AnyObjective, ...] = (
     DRPO(delta=0.15),
 )
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell thresholds apart
-_COLOURS = {
-    "PG-IS": "#000000",
-    "CISPO": "#999999",
-    "PPO-clip": "#0072B2",
-    "SPO": "#56B4E9",
-    "DPPO-TV": "#E69F00",
-    "DPPO-KL": "#CC79A7",
-    "DRPO": "#D55E00",
-    "Mask-DRPO": "#009E73",
-}
+# line styles tell thresholds apart
 _STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "x", "+", "^", "s")
 # PPO-clip and Mask-DRPO run on DPPO-TV, Mask-DRPO also on DRPO: what is beneath must show
@@ -225,7 +216,7 @@ def _line_styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
         line = (nth * 1.0, (2.5, 1.5)) if row.family == "Mask-DRPO" else _STYLES[nth % len(_STYLES)]
         styles.append(
             {
-                "color": _COLOURS[row.family],
+                "color": COLOURS[row.family],
                 "linestyle": line,
                 "linewidth": _WIDTHS.get(row.family, 1.5),
                 "zorder": _ORDER.get(row.family, 2.0),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from array_api_compat import is_numpy_namespace
 
 from drpo_core.diagnostics import diagnostics_of, merge_stacked
-from drpo_core.gradient import gradient_of
 from drpo_core.ratio import Tokens, check_tokens
 from drpo_core.reduction import reduction_coefficients, token_mean
+from drpo_core.selection import SelectingNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
     from drpo_core.reduction import Reduction
-    from drpo_core.types import Array, Bool, Float, Int, Namespace
+    from drpo_core.types import Array, Bool, Float, Int, Namespace, Spread
 
 __all__ = ["PolicyLoss", "policy_loss_and_gradient"]
 
 ENGINES = ("plain", "jit")
 
-CHUNK = 16384
+CHUNK = 32768
 """Tokens whose intermediate results, a few dozen arrays, stay in the cache of a core."""
 
 
@@ -50,6 +50,7 @@ def policy_loss_and_gradient(
     diagnostics: bool = True,
     engine: Literal["plain", "jit"] = "plain",
     threads: int | None = None,
+    spread: Spread | None = None,
     xp: Namespace | None = None,
 ) -> PolicyLoss:
     """Scalar loss Σ m c L of a batch, its gradient m c ∂L/∂log π = −m c A r w, and diagnostics, in one pass.
@@ -84,6 +85,9 @@ def policy_loss_and_gradient(
         hashable, at the first call; NumPy arrays and the extra `jit` only. See `drpo_core.jit`.
     threads
         Of the compiled loop; default: the CPUs this process may use. The result does not depend on it.
+    spread
+        ``spread(run, count, threads)`` calls ``run(first, last)`` for shares that cover ``range(count)``, on so many threads
+        at most; `run` releases the GIL. Default: on a pool of this library's. The torch adapter gives torch's own threads.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -134,10 +138,11 @@ def policy_loss_and_gradient(
         raise TypeError(msg)
     arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
     if engine == "jit":
-        return _compiled(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads, xp=xp)
+        return _compiled(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads, spread=spread, xp=xp)
     if is_numpy_namespace(xp):
         gradient = xp.empty(log_prob.shape, dtype=log_prob.dtype)
-        loss, statistics = in_chunks(objective, *arrays, gradient, dtype=dtype, diagnostics=diagnostics, xp=xp)
+        selecting = SelectingNamespace(xp)
+        loss, statistics = in_chunks(objective, *arrays, gradient, dtype=dtype, diagnostics=diagnostics, xp=selecting)
         return PolicyLoss(loss, gradient, statistics)
     result = policy_loss_of(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     return result._replace(gradient=xp.astype(result.gradient, log_prob.dtype, copy=False))
@@ -172,10 +177,11 @@ def policy_loss_of(
         log_prob, behavior_log_prob, advantages, mask=mask if select else None, divergence=divergence, xp=xp
     )
     weight = objective.weight(tokens)
-    loss, gradient = coefficients * objective.loss(tokens), coefficients * gradient_of(tokens, weight)
+    loss, gradient = coefficients * objective.loss(tokens), coefficients * (-tokens.advantages * tokens.ratio * weight)
     return PolicyLoss(
         xp.sum(xp.where(mask, loss, 0.0)),
-        xp.where(mask, gradient, 0.0),
+        # exactly 0 where w = 0, whatever the ratio
+        xp.where(mask & (weight != 0.0), gradient, 0.0),
         diagnostics_of(tokens, weight, objective.inside(tokens), mask) if diagnostics else None,
     )
 
@@ -248,6 +254,7 @@ def _compiled(
     dtype: Any,
     diagnostics: bool,
     threads: int | None,
+    spread: Spread | None,
     xp: Namespace,
 ) -> PolicyLoss:
     if not is_numpy_namespace(xp):
@@ -272,6 +279,7 @@ def _compiled(
         divergence=None if divergence is None else flat(divergence),
         gradient=gradient,
         threads=threads,
+        spread=spread,
     )
     gradient = xp.astype(xp.reshape(gradient, log_prob.shape), log_prob.dtype, copy=False)
     return PolicyLoss(loss, gradient, statistics)

@@ -304,6 +304,6 @@ def _ratio(power: Array, *, xp: Namespace) -> Array:
 
 def _shift(larger: Array, power: Array, power_minus_one: Array, *, xp: Namespace) -> Array:
     """max(π, μ) (e^ℓ − 1) / max(e^ℓ, 1), because max(π, μ) = μ max(e^ℓ, 1)."""
-    gap = power_minus_one / xp.where(power > 1.0, power, 1.0)
-    # two functions' rounding may have left it just above 1
-    return xp.exp(larger) * xp.where(gap > 1.0, 1.0, gap)
+    gap = power_minus_one / xp.where(power < 1.0, 1.0, power)
+    # two functions' rounding may have left it just above 1; not a `where`, which would have XLA keep both in memory
+    return xp.exp(larger) * xp.minimum(gap, xp.ones_like(gap))

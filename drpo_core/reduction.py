@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drpo_core.types import Array, Bool, Float, Int, Namespace
 
 __all__ = [
@@ -382,14 +384,25 @@ def reduction_count(
     return None if known is None else known[1]
 
 
-def _divisor_and_count(
-    reduction: Reduction, mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace | None
-) -> tuple[Array | float, Array, Namespace] | None:
+def has_coefficients(reduction: Reduction) -> bool:
+    """Whether `reduction_coefficients` knows the reduction."""
+    return _divisors(reduction) is not None
+
+
+def _divisors(reduction: Reduction) -> tuple[Callable[..., Any], dict[str, Any]] | None:
     function, options = (reduction.func, reduction.keywords) if isinstance(reduction, partial) else (reduction, {})
     # compared rather than looked up: a reduction need not be hashable
     divisors = next((divisors for known, divisors in _DIVISORS if function is known), None)
-    if divisors is None or not options.keys() <= {"horizon"}:
+    return None if divisors is None or not options.keys() <= {"horizon"} else (divisors, options)
+
+
+def _divisor_and_count(
+    reduction: Reduction, mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace | None
+) -> tuple[Array | float, Array, Namespace] | None:
+    known = _divisors(reduction)
+    if known is None:
         return None
+    divisors, options = known
     xp = check_arrays(xp=xp, kind="bool", mask=mask)
     return *divisors(mask, segment_ids, dtype, xp=xp, **options), xp
 

@@ -55,6 +55,7 @@ _ALIASES = {
     "invert": "logical_not",
     "true_divide": "divide",
 }
+_EXTREMA = {"maximum": "select({0} < {1}, {1}, {0})", "minimum": "select({0} > {1}, {1}, {0})"}
 _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"}
 
 
@@ -266,4 +267,11 @@ class Trace:
 
 
 def _source(symbols: Iterable[Symbol]) -> list[str]:
-    return [f"{s.name} = {_TEMPLATES[s.operation].format(*(a.name for a in s.arguments))}" for s in symbols]
+    return [f"{s.name} = {_template(s).format(*(a.name for a in s.arguments))}" for s in symbols]
+
+
+def _template(symbol: Symbol) -> str:
+    """Of the operation; with a constant, an extremum is one instruction and still passes on a NaN."""
+    if symbol.operation in _EXTREMA and symbol.arguments[1].operation == "constant":
+        return _EXTREMA[symbol.operation]
+    return _TEMPLATES[symbol.operation]

@@ -7,12 +7,15 @@ imported it first (the tests do), so `drpo_core` itself depends on it for type c
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Array", "Bool", "Float", "Int", "Namespace"]
+__all__ = ["Array", "Bool", "Float", "Int", "Namespace", "Spread"]
 
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
+Spread: TypeAlias = Callable[[Callable[[int, int], None], int, int], None]
+"""``spread(run, count, threads)`` calls ``run(first, last)`` for shares that cover ``range(count)``, on several threads."""
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Bool, Float, Int

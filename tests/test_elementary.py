@@ -75,6 +75,12 @@ def test_exponentials_beyond_their_range(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_decay_is_exp_of_what_is_not_positive(dtype):
+    x = -np.abs(np.append(arguments("exp", dtype), [0.0, np.inf, np.nan, 1e30]).astype(dtype))
+    np.testing.assert_array_equal(compiled("decay", dtype)(x), compiled("exp", dtype)(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_ordered_integers_are_in_the_order_of_floats(dtype):
     ordered = functions(np.dtype(dtype)).ordered
     tiny, most = np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max

@@ -1,10 +1,12 @@
 """The compiled loops: that they are the plain formulas, whatever the objective, the number of threads and the values."""
 
 import itertools
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 
+import llvmlite.binding
 import numpy as np
 import pytest
 
@@ -198,3 +200,15 @@ def test_without_numba(monkeypatch):
 def test_numba_is_not_imported_before_it_is_needed():
     code = "import sys, drpo_core; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)  # noqa: S603
+
+
+def test_vectors_are_as_wide_as_the_processor_has_them(monkeypatch):
+    if not llvmlite.binding.get_host_cpu_features().get("avx512f"):
+        pytest.skip("a processor without AVX-512")
+    loops = []
+    compile_loop = compiler._compile_loop  # noqa: SLF001 -- to look at the code that it makes
+    monkeypatch.setattr(compiler, "_compile_loop", lambda *arguments: loops.append(compile_loop(*arguments)) or loops[0])
+    objective = DRPO(delta=0.123)  # compiled by no other test
+    run(objective, tokens(64, np.float32))
+    (assembly,) = loops[0].inspect_asm().values()
+    assert re.search(r"vdivps\t.*%zmm", assembly)

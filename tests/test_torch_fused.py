@@ -285,7 +285,7 @@ def test_backward_twice_and_with_any_cotangent(engine):
 def test_pieces_cover_a_matrix_once():
     for rows, columns in [(1, 1), (1, 35), (35, 1), (7, 3), (3, 10), (2, 25)]:
         seen = np.zeros((rows, columns), dtype=int)
-        for piece in replay._pieces(rows, columns):  # noqa: SLF001
+        for piece in replay._pieces(rows, columns, replay.PIECE):  # noqa: SLF001
             assert 0 < seen[piece].size <= replay.PIECE
             seen[piece] += 1
         assert (seen == 1).all()
@@ -365,3 +365,28 @@ ON_ENGINES = [
 @parametrize_with_checks(ON_ENGINES, settings="dev")
 def test_kit(check):
     check()
+
+
+@fast
+@pytest.mark.parametrize("cotangent", [1.0, 0.5])
+def test_gradients_accumulate_over_backward_passes_of_one_graph(engine, cotangent):
+    """Backward may give away the array it kept, or change it, in its last pass only."""
+    data = batch()
+    loss, _ = policy_loss(SUBJECT, **data, engine=engine)
+    (once,) = torch.autograd.grad(cotangent * loss, data["log_prob"], retain_graph=True)
+    expected = once.clone()
+    for passes in (1, 2, 3):
+        (cotangent * loss).backward(retain_graph=passes < 3)
+        torch.testing.assert_close(data["log_prob"].grad, passes * expected)
+    torch.testing.assert_close(once, expected, rtol=0.0, atol=0.0)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@fast
+def test_the_last_backward_pass_makes_no_array(engine):
+    data = batch()
+    loss, _ = policy_loss(SUBJECT, **data, engine=engine)
+    kept = loss.grad_fn.saved_tensors[0].data_ptr()
+    loss.backward()
+    assert data["log_prob"].grad.data_ptr() == kept

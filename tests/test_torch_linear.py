@@ -17,6 +17,8 @@ MODES = {
     "chunks": {"chunk_tokens": 5},
     "one chunk": {},
     "low memory": {"chunk_tokens": 7, "chunk_vocabulary": 10},
+    "jit": {"chunk_tokens": 5, "engine": "jit"},
+    "jit, low memory": {"chunk_tokens": 7, "chunk_vocabulary": 10, "engine": "jit"},
 }
 
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

@@ -63,6 +63,7 @@ class TokenBatch:
         segment_ids: torch.Tensor | None,
         divergence: Divergence | None,
         entropy: bool,
+        jit: bool,
     ) -> None:
         check_float(behavior_log_prob=behavior_log_prob, advantages=advantages)
         per_token = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
@@ -85,7 +86,7 @@ class TokenBatch:
         self._check_ids(vocabulary)
         self.losses, self.log_prob = torch.zeros((2, mask.numel()), dtype=dtype, device=mask.device)
         self.entropy = torch.zeros_like(self.losses) if entropy else None
-        self.divergence = divergence
+        self.divergence, self.jit = divergence, jit
         self.measured = None if divergence is None else torch.zeros_like(self.losses)
         self._check_divergence(leading, vocabulary)
 
@@ -113,7 +114,7 @@ class TokenBatch:
         else:
             behavior_logits = recorded.detach().reshape(-1, logits.shape[-1])[rows]
         result: torch.Tensor = getattr(
-            full_divergence_rows(logits, behavior_logits, tempering, behavior), self.divergence.kind
+            full_divergence_rows(logits, behavior_logits, tempering, behavior, jit=self.jit), self.divergence.kind
         )
         return result
 

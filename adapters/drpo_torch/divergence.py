@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import array_api_compat.torch as xp
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Divergences", "FullDivergence", "LinearHead", "TopKDivergence", "full_divergences", "top_k_divergences"]
 
 # e^60 is finite in float32, and a probability e^60 times smaller than its counterpart is as good as none
-_LARGEST_LOG_RATIO = 60.0
+LARGEST_LOG_RATIO = 60.0
 
 
 class Divergences(NamedTuple):
@@ -105,6 +106,7 @@ def full_divergences(
     behavior_logits: torch.Tensor,
     temperature: float = 1.0,
     behavior_temperature: float | None = None,
+    engine: Literal["eager", "jit"] = "eager",
 ) -> Divergences:
     """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ φ(ℓ) of two policies, φ(t) = e^t − 1 − t, without a log-softmax.
 
@@ -118,6 +120,9 @@ def full_divergences(
         π = softmax(logits / temperature).
     behavior_temperature
         The same for μ; None for that of π, 1 for recorded log-probs.
+    engine
+        Of the forward pass: ``"eager"`` for torch's operations, ``"jit"`` for loops that numba compiles in a second or
+        two, once a process; CPU only, extra `jit`. Of different dtypes the divergences are always torch's.
 
     Returns
     -------
@@ -129,7 +134,9 @@ def full_divergences(
     TypeError
         If an argument is not a floating-point tensor.
     ValueError
-        If the shapes differ.
+        If the shapes differ, or the engine is unknown or can't take these tensors.
+    ImportError
+        If ``engine="jit"`` finds no numba.
     RuntimeError
         On a second derivative, which is not implemented.
 
@@ -155,7 +162,7 @@ def full_divergences(
     tempering, behavior = Tempering(temperature), Tempering(behavior_temperature or temperature)
     shape = logits.shape
     flat, behavior_flat = logits.reshape(-1, shape[-1]), behavior_logits.detach().reshape(-1, shape[-1])
-    tv, kl = _FullDivergences.apply(flat, behavior_flat, tempering, behavior)  # type: ignore[no-untyped-call]
+    tv, kl = _FullDivergences.apply(flat, behavior_flat, tempering, behavior, is_jit(engine, logits))  # type: ignore[no-untyped-call]
     return Divergences(tv.reshape(shape[:-1]), kl.reshape(shape[:-1]))
 
 
@@ -235,13 +242,23 @@ def top_k_divergences(
 
 
 def full_divergence_rows(
-    logits: torch.Tensor, behavior_logits: torch.Tensor, tempering: Tempering, behavior: Tempering
+    logits: torch.Tensor, behavior_logits: torch.Tensor, tempering: Tempering, behavior: Tempering, *, jit: bool = False
 ) -> Divergences:
     """Full TV and KL of each row (rows, V), without a backward pass.
 
     With d = x − y − Σ μ (x − y), Σ μ e^d is 1 + K, K = Σ μ φ(d), so that ℓ = d − log1p(K) and KL = −Σ μ ℓ = log1p(K):
     π's own softmax is not needed.
     """
+    contiguous = logits.stride(-1) == behavior_logits.stride(-1) == 1
+    capped = tempering.softcap is not None or behavior.softcap is not None
+    if jit and contiguous and not capped and logits.dtype == behavior_logits.dtype:
+        from drpo_torch.rows import row_divergences  # noqa: PLC0415 -- numba is an extra, and slow to import
+
+        tv, kl, near = row_divergences(logits, tempering.temperature, behavior_logits, behavior.temperature)
+        for row in (~near).nonzero()[:, 0].tolist():
+            x, y = tempering(logits[row]), behavior(behavior_logits[row])
+            tv[row], kl[row] = _distant(x, y, y.softmax(-1))
+        return Divergences(tv, kl)
     count, vocabulary = logits.shape
     work, behavior_work = Workspace(vocabulary, logits), Workspace(vocabulary, behavior_logits)
     result = torch.empty((2, count), dtype=work.x.dtype, device=logits.device)
@@ -251,15 +268,16 @@ def full_divergence_rows(
         # exact near on-policy, where subtracting either normaliser first would cost the digits that matter
         d = torch.sub(x, y, out=x_buffer)
         # (the softmax's sum is 1 to rounding only)
-        d.sub_(torch.mul(q, d, out=p).sum(-1, keepdim=True) / q.sum(-1, keepdim=True))
+        total = q.sum(-1)
+        d.sub_((torch.mul(q, d, out=p).sum(-1) / total)[:, None])
         # a NaN fails this too: of a row that holds one, or of a token that neither policy can take (−inf + inf)
-        near = (d.amax(-1) <= _LARGEST_LOG_RATIO).all()
+        near = (d.amax(-1) <= LARGEST_LOG_RATIO).all()
         if not near:
             result[:, step] = torch.stack(_distant(tempering(logits[step]), y, q))
             continue
         excess = torch.expm1(d, out=p)
-        k = torch.sub(excess, d, out=d).mul_(q).sum(-1)
-        result[0, step] = excess.sub_(k[:, None]).abs_().mul_(q).sum(-1).div_(2.0 * (1.0 + k))
+        k = torch.sub(excess, d, out=d).mul_(q).sum(-1).div_(total)
+        result[0, step] = excess.sub_(k[:, None]).abs_().mul_(q).sum(-1).div_(2.0 * total * (1.0 + k))
         result[1, step] = k.log1p_()
     return Divergences(result[0], result[1])
 
@@ -272,10 +290,11 @@ class _FullDivergences(torch.autograd.Function):
         behavior_logits: torch.Tensor,
         tempering: Tempering,
         behavior: Tempering,
+        jit: bool,  # noqa: FBT001 -- Function.apply takes no keywords
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(logits, behavior_logits)
         ctx.temperings = tempering, behavior
-        tv, kl = full_divergence_rows(logits, behavior_logits, tempering, behavior)
+        tv, kl = full_divergence_rows(logits, behavior_logits, tempering, behavior, jit=jit)
         return tv, kl
 
     @staticmethod
@@ -298,7 +317,7 @@ class _FullDivergences(torch.autograd.Function):
             sign.sub_(torch.linalg.vecdot(p, sign)[:, None]).mul_(p).mul_(0.5 * of_tv[here, None])
             sign.addcmul_(shift, of_kl[here, None])
             gradient[here] = tempering.pull_back_(sign, logits[here]).to(gradient.dtype)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 def refuse_second_derivative() -> None:
@@ -327,6 +346,22 @@ def check_same_shape(name: str, tensor: torch.Tensor, reference_name: str, refer
         raise ValueError(msg)
 
 
+def is_jit(engine: str, logits: torch.Tensor) -> bool:
+    """Whether this engine is numba's loops; raises if there is no such engine, or it can't take these logits."""
+    if engine not in ("eager", "jit"):
+        msg = f"engine: expected 'eager' or 'jit', got {engine!r}"
+        raise ValueError(msg)
+    if engine == "eager":
+        return False
+    if logits.device.type != "cpu" or logits.dtype == torch.float16:
+        msg = f"engine: 'jit' takes float32, float64 and bfloat16 on the CPU, got {logits.dtype} on {logits.device}"
+        raise ValueError(msg)
+    if find_spec("numba") is None:
+        msg = "engine: 'jit' needs numba: pip install 'drpo-core[jit]'"
+        raise ImportError(msg)
+    return True
+
+
 def check_positive(name: str, value: float) -> float:
     """Raise unless the number is finite and above 0."""
     if not 0.0 < value < float("inf"):
@@ -338,13 +373,13 @@ def check_positive(name: str, value: float) -> float:
 def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """TV and KL of rows that may hold −inf, NaN, or ratios too large for e^d."""
     log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
-    ell = (log_p - log_q).clamp_(max=_LARGEST_LOG_RATIO)
+    ell = (log_p - log_q).clamp_(max=LARGEST_LOG_RATIO)
     # a token that neither policy can take has ell = −inf + inf; nan_to_num also hides the NaN of rows that hold one
     invalid = torch.isnan(log_p.amax(-1) + log_q.amax(-1))
     ell.nan_to_num_(nan=0.0, neginf=-torch.inf)
     p = log_p.exp_()
     # flooring μ at π e^−60 keeps every product finite
-    floored = torch.maximum(q, p * torch.e**-_LARGEST_LOG_RATIO)
+    floored = torch.maximum(q, p * torch.e**-LARGEST_LOG_RATIO)
     kl = (torch.expm1(ell) - ell).mul_(floored).sum(-1)
     tv = (p - q).abs_().sum(-1).mul_(0.5)
     return tv.masked_fill_(invalid, torch.nan), kl.masked_fill_(invalid, torch.nan)

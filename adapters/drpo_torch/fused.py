@@ -10,12 +10,14 @@ from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import array_api_compat.numpy
 import torch
 
-from drpo_core.policy_loss import PolicyLoss, policy_loss_of
+from drpo_core.policy_loss import PolicyLoss, policy_loss_and_gradient, policy_loss_of
 from drpo_core.trace import UntraceableError
-from drpo_torch.namespace import namespace
+from drpo_torch.namespace import is_transformed, namespace
 from drpo_torch.replay import replay
+from drpo_torch.threads import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from drpo_core import Objective
+    from drpo_core.reduction import Reduction
 
-__all__ = ["ENGINES", "Batch", "is_transformed"]
+__all__ = ["ENGINES", "Batch", "has_memory", "jitted", "plain"]
 
 
 class Batch(NamedTuple):
@@ -42,7 +45,7 @@ class Batch(NamedTuple):
 
 def plain(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
     """One expression on whole tensors: what every transform of torch can trace, on any device."""
-    result = policy_loss_of(objective, *batch[:6], dtype=batch.dtype, diagnostics=diagnostics, xp=namespace())
+    result = policy_loss_of(objective, *batch[:6], dtype=batch.dtype, diagnostics=diagnostics, select=False, xp=namespace())
     return result._replace(gradient=result.gradient.to(batch.gradient_dtype))
 
 
@@ -60,7 +63,7 @@ def eager(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLos
 
 def compiled(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
     """`torch.compile`, which fuses the pass into one loop; compiled once per kind of objective and dtypes."""
-    if torch.compiler.is_compiling() or _transformed(batch) or batch.log_prob.numel() == 0:
+    if torch.compiler.is_compiling() or not has_memory(*batch[:6]) or batch.log_prob.numel() == 0:
         return plain(objective, batch, diagnostics=diagnostics)
     # 1-D, so that shapes don't matter, unless rows have coefficients of their own
     keep_rows = batch.coefficients.numel() not in (1, batch.mask.numel())
@@ -73,41 +76,48 @@ def compiled(objective: Objective, batch: Batch, *, diagnostics: bool) -> Policy
     return PolicyLoss(loss, gradient.reshape(batch.log_prob.shape), statistics)
 
 
-def jitted(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLoss:
-    """The loop of `drpo_core.jit` over the memory of CPU tensors."""
-    if torch.compiler.is_compiling() or _transformed(batch):
-        return plain(objective, batch, diagnostics=diagnostics)
-    if batch.log_prob.device.type != "cpu":
-        msg = f"engine: 'jit' works on CPU tensors, got log_prob on {batch.log_prob.device}"
-        raise ValueError(msg)
-    try:
-        from drpo_core.jit import fused  # noqa: PLC0415 -- numba is an extra, and slow to import
-    except ImportError as error:
-        msg = "engine: 'jit' needs numba: pip install 'drpo-core[jit]'"
-        raise ImportError(msg) from error
-
-    def flat(tensor: torch.Tensor) -> NDArray[Any]:
-        array: NDArray[Any] = tensor.detach().to(batch.dtype).reshape(-1).numpy()
-        return array
-
-    kernel = fused(objective, dtype=str(batch.dtype).removeprefix("torch."), diagnostics=diagnostics)
-    gradient = torch.empty(batch.log_prob.shape, dtype=batch.dtype)
-    loss, statistics = kernel(
-        flat(batch.log_prob),
-        flat(batch.behavior_log_prob),
-        flat(batch.advantages),
-        batch.mask.reshape(-1).numpy(),
-        flat(batch.coefficients),
-        divergence=None if batch.divergence is None else flat(batch.divergence),
-        gradient=flat(gradient),
+def jitted(
+    objective: Objective,
+    tensors: dict[str, torch.Tensor | None],
+    *,
+    reduction: Reduction,
+    normalizer: float | torch.Tensor | None,
+    gradient_dtype: torch.dtype,
+    diagnostics: bool,
+) -> PolicyLoss:
+    """`policy_loss_and_gradient` of the core, by its compiled loop, over the memory of CPU tensors."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            msg = f"engine: 'jit' works on CPU tensors, got {name} on {tensor.device}"
+            raise ValueError(msg)
+    arrays: dict[str, Any] = {name: None if tensor is None else _array(tensor) for name, tensor in tensors.items()}
+    result = policy_loss_and_gradient(
+        objective,
+        **arrays,
+        reduction=reduction,
+        normalizer=_array(normalizer) if isinstance(normalizer, torch.Tensor) else normalizer,
+        diagnostics=diagnostics,
+        engine="jit",
         threads=torch.get_num_threads(),
+        spread=in_threads,
+        xp=array_api_compat.numpy,
     )
+    statistics = result.diagnostics
     if statistics is not None:
         statistics = {name: type(s)(*map(torch.as_tensor, s)) for name, s in statistics.items()}
-    return PolicyLoss(torch.as_tensor(loss), gradient.to(batch.gradient_dtype), statistics)
+    gradient = torch.from_numpy(result.gradient).to(gradient_dtype)
+    return PolicyLoss(torch.as_tensor(result.loss), gradient, statistics)
 
 
-ENGINES: dict[str, Callable[..., PolicyLoss]] = {"eager": eager, "compile": compiled, "jit": jitted}
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    """A view for NumPy; 16-bit floats, of which it has only one kind, in float32."""
+    tensor = tensor.detach()
+    array: NDArray[Any] = (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+    return array
+
+
+ENGINES: dict[str, Callable[..., PolicyLoss]] = {"eager": eager, "compile": compiled}
+"""Those that take a `Batch`, whose coefficients are known; `jitted` has NumPy find them, with less to do per call."""
 
 
 @cache
@@ -136,23 +146,16 @@ def _pass(
     return tuple(plain(objective, batch, diagnostics=diagnostics))
 
 
-def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether torch.func looks on: such a tensor has no memory of its own."""
-    # there is no public test
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
-
-
-def _transformed(batch: Batch) -> bool:
-    """Whether torch.func or make_fx looks on, or there is no memory: tensors that only `plain` can take."""
-    tensors = [t for t in batch[:6] if isinstance(t, torch.Tensor)]
-    return any(type(t) not in (torch.Tensor, torch.nn.Parameter) or is_transformed(t) for t in tensors)
+def has_memory(*tensors: torch.Tensor | None) -> bool:
+    """Whether these are plain tensors: torch.func and make_fx have others, which only `plain` can take."""
+    return all(t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not is_transformed(t)) for t in tensors)
 
 
 def _in_memory(batch: Batch) -> bool:
     """Whether these are plain tensors on the CPU with at least one token, and nothing traces."""
     return (
         not torch.compiler.is_compiling()
-        and not _transformed(batch)
+        and has_memory(*batch[:6])
         and all(t is None or t.device.type == "cpu" for t in batch[:6])
         and batch.log_prob.numel() > 0
     )

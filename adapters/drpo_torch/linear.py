@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from drpo_core import token_mean
 from drpo_torch.batch import TokenBatch, VocabularyLoss, head_logits
+from drpo_torch.cotangent import scaled_by_cotangent
 from drpo_torch.divergence import (
     FullDivergence,
     check_float,
     check_positive,
     check_same_shape,
+    is_jit,
     refuse_second_derivative,
 )
 from drpo_torch.softmax import Normalizer, Tempering, Workspace, eager, gradient_of_logits, normalize, working_dtype
-from drpo_torch.vocabulary import scaled_by_cotangent
 
 if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.reduction import Reduction
     from drpo_torch.batch import Divergence
+    from drpo_torch.rows import RowStatistics
 
 __all__ = ["linear_policy_loss"]
 
-# of ∂weight at a time, where it has to be rounded to the dtype it is accumulated in
-_WEIGHT_ROWS = 8192
+# of ∂weight at a time, where it is rounded to the dtype it is accumulated in, or its other factor transposed
+_WEIGHT_ROWS = 4096
 
 
 class _Gradients(NamedTuple):
@@ -58,6 +60,7 @@ def linear_policy_loss(
     entropy: bool = False,
     chunk_tokens: int = 256,
     chunk_vocabulary: int | None = None,
+    engine: Literal["eager", "jit"] = "eager",
 ) -> VocabularyLoss:
     """Policy loss of tokens from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
 
@@ -99,6 +102,9 @@ def linear_policy_loss(
     chunk_vocabulary
         How many of the vocabulary's logits exist at once: None for all; a number recomputes them for the gradient, with a
         fourth matrix product. ``chunk_tokens=1024, chunk_vocabulary=8192`` needs the least memory.
+    engine
+        Of the softmaxes and their gradient: ``"eager"`` for torch's operations, ``"jit"`` for loops that numba compiles in a
+        second or two, once a process; CPU only, extra `jit`. With a soft-cap they are always torch's.
 
     Returns
     -------
@@ -110,8 +116,10 @@ def linear_policy_loss(
     TypeError
         If a dtype or the reduction is wrong.
     ValueError
-        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary, or a
-        `FullDivergence` is asked for in parts of the vocabulary.
+        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary, a
+        `FullDivergence` is asked for in parts of the vocabulary, or the engine is unknown or can't take these tensors.
+    ImportError
+        If ``engine="jit"`` finds no numba.
     RuntimeError
         On a second derivative, which is not implemented.
 
@@ -166,6 +174,7 @@ def linear_policy_loss(
         segment_ids=segment_ids,
         divergence=divergence,
         entropy=entropy,
+        jit=is_jit(engine, hidden) and logit_softcap is None,
     )
     return result
 
@@ -229,15 +238,18 @@ class _Head:
             of_hidden += torch.mm(gradient, self.weight[part])
         if self.gradients.weight is not None:
             total = self.gradients.weight[part]
-            if total.dtype == gradient.dtype:
-                # β = 0 overwrites what uninitialised memory holds, NaN included
-                total.addmm_(gradient.mT, hidden, beta=float(part.start in self.started))
-            else:
-                for block, share in zip(
-                    torch.split(total, _WEIGHT_ROWS), torch.split(gradient, _WEIGHT_ROWS, dim=1), strict=True
-                ):
-                    product = torch.mm(share.mT, hidden)
-                    _ = block.add_(product) if part.start in self.started else block.copy_(product)
+            again = part.start in self.started
+            rounded = total.dtype != gradient.dtype
+            # of bfloat16 the product of a transposed matrix takes twice as long as transposing it and their product
+            rows = _WEIGHT_ROWS if rounded or gradient.dtype == torch.bfloat16 else max(1, len(total))
+            for block, share in zip(torch.split(total, rows), torch.split(gradient, rows, dim=1), strict=True):
+                transposed = share.mT.contiguous() if share.dtype == torch.bfloat16 else share.mT
+                if rounded:
+                    product = torch.mm(transposed, hidden)
+                    _ = block.add_(product) if again else block.copy_(product)
+                else:
+                    # β = 0 overwrites what uninitialised memory holds, NaN included
+                    block.addmm_(transposed, hidden, beta=float(again))
         if self.gradients.bias is not None:
             self.gradients.bias[part] += gradient.sum(0, dtype=of_hidden.dtype)
         self.started.add(part.start)
@@ -264,20 +276,23 @@ class _Sweep:
         self.recompute = len(self.parts) > 1
         # softmaxes wait in the logits' place for their coefficient, if neither rounding nor a derivative forbids it
         exact = head.dtype == working_dtype(head.dtype) and tempering.softcap is None
-        self.kept = exact and head.needs_gradient and not self.recompute
+        self.kept = exact and head.needs_gradient and not self.recompute and not batch.jit
 
     def run(self) -> None:
         for rows in self.batch.chunks(self.chunk_tokens):
             hidden, columns = self.head.rows(rows), self.batch.columns(rows)
-            slope, shares = self._forward(rows, hidden, columns)
+            slope, shares, statistics = self._forward(rows, hidden, columns)
             alive = (slope != 0.0).nonzero()[:, 0]
             if self.head.needs_gradient and len(alive):
-                self._backward(rows, hidden, columns[:, :1], slope, shares, alive)
+                self._backward(rows, hidden, columns[:, :1], slope, shares, statistics, alive)
         self.head.finish()
 
-    def _forward(self, rows: torch.Tensor, hidden: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """∂(reduced loss)/∂log π of a chunk's tokens, and the share of each part of the vocabulary."""
-        batch, statistics = self.batch, []
+    def _forward(
+        self, rows: torch.Tensor, hidden: torch.Tensor, columns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[RowStatistics | Normalizer]]:
+        """∂(reduced loss)/∂log π of a chunk's tokens, and the share and statistics of each part of the vocabulary."""
+        batch, normalizers = self.batch, []
+        statistics: list[RowStatistics | Normalizer] = []
         picked = torch.zeros(columns.shape, dtype=working_dtype(hidden.dtype), device=hidden.device)
         full_divergence = None
         for part in self.parts:
@@ -285,11 +300,19 @@ class _Sweep:
             index, inside = _within(columns, part)
             picked = torch.where(inside, self.tempering(z.gather(-1, index)), picked)
             full_divergence = batch.full_divergence(rows, z, self.tempering)
-            work, out = self.workspaces[z.shape[1]], z if self.kept else None
-            statistics.append(normalize(z, self.tempering, work, entropy=batch.entropy is not None, out=out))
-        normalizer, shares = _merge(statistics)
+            if batch.jit:
+                from drpo_torch.rows import row_statistics  # noqa: PLC0415 -- numba is an extra, and slow to import
+
+                found = row_statistics(z, torch.arange(len(z)), self.tempering.temperature)
+                statistics.append(found)
+                normalizers.append(found.normalizer())
+            else:
+                work, out = self.workspaces[z.shape[1]], z if self.kept else None
+                normalizers.append(normalize(z, self.tempering, work, entropy=batch.entropy is not None, out=out))
+                statistics.append(normalizers[-1])
+        normalizer, shares = _merge(normalizers)
         log_prob = picked - normalizer.maximum[:, None] - normalizer.log_sum[:, None]
-        return batch.step(rows, log_prob, normalizer, full_divergence), shares
+        return batch.step(rows, log_prob, normalizer, full_divergence), shares, statistics
 
     def _backward(
         self,
@@ -298,36 +321,46 @@ class _Sweep:
         sampled: torch.Tensor,
         slope: torch.Tensor,
         shares: torch.Tensor,
+        statistics: list[RowStatistics | Normalizer],
         alive: torch.Tensor,
     ) -> None:
         """Add the gradients of the tokens of a chunk that have one."""
-        whole = len(alive) == len(rows)
-        if not whole:
+        if len(alive) < len(rows):
             hidden, sampled, slope, shares = hidden[alive], sampled[alive], slope[alive], shares[:, alive]
+            if not self.recompute:
+                self._close_up(alive, len(rows))
         of_hidden = torch.zeros(hidden.shape, dtype=slope.dtype, device=hidden.device)
-        for part, share in zip(self.parts, shares, strict=True):
+        for i, (part, share) in enumerate(zip(self.parts, shares, strict=True)):
             gradient = self._view(len(alive), part)
-            z = self.head.logits(hidden, part, gradient) if self.recompute else self._view(len(rows), part)
+            if self.recompute:
+                self.head.logits(hidden, part, gradient)
             index, inside = _within(sampled, part)
             scale = -slope * share
-            gradient_of_logits(
-                z,
-                self.tempering,
-                self.workspaces[z.shape[1]],
-                index=index[:, 0],
-                at_index=torch.where(inside[:, 0], slope, 0.0),
-                scale=scale,
-                rows=None if self.recompute or whole else alive,
-                compact=True,
-                normalized=self.kept,
-                out=gradient,
-            )
+            at = {"index": index[:, 0], "at_index": torch.where(inside[:, 0], slope, 0.0), "scale": scale}
+            if self.batch.jit:
+                from drpo_torch.rows import RowStatistics, row_gradients  # noqa: PLC0415
+
+                of_part = RowStatistics(*(statistic[alive] for statistic in statistics[i]))  # type: ignore[index]
+                every, temperature = torch.arange(len(alive)), self.tempering.temperature
+                row_gradients(gradient, every, temperature, statistics=of_part, **at, out=gradient)
+            else:
+                if self.kept:
+                    at["scale"] = scale / statistics[i].total[alive]  # type: ignore[index]
+                work = self.workspaces[gradient.shape[1]]
+                gradient_of_logits(gradient, self.tempering, work, **at, normalized=self.kept, out=gradient)
             if self.recompute:
                 # in a part where every logit is −inf, softmax is NaN
                 gradient.masked_fill_((scale == 0.0)[:, None], 0.0)
             self.head.add(gradient, hidden, part, of_hidden)
         if self.head.gradients.hidden is not None:
             self.head.gradients.hidden[rows[alive]] = of_hidden.to(self.head.gradients.hidden.dtype)
+
+    def _close_up(self, alive: torch.Tensor, rows: int) -> None:
+        """Move the rows of logits that are alive to the first places, in this order."""
+        z = self._view(rows, self.parts[0])
+        for place, row in enumerate(alive.tolist()):
+            if place < row:
+                z[place] = z[row]
 
     def _view(self, rows: int, part: slice) -> torch.Tensor:
         """The first elements of the buffer, as logits of some rows over a part of the vocabulary."""

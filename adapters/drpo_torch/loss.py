@@ -10,10 +10,10 @@ import torch
 from drpo_core import diagnostics as statistics_of
 from drpo_core import token_loss_and_gradient, token_mean
 from drpo_core.ratio import check_tokens
-from drpo_core.reduction import reduction_coefficients
+from drpo_core.reduction import has_coefficients, reduction_coefficients
 from drpo_torch.cotangent import scaled_by_cotangent
-from drpo_torch.fused import ENGINES, Batch, is_transformed
-from drpo_torch.namespace import namespace
+from drpo_torch.fused import ENGINES, Batch, has_memory, jitted, plain
+from drpo_torch.namespace import is_transformed, namespace
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -183,25 +183,37 @@ def policy_loss(
     """
     tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
     _check_tensors(**tensors, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
-    if engine not in ENGINES:
-        msg = f"engine: expected one of {', '.join(map(repr, ENGINES))}, got {engine!r}"
+    if engine not in (*ENGINES, "jit"):
+        msg = f"engine: expected one of 'eager', 'compile', 'jit', got {engine!r}"
         raise ValueError(msg)
     _, found = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     dtype = cast("torch.dtype", found)
-    options = {"normalizer": normalizer, "token_weights": None if token_weights is None else token_weights.detach()}
-    with torch.no_grad():
-        coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, segment_ids=segment_ids, xp=xp)
-    if coefficients is None:
+    weights = None if token_weights is None else token_weights.detach()
+    options = {"normalizer": normalizer, "token_weights": weights, "segment_ids": segment_ids}
+    if not has_coefficients(reduction):
         losses = token_loss(objective, **tensors, divergence=divergence)
-        loss = reduction(losses, mask, **options, segment_ids=segment_ids, xp=xp)
+        loss = reduction(losses, mask, **options, xp=xp)
         with torch.no_grad():
             return loss, statistics_of(objective, **tensors, divergence=divergence, xp=xp) if diagnostics else {}
     # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
     kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
-    batch = Batch(log_prob, behavior_log_prob, advantages, mask, coefficients, divergence, dtype, kept)
+    every = {**tensors, "token_weights": weights, "segment_ids": segment_ids, "divergence": divergence}
     # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code
     with torch.no_grad():
-        result = ENGINES[engine](objective, batch, diagnostics=diagnostics)
+        if engine == "jit" and not torch.compiler.is_compiling() and has_memory(*every.values()):
+            result = jitted(
+                objective,
+                every,
+                reduction=reduction,
+                normalizer=normalizer,
+                gradient_dtype=kept,
+                diagnostics=diagnostics,
+            )
+        else:
+            found = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=namespace())
+            coefficients = cast("torch.Tensor", found)
+            batch = Batch(log_prob, behavior_log_prob, advantages, mask, coefficients, divergence, dtype, kept)
+            result = ENGINES.get(engine, plain)(objective, batch, diagnostics=diagnostics)
     if torch.compiler.is_compiling() or is_transformed(log_prob):
         loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
     else:

@@ -1,13 +1,15 @@
-"""The namespace of code that torch compiles: what inductor would compute inaccurately is replaced."""
+"""Namespaces in which what torch does inaccurately or slowly is replaced: for code that it compiles, and that it runs."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import array_api_compat.torch as xp
+import numpy as np
 import torch
 
-__all__ = ["namespace"]
+__all__ = ["is_transformed", "namespace"]
 
 
 class CompiledNamespace:
@@ -21,15 +23,43 @@ class CompiledNamespace:
         """e^t − 1 by its series where abs(t) < ½, to within the rounding of the arithmetic."""
         near = torch.abs(t) < 0.5
         x = torch.where(near, t, 0.0)
-        series = torch.ones_like(x)
-        for n in range(14 if t.dtype == torch.float64 else 8, 1, -1):
-            series = 1.0 + x * (1.0 / n) * series
+        highest = 14 if t.dtype == torch.float64 else 8
+        series = torch.full_like(x, 1.0 / math.factorial(highest))
+        for n in range(highest - 1, 0, -1):
+            series = series * x + 1.0 / math.factorial(n)
         return torch.where(near, x * series, torch.exp(t) - 1.0)
 
+    def count_nonzero(self, x: torch.Tensor) -> torch.Tensor:
+        """How many elements are not 0, as a 0-d int32: inductor adds up int64, torch's, one by one."""
+        return torch.sum((x != 0).to(torch.int32), dtype=torch.int32)
 
-COMPILED = CompiledNamespace()
+
+class EagerNamespace:
+    """array-api-compat's torch with NumPy's count of the truths in a CPU tensor: torch's takes three times as long."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 -- functions, dtypes and numbers
+        """Whatever is not replaced."""
+        return getattr(xp, name)
+
+    def count_nonzero(self, x: torch.Tensor) -> torch.Tensor:
+        """How many elements are not 0, as a 0-d int64."""
+        if type(x) is not torch.Tensor or x.device.type != "cpu":
+            return torch.count_nonzero(x)
+        return torch.tensor(np.count_nonzero(x.numpy()))
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether torch.func looks on: such a tensor has no memory of its own."""
+    # there is no public test
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
+
+
+COMPILED, EAGER = CompiledNamespace(), EagerNamespace()
 
 
 def namespace() -> Any:  # noqa: ANN401 -- a module, or an object like one
-    """The namespace for what runs now: compiled or not."""
-    return COMPILED if torch.compiler.is_compiling() else xp
+    """The namespace for what runs now: compiled, under a transform of torch.func, or neither."""
+    if torch.compiler.is_compiling():
+        return COMPILED
+    # under a transform, tensors have no memory for NumPy to look at
+    return EAGER if torch._C._functorch.maybe_current_level() is None else xp  # noqa: SLF001 -- there is no public test

@@ -28,7 +28,7 @@ __all__ = ["PIECE", "replay"]
 Operation = Callable[..., Any]
 
 PIECE = 1 << 16
-"""Tokens handled at a time: a dozen intermediate results of so many stay in the cache, and calling torch is worth it."""
+"""Tokens a thread handles at a time: its intermediate results of so many stay in its cache, and calling torch is worth it."""
 
 INPUTS = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients", "divergence")
 
@@ -52,7 +52,6 @@ ARITHMETIC: dict[str, Operation] = {
     "add": torch.add,
     "divide": torch.div,
     "exp": torch.exp,
-    "expm1": torch.expm1,
     "log": torch.log,
     "log1p": torch.log1p,
     "maximum": torch.maximum,
@@ -64,6 +63,9 @@ ARITHMETIC: dict[str, Operation] = {
     "subtract": torch.sub,
     "tanh": torch.tanh,
 }
+EXTREMA: dict[str, Operation] = {"greater": torch.minimum, "less": torch.maximum}
+"""What it is to select a constant where a value is beyond it."""
+
 REDUCTIONS: dict[str, Operation] = {"sum": torch.sum, "max": torch.amax}
 
 
@@ -121,12 +123,13 @@ def replay(
     }
     given["mask"] = given["mask"].view(torch.uint8)
     target = gradient.view(-1, columns)
-    memory = torch.empty((program.registers, min(PIECE, gradient.numel())), dtype=dtype)
+    size = PIECE * torch.get_num_threads()
+    memory = torch.empty((program.registers, min(size, gradient.numel())), dtype=dtype)
     collected: list[torch.Tensor] = []
     shape: torch.Size | None = None
     views: dict[Value, torch.Tensor] = {}
     calls: list[Callable[[], object] | None] = []
-    for rows, part in _pieces(*target.shape):
+    for rows, part in _pieces(target.shape[0], columns, size):
         piece = target[rows, part]
         if piece.shape != shape:
             shape = piece.shape
@@ -161,12 +164,12 @@ def _bound(step: Step, views: dict[Value, torch.Tensor], collected: list[torch.T
     return partial(step.function, *operands, out=views[step.out])
 
 
-def _pieces(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cover a matrix with pieces of at most `PIECE` elements: whole rows, or parts of one."""
-    height = max(1, PIECE // columns)
+def _pieces(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cover a matrix with pieces of at most `size` elements: whole rows, or parts of one."""
+    height = max(1, size // columns)
     for row in range(0, rows, height):
-        for column in range(0, columns, PIECE):
-            yield slice(row, row + height), slice(column, column + PIECE)
+        for column in range(0, columns, size):
+            yield slice(row, row + height), slice(column, column + size)
 
 
 @lru_cache(maxsize=64)
@@ -176,7 +179,7 @@ def _program(objective: Objective, dtype: torch.dtype, diagnostics: bool, measur
     try:
         measurement = d if measured else None
         result = policy_loss_of(
-            objective, x, b, a, m, c, measurement, dtype=FLOAT, diagnostics=diagnostics, xp=trace.namespace
+            objective, x, b, a, m, c, measurement, dtype=FLOAT, diagnostics=diagnostics, select=False, xp=trace.namespace
         )
     except (AttributeError, TypeError, ValueError) as error:
         # what does not work on symbols may on tensors, as torch's own functions do; if not, `plain` says so
@@ -194,7 +197,7 @@ class _Lowering:
     """From symbols to steps, each result in a place of its own until `program` shares registers."""
 
     def __init__(self, trace: Trace, dtype: torch.dtype) -> None:
-        self._constants = trace.constants
+        self._trace, self._constants = trace, trace.constants
         self._dtype = dtype
         self._of: dict[str, Value] = {}
         self._steps: list[Step] = []
@@ -257,6 +260,10 @@ class _Lowering:
             return self._negated(operands[0])
         if name in CONNECTIVES:
             return self._emit(CONNECTIVES[name], *(operand.bits for operand in operands), bits=True)
+        return self._of_numbers(symbol, operands)
+
+    def _of_numbers(self, symbol: Symbol, operands: list[Value]) -> Value:
+        name = symbol.operation
         if any(argument.kind == BOOL for argument in symbol.arguments):
             msg = f"{name} of truth values"
             raise UntraceableError(msg)
@@ -267,15 +274,24 @@ class _Lowering:
         if name in CLASSES:
             comparison, limit = CLASSES[name]
             return self._compared(comparison, self._emit(torch.abs, *operands), self._constant(limit))
+        if name == "expm1":
+            return self._expm1(symbol.arguments[0])
         if name not in ARITHMETIC:
             raise UntraceableError(name)
         return self._emit(ARITHMETIC[name], *operands)
 
+    def _expm1(self, t: Symbol) -> Value:
+        """e^t − 1 = tanh(t/2) (e^t + 1), with the e^t that is mostly there: torch's own takes as long as six exponentials."""
+        half = self._emit(torch.mul, self.of(t), self._constant(0.5))
+        power = self.of(self._trace.apply("exp", t))
+        return self._emit(torch.mul, self._emit(torch.tanh, half), self._emit(torch.add, power, self._constant(1.0)))
+
     def _selected(self, condition: Symbol, x: Symbol, y: Symbol) -> Value:
         """Integer arithmetic, modulo 2³² or 2⁶⁴, on the bits: y + c (x − y), and less where less will do."""
         tested = [symbol.name for symbol in condition.arguments]
-        if condition.operation == "greater" and tested == [y.name, x.name] and self._is_constant(x):
-            return self._emit(torch.minimum, self.of(y), self.of(x))
+        extremum = EXTREMA.get(condition.operation)
+        if extremum and tested == [y.name, x.name] and self._is_constant(x):
+            return self._emit(extremum, self.of(y), self.of(x))
         opposite = [symbol.name for symbol in (x.arguments if x.operation == "negative" else ())] == [y.name]
         if opposite:
             return self._emit(_flip_sign, self.of(y).bits, self.of(condition).bits, bits=True)

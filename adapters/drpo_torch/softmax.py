@@ -25,11 +25,15 @@ _CPU_BYTES_PER_THREAD, _DEVICE_BYTES = 5 << 18, 64 << 20
 
 
 class Normalizer(NamedTuple):
-    """Per row: max x, log Σ e^(x − max x), and the entropy in nats if it was asked for."""
+    """Per row: max x, log Σ e^(x − max x), the entropy in nats if it was asked for (``"jit"``: always).
+
+    `total` is the sum of the softmax that was left, 1 to rounding.
+    """
 
     maximum: torch.Tensor
     log_sum: torch.Tensor
     entropy: torch.Tensor | None
+    total: torch.Tensor | None = None
 
     @property
     def log_normalizer(self) -> torch.Tensor:
@@ -96,23 +100,25 @@ def normalize(
     logits: torch.Tensor, tempering: Tempering, work: Workspace, *, entropy: bool = False, out: torch.Tensor | None = None
 ) -> Normalizer:
     """Statistics of the softmax of each row of z (rows, V); the softmax itself goes to `out`, which may be z."""
-    statistics = torch.empty((3, logits.shape[0]), dtype=work.x.dtype, device=logits.device)
+    statistics = torch.empty((4, logits.shape[0]), dtype=work.x.dtype, device=logits.device)
     for step, buffer, p in work.steps(logits.shape[0]):
         x = tempering(logits[step], buffer)
         maximum = x.amax(-1, keepdim=True)
         if entropy:
             x = torch.sub(x, maximum, out=buffer)
         p = torch.softmax(x, -1, out=p if out is None else out[step])  # noqa: PLW2901 -- p is where to put it
-        log_sum = p.amax(-1).log_().neg_()
-        statistics[0, step], statistics[1, step] = maximum[:, 0], log_sum
+        # torch adds up the exponentials one after the other: of 10⁵ of them the sum is off by 10⁻⁵, but this one is not
+        total = p.sum(-1)
+        log_sum = (total / p.amax(-1)).log_()
+        statistics[0, step], statistics[1, step], statistics[3, step] = maximum[:, 0], log_sum, total
         if entropy:
             terms = torch.mul(p, x, out=buffer)
-            mean = terms.sum(-1)
+            mean = terms.sum(-1).div_(total)
             if mean.isnan().any():
                 # 0 · −inf of an impossible token; a row that holds a NaN has one in its log_sum too
-                mean = terms.nan_to_num_(nan=0.0).sum(-1)
+                mean = terms.nan_to_num_(nan=0.0).sum(-1).div_(total)
             torch.sub(log_sum, mean, out=statistics[2, step])
-    return Normalizer(statistics[0], statistics[1], statistics[2] if entropy else None)
+    return Normalizer(statistics[0], statistics[1], statistics[2] if entropy else None, statistics[3])
 
 
 def gradient_of_logits(
@@ -125,15 +131,13 @@ def gradient_of_logits(
     scale: torch.Tensor,
     slope: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
-    compact: bool = False,
     normalized: bool = False,
     out: torch.Tensor,
 ) -> None:
     """∂/∂z of a function of softmaxes: p (scale − slope (x − max x)) + at_index at the column `index`.
 
-    `rows` (increasing) selects rows of z, and every other array has one entry a selected row. They are written to the same
-    rows of `out`, or with `compact` to its first ones. `out` may be z: a row is read before it, or one above it, is
-    written. With `normalized` z holds p already.
+    `rows` selects rows of z and of `out`, which may be z; every other array has one entry a selected row. With
+    `normalized` z holds p already, to be divided by its `total` by way of `scale`.
     """
     for step, buffer, p in work.steps(len(scale)):
         z = logits[step] if rows is None else logits[rows[step]]
@@ -143,12 +147,14 @@ def gradient_of_logits(
         else:
             x = tempering(z, buffer)
             torch.softmax(x, -1, out=p)
+            total = p.sum(-1, keepdim=True)
+            share = scale[step, None] / total
             if slope is None:
-                p.mul_(scale[step, None])
+                p.mul_(share)
             else:
                 x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
-                p.mul_(x.mul_(-slope[step, None]).add_(scale[step, None]))
+                p.mul_(x.mul_(-slope[step, None] / total).add_(share))
         p.scatter_add_(-1, index[step, None], at_index[step, None])
         tempering.pull_back_(p, z)
         if rows is not None or not normalized:
-            out[step if rows is None or compact else rows[step]] = p
+            out[step if rows is None else rows[step]] = p

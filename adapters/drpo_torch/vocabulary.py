@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from drpo_core import token_mean
 from drpo_torch.batch import TokenBatch, VocabularyLoss
-from drpo_torch.divergence import check_float, check_positive, check_same_shape, refuse_second_derivative
+from drpo_torch.cotangent import scaled_by_cotangent
+from drpo_torch.divergence import (
+    FullDivergence,
+    check_float,
+    check_positive,
+    check_same_shape,
+    is_jit,
+    refuse_second_derivative,
+)
 from drpo_torch.softmax import Tempering, Workspace, eager, gradient_of_logits, normalize
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drpo_core import Objective
     from drpo_core.reduction import Reduction
     from drpo_torch.batch import Divergence
 
-__all__ = ["SelectedLogProb", "logits_policy_loss", "scaled_by_cotangent", "selective_log_prob"]
+__all__ = ["SelectedLogProb", "logits_policy_loss", "selective_log_prob"]
 
 # rows whose softmaxes are kept between the two passes: few enough for the last-level cache, many for one objective call
 _CHUNK_BYTES = 16 << 20
@@ -38,6 +48,7 @@ def selective_log_prob(
     temperature: float = 1.0,
     entropy: bool = False,
     overwrite_logits: bool = False,
+    engine: Literal["eager", "jit"] = "eager",
 ) -> SelectedLogProb:
     """Log-prob log π of each sampled token, π = softmax(logits / temperature), differentiable, without a log-softmax.
 
@@ -57,6 +68,9 @@ def selective_log_prob(
     overwrite_logits
         Let the backward pass put ∂/∂logits in the storage of the logits instead of one of its own. Nothing else may
         need the logits then; autograd raises if something did.
+    engine
+        ``"eager"``: torch's operations. ``"jit"``: the softmaxes and their gradient as loops that numba compiles in a second
+        or two, once a process; CPU only, extra `jit`.
 
     Returns
     -------
@@ -68,7 +82,10 @@ def selective_log_prob(
     TypeError
         If a dtype is wrong.
     ValueError
-        If the shapes disagree, or the temperature is not finite and positive.
+        If the shapes disagree, the temperature is not finite and positive, or the engine is unknown or can't take these
+        logits.
+    ImportError
+        If ``engine="jit"`` finds no numba.
     RuntimeError
         On a second derivative, which is not implemented.
 
@@ -88,7 +105,8 @@ def selective_log_prob(
         msg = f"tokens: expected an integral dtype, got {tokens.dtype}"
         raise TypeError(msg)
     flat = logits.reshape(-1, logits.shape[-1])
-    outputs = _SelectiveLogProb.apply(flat, tokens.reshape(-1), tempering, entropy, overwrite_logits)  # type: ignore[no-untyped-call]
+    function = _SelectiveLogProbJit if _takes_rows(engine, flat) else _SelectiveLogProb
+    outputs = function.apply(flat, tokens.reshape(-1), tempering, entropy, overwrite_logits)  # type: ignore[no-untyped-call]
     log_prob, log_normalizer, entropies = (None if o is None else o.reshape(tokens.shape) for o in outputs)
     return SelectedLogProb(log_prob, entropies, log_normalizer)  # type: ignore[arg-type]
 
@@ -110,6 +128,7 @@ def logits_policy_loss(
     temperature: float = 1.0,
     entropy: bool = False,
     overwrite_logits: bool = False,
+    engine: Literal["eager", "jit"] = "eager",
 ) -> VocabularyLoss:
     """Policy loss of tokens from logits; ∂loss/∂logits is formed in the forward pass, in one sweep.
 
@@ -139,6 +158,9 @@ def logits_policy_loss(
     overwrite_logits
         Put the gradient in the storage of the logits, at once. Nothing else may need the logits then; autograd raises if
         something did.
+    engine
+        ``"eager"``: torch's operations. ``"jit"``: the softmaxes and their gradient as loops that numba compiles in a second
+        or two, once a process; CPU only, extra `jit`.
 
     Returns
     -------
@@ -150,7 +172,10 @@ def logits_policy_loss(
     TypeError
         If a dtype or the reduction is wrong.
     ValueError
-        If shapes disagree, the temperature is not finite and positive, or a valid token's id is outside the vocabulary.
+        If shapes disagree, the temperature is not finite and positive, a valid token's id is outside the vocabulary, or the
+        engine is unknown or can't take these logits.
+    ImportError
+        If ``engine="jit"`` finds no numba.
     RuntimeError
         On a second derivative, which is not implemented.
 
@@ -178,6 +203,7 @@ def logits_policy_loss(
     """
     tempering = _check_logits(logits, temperature)
     flat = logits.reshape(-1, logits.shape[-1])
+    jit = _takes_rows(engine, flat)
     batch = TokenBatch(
         objective,
         leading=logits.shape[:-1],
@@ -193,23 +219,57 @@ def logits_policy_loss(
         segment_ids=segment_ids,
         divergence=divergence,
         entropy=entropy,
+        jit=jit,
     )
     if not (flat.requires_grad and torch.is_grad_enabled()):
         with torch.no_grad():
-            _sweep(batch, flat, tempering, needed=False, overwrite=False)
+            _sweep_of(batch)(batch, flat, tempering, needed=False, overwrite=False)
             return batch.result()
     loss = _LogitsPolicyLoss.apply(flat, batch, tempering, overwrite_logits)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return batch.result()._replace(loss=loss)
 
 
-def scaled_by_cotangent(gradient: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-    """Gradient times a 0-d cotangent, without a second array of its size if this is its last use."""
-    if cotangent.device.type == "cpu" and cotangent == 1.0:
-        return gradient
-    if torch._C._autograd._get_current_graph_task_keep_graph():  # noqa: SLF001 -- the only way to know
-        return gradient * cotangent.to(gradient.dtype)
-    return gradient.mul_(cotangent)
+def _takes_rows(engine: str, flat: torch.Tensor) -> bool:
+    """Whether the loops are asked for, and the logits of a row lie one after the other, as these need them."""
+    return is_jit(engine, flat) and flat.stride(-1) == 1
+
+
+def _sweep_of(batch: TokenBatch) -> Callable[..., torch.Tensor | None]:
+    return _sweep_in_loops if batch.jit else _sweep
+
+
+def _sweep_in_loops(
+    batch: TokenBatch, logits: torch.Tensor, tempering: Tempering, *, needed: bool, overwrite: bool
+) -> torch.Tensor | None:
+    """`_sweep`, compiled: a softmax is not kept but taken again for the gradient, which costs no more than to read it."""
+    from drpo_torch.rows import row_gradients, row_statistics  # noqa: PLC0415 -- numba is an extra, and slow to import
+
+    gradient = (logits if overwrite else torch.empty_like(logits)) if needed else None
+    full = isinstance(batch.divergence, FullDivergence)
+    # all at once, where no rows have to be copied
+    chunk = _CHUNK_BYTES // (logits.shape[-1] * logits.element_size()) if full else len(batch.valid)
+    for rows in batch.chunks(max(1, chunk)):
+        columns = batch.columns(rows)
+        measured = batch.full_divergence(rows, logits[rows], tempering) if full else None
+        statistics = row_statistics(logits, rows, tempering.temperature)
+        normalizer = statistics.normalizer()
+        picked = tempering(logits[rows[:, None], columns])
+        slope = batch.step(rows, picked - normalizer.maximum[:, None] - normalizer.log_sum[:, None], normalizer, measured)
+        if gradient is not None:
+            row_gradients(
+                logits,
+                rows,
+                tempering.temperature,
+                statistics=statistics,
+                index=columns[:, 0],
+                at_index=slope,
+                scale=-slope,
+                out=gradient,
+            )
+    if gradient is not None:
+        gradient.index_fill_(0, (~batch.mask.reshape(-1)).nonzero()[:, 0], 0.0)
+    return gradient
 
 
 def _sweep(
@@ -243,7 +303,7 @@ def _sweep(
             work,
             index=columns[:, 0],
             at_index=slope,
-            scale=-slope,
+            scale=-slope / normalizer.total if kept else -slope,  # type: ignore[operator]
             normalized=kept,
             out=out,
         )
@@ -252,8 +312,7 @@ def _sweep(
         if not consecutive:
             gradient[place] = out
     if gradient is not None:
-        masked = (~batch.mask.reshape(-1)).nonzero()[:, 0]
-        gradient.index_fill_(0, masked, 0.0)
+        gradient.index_fill_(0, (~batch.mask.reshape(-1)).nonzero()[:, 0], 0.0)
     return gradient
 
 
@@ -303,6 +362,56 @@ class _SelectiveLogProb(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+class _SelectiveLogProbJit(torch.autograd.Function):
+    """`_SelectiveLogProb` by the loops of `drpo_torch.rows`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        tempering: Tempering,
+        entropy: bool,  # noqa: FBT001
+        overwrite: bool,  # noqa: FBT001
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        from drpo_torch.rows import row_statistics  # noqa: PLC0415
+
+        statistics = row_statistics(logits, torch.arange(len(logits)), tempering.temperature)
+        normalizer, index = statistics.normalizer(), tokens.to(torch.int64)
+        log_prob = normalizer.log_prob(tempering(logits.gather(-1, index[:, None]))[:, 0])
+        ctx.save_for_backward(logits, index, *statistics)
+        ctx.tempering, ctx.entropy, ctx.overwrite = tempering, entropy, overwrite
+        return log_prob, normalizer.log_normalizer, normalizer.entropy if entropy else None
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        """∂log π/∂x = 1[token] − π, ∂log Z/∂x = π, ∂H/∂x = −π (log π + H)."""
+        from drpo_torch.rows import RowStatistics, row_gradients  # noqa: PLC0415
+
+        refuse_second_derivative()
+        logits, index, *saved = ctx.saved_tensors
+        statistics = RowStatistics(*saved)
+        of_log_prob, of_normalizer, of_entropy = cotangents
+        scale, slope = of_normalizer - of_log_prob, None
+        if ctx.entropy:
+            scale, slope = scale + of_entropy * (statistics.total.log() - statistics.entropy), of_entropy
+            # where nothing reaches a row, 0 times what it holds would be NaN
+            scale = torch.where((of_log_prob == 0.0) & (of_normalizer == 0.0) & (of_entropy == 0.0), 0.0, scale)
+        gradient = logits.detach() if ctx.overwrite else torch.empty_like(logits)
+        row_gradients(
+            logits,
+            torch.arange(len(logits)),
+            ctx.tempering.temperature,
+            statistics=statistics,
+            index=index,
+            at_index=of_log_prob,
+            scale=scale,
+            slope=slope,
+            out=gradient,
+        )
+        return gradient, None, None, None, None
+
+
 class _LogitsPolicyLoss(torch.autograd.Function):
     """The loss with its gradient in the logits; backward multiplies that by the cotangent."""
 
@@ -310,7 +419,7 @@ class _LogitsPolicyLoss(torch.autograd.Function):
     # autograd would take the derivative through its base, in an array of the size of the logits
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, batch: TokenBatch, tempering: Tempering, overwrite: bool) -> torch.Tensor:  # noqa: ANN401, FBT001
-        ctx.save_for_backward(_sweep(batch, logits.detach(), tempering, needed=True, overwrite=overwrite))
+        ctx.save_for_backward(_sweep_of(batch)(batch, logits.detach(), tempering, needed=True, overwrite=overwrite))
         return batch.loss()
 
     @staticmethod

@@ -124,6 +124,7 @@ sympy_xp = SimpleNamespace(
     inf=sympy.oo,
     where=lambda condition, x, y: Term(sympy.Piecewise((Term(x).e, condition), (Term(y).e, True))),
     maximum=lambda x, y: sympy_xp.where(x > y, x, y),
+    minimum=lambda x, y: sympy_xp.where(x < y, x, y),
     abs=_lifted(lambda x: sympy.Piecewise((x, x >= 0), (-x, True))),
     ones_like=lambda _: Term(1),
     full_like=lambda _, value: Term(value),
@@ -158,7 +159,12 @@ def xp_at(point: dict[sympy.Symbol, Any]) -> SimpleNamespace:
     def where(condition: Any, x: Any, y: Any) -> Term:
         return Term(x) if bool(sympy.sympify(condition).subs(point)) else Term(y)
 
-    taken = {"where": where, "maximum": lambda x, y: where(x > y, x, y), "abs": lambda x: where(Term(x) >= 0, x, -x)}
+    taken = {
+        "where": where,
+        "maximum": lambda x, y: where(x > y, x, y),
+        "minimum": lambda x, y: where(x < y, x, y),
+        "abs": lambda x: where(Term(x) >= 0, x, -x),
+    }
     return SimpleNamespace(**{**vars(sympy_xp), **taken})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import claims as site
 import pytest
 
 HERE = Path(__file__).parent
@@ -36,3 +37,15 @@ def test_every_claim_is_checked(page):
 def test_every_proof_is_cited():
     cited = {name for page in PAGES for name in CITATION.findall(page.read_text(encoding="utf-8"))}
     assert PROOFS - cited == set()
+
+
+def test_every_claim_has_a_proof_by_a_named_prover_and_an_implementation():
+    found = [claim for page in site.pages() for claim in site.claims(page)]
+    assert len({(claim.page, claim.label) for claim in found}) == len(found) > 80
+    assert {claim.page for claim in found} == {page.stem for page in PAGES}
+    assert set(site.proofs()) == PROOFS
+    for claim in found:
+        assert claim.implemented_by, claim
+        provers = {site.proofs()[name].prover for name in claim.proofs}
+        assert provers, claim
+        assert all(re.match(r"SymPy|z3|iv|enumeration|NumPy|mpmath", prover) for prover in provers), (claim.label, provers)

@@ -134,7 +134,9 @@ def per_datum_loss(
         figures = summarize_metrics(result.metrics)
     """
     trace = Trace()
-    symbols = dict(zip(_RECORDED, (trace.input(name, BOOL if name == "mask" else FLOAT) for name in _RECORDED), strict=True))
+    symbols: dict[str, Any] = dict(
+        zip(_RECORDED, (trace.input(name, BOOL if name == "mask" else FLOAT) for name in _RECORDED), strict=True)
+    )
     recorded = policy_loss_of(objective, **symbols, divergence=None, dtype=FLOAT, diagnostics=True, xp=trace.namespace)
     diagnostics = recorded.diagnostics or {}
 

@@ -1,0 +1,73 @@
+"""Directives: a figure or table that the library draws while the site is built, and the table of claims."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING, Any
+
+import claims
+import figures
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from drpo_core.cli import BUNDLED
+from drpo_core.explorer import explorer_data, explorer_html
+from drpo_core.rollouts import open_rollouts
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+
+class Drawn(SphinxDirective):
+    """``{drawn} name``: what the function `name` of figures.py returns, as HTML; the body says what it shows."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        """Draw."""
+        self.env.note_reread()
+        html = getattr(figures, self.arguments[0])()
+        figure = nodes.container(classes=["drawn-figure"])
+        figure += nodes.raw("", html, format="html")
+        self.state.nested_parse(self.content, self.content_offset, figure)
+        return [figure]
+
+
+class Explorer(SphinxDirective):
+    """``{explorer}``: the trust region with sliders, over the rollouts that ship with the package."""
+
+    def run(self) -> list[nodes.Node]:
+        """Compute and embed."""
+        self.env.note_reread()
+        with as_file(files("drpo_core") / "data" / BUNDLED) as path:
+            data = explorer_data(open_rollouts(path))
+        return [nodes.raw("", explorer_html(data), format="html")]
+
+
+class Claims(SphinxDirective):
+    """``{claims}``: every numbered claim of the derivations, with what proves it and what code that proof runs."""
+
+    def run(self) -> list[nodes.Node]:
+        """Tabulate."""
+        self.env.note_reread()
+        lines = ["| claim | proved by | properties | implemented by |", "|---|---|---|---|"]
+        for page in claims.pages():
+            for claim in claims.claims(page):
+                proofs = [claims.proofs()[name] for name in claim.proofs]
+                cells = (
+                    f"`{claim.page}:{claim.label}`",
+                    " · ".join(f"`{proof.name}` ({proof.prover})" for proof in proofs),
+                    " ".join(f"P{number}" for number in claim.properties) or "–",
+                    " ".join(f"`{name}`" for name in claim.implemented_by),
+                )
+                lines.append("| " + " | ".join(cells) + " |")
+        return [nodes.container("", *self.parse_text_to_nodes("\n".join(lines)), classes=["claims"])]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.add_directive("drawn", Drawn)
+    app.add_directive("claims", Claims)
+    app.add_directive("explorer", Explorer)
+    return {"parallel_read_safe": False, "version": "1"}

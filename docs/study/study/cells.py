@@ -1,0 +1,156 @@
+"""What is compared: settings, methods with their thresholds, and cells (a run of one method in one setting from one seed)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from drpo_core import DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip
+from drpo_core.thresholds import VacuousTrustRegionWarning
+from study.objectives import Penalised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from drpo_core import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Model, number formats of engine and trainer, and by how many rollout batches the engine's weights are behind."""
+
+    architecture: str
+    engine: str
+    trainer: str = "float32"
+    lag: int = 0
+
+
+SIX = {
+    "dense-bf16": Setting("dense", "bfloat16"),
+    "dense-fp8-rollout": Setting("dense", "fp8"),
+    "dense-fp8-e2e": Setting("dense", "fp8", "fp8"),
+    "moe-bf16": Setting("moe", "bfloat16"),
+    "moe-fp8-rollout": Setting("moe", "fp8"),
+    "moe-fp8-e2e": Setting("moe", "fp8", "fp8"),
+}
+FURTHER = {"dense-int8-rollout": Setting("dense", "int8"), "dense-fp8-lag": Setting("dense", "fp8", lag=2)}
+SETTINGS = SIX | FURTHER
+EXACT = Setting("dense", "float32")
+"""No mismatch: for comparing implementations, where a rounded engine turns differences of 1e-7 into other tokens."""
+TUNED_IN = "dense-fp8-rollout"
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What all methods share. `learning_rate` is PG-IS's best in `TUNED_IN`: see preregistration.md."""
+
+    rollouts: int = 120
+    prompts: int = 32
+    samples: int = 8
+    steps: int = 8
+    """Optimiser steps a rollout batch, each on its own part of it."""
+    learning_rate: float = 4e-4
+    clip_norm: float = 1.0
+
+
+DEFAULT = Training()
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A family with one threshold: how to build it, the threshold of the papers, and those that tuning tries."""
+
+    build: Callable[[float], Objective]
+    published: tuple[float, ...]
+    grid: tuple[float, ...]
+
+
+SMOOTH = (0.05, 0.15, 0.5, 2.5, 12.5)
+MASKS = (0.05, 0.1, 0.15, 0.3, 0.6)
+METHODS = {
+    "pg-is": Method(lambda _: PolicyGradient(), (0.0,), ()),
+    # the threshold is ε_high; ε_low keeps the ratio of 0.2 to 0.28
+    "grpo": Method(lambda e: PPOClip(eps_low=e / 1.4, eps_high=e), (0.28,), (0.07, 0.14, 0.28, 0.56, 1.12)),
+    "spo": Method(lambda e: SPO(eps=e), (12.5,), SMOOTH),
+    "dppo-tv": Method(lambda d: DPPO(delta=d), (0.15,), MASKS),
+    "dppo-kl": Method(lambda d: DPPO(delta=d, divergence="binary_kl"), (0.05,), (0.01, 0.05, 0.1, 0.2, 0.5)),
+    "drpo": Method(lambda d: DRPO(delta=d), (12.5, 2.5), SMOOTH),
+    "mask-drpo": Method(lambda d: MaskDRPO(delta=d), (), SMOOTH),
+    "drpo-without-a": Method(lambda d: Penalised(penalty="l2", delta=d, by_advantage=False), (12.5,), SMOOTH),
+    "k1": Method(lambda d: Penalised(penalty="k1", delta=d), (), SMOOTH),
+    "k2": Method(lambda d: Penalised(penalty="k2", delta=d), (), SMOOTH),
+    "k3": Method(lambda d: Penalised(penalty="k3", delta=d), (), SMOOTH),
+    "tv": Method(lambda d: Penalised(penalty="tv", delta=d), (), SMOOTH),
+    # with |A| it is SPO
+    "chi2-without-a": Method(lambda d: Penalised(penalty="chi2", delta=d, by_advantage=False), (), SMOOTH),
+}
+
+
+def objective(method: str, threshold: float) -> Objective:
+    """The objective, without the library's warning that δ ≥ 1 is no boundary: the paper's δ is what is studied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VacuousTrustRegionWarning)
+        return METHODS[method].build(threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run."""
+
+    setting: str
+    method: str
+    threshold: float
+    seed: int
+    training: Training = DEFAULT
+
+    @property
+    def name(self) -> str:
+        """Of its result file: readable, and with a digest of everything that the result depends on."""
+        what = json.dumps([asdict(SETTINGS[self.setting]), asdict(self.training)], sort_keys=True)
+        digest = hashlib.sha256(what.encode()).hexdigest()[:8]
+        return f"{self.setting}.{self.method}.{self.threshold:g}.{self.seed}.{digest}"
+
+
+TUNING_SEEDS, QUICK_SEEDS = (100, 101), (200, 201, 202)
+SEEDS = (0, 1, 2, 3, 4)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+HEADLINE = ("pg-is", "grpo", "spo", "dppo-tv", "dppo-kl", "drpo")
+"""The methods that the paper's main comparison has; the others are its ablations."""
+STRESS = 3.0
+"""Factor of the learning rate under stress."""
+STRESSED = ("dense-fp8-rollout", "moe-fp8-rollout")
+
+
+def tuning_cells(training: Training = DEFAULT) -> list[Cell]:
+    """Five values a method in one setting, from seeds used for nothing else: of the threshold; PG-IS: of the learning rate."""
+    rates = [replace(training, learning_rate=rate) for rate in LEARNING_RATES]
+    return [Cell(TUNED_IN, "pg-is", 0.0, seed, how) for seed in TUNING_SEEDS for how in rates] + [
+        Cell(TUNED_IN, name, threshold, seed, training)
+        for seed in TUNING_SEEDS
+        for name, method in METHODS.items()
+        for threshold in method.grid
+    ]
+
+
+def thresholds(name: str, tuned: dict[str, float]) -> list[float]:
+    """The published thresholds of a method, then the tuned one unless it is one of them."""
+    return list(dict.fromkeys([*METHODS[name].published, *([tuned[name]] if name in tuned else [])]))
+
+
+def comparison_cells(tuned: dict[str, float], seeds: Sequence[int] = SEEDS, training: Training = DEFAULT) -> list[Cell]:
+    """Every method in the six settings; the headline methods in two further ones, and in two at a higher learning rate."""
+    stressed = replace(training, learning_rate=STRESS * training.learning_rate)
+    runs = [(setting, name, training) for setting in SIX for name in METHODS]
+    runs += [(setting, name, training) for setting in FURTHER for name in HEADLINE]
+    runs += [(setting, name, stressed) for setting in STRESSED for name in HEADLINE]
+    # seed by seed, so that whatever is there when one looks is a whole comparison
+    return [Cell(s, n, t, seed, how) for seed in seeds for s, n, how in runs for t in thresholds(n, tuned)]
+
+
+def quick_cells() -> list[Cell]:
+    """Three methods, one setting, three seeds that are used for nothing else."""
+    three = (("pg-is", 0.0), ("grpo", 0.28), ("drpo", 12.5))
+    return [Cell(TUNED_IN, name, threshold, seed) for seed in QUICK_SEEDS for name, threshold in three]

@@ -1,0 +1,116 @@
+"""Number formats of the trainer and of the inference engine, with what CPU kernels lack emulated.
+
+A linear layer in FP8 or int8 has both operands rounded to the format (weights with one scale an output channel, activations
+with one a token), exact products summed in float32, and an output rounded to bfloat16, as the kernels of serving engines do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FP8, FP8_GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST_INT8 = 127.0
+
+
+def round_to_fp8(x: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
+    """The nearest values of an FP8 format, after scaling the largest of each row to the format's largest."""
+    scale = _scale(x, torch.finfo(dtype).max)
+    return (x.float() / scale).to(dtype).float() * scale
+
+
+def round_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """The nearest of 255 equidistant values, symmetric, with one scale a row."""
+    scale = _scale(x, LARGEST_INT8)
+    return (x.float() / scale).round() * scale
+
+
+def _scale(x: torch.Tensor, largest: float) -> torch.Tensor:
+    return x.detach().float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
+
+
+class _StraightThrough(torch.autograd.Function):
+    """FP8 end to end: rounded operands on the way forward, a rounded gradient of the output on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - torch's context
+        x, weight = round_to_fp8(x), round_to_fp8(weight)
+        ctx.save_for_backward(x, weight)
+        return torch.einsum("...i,oi->...o", x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+        x, weight = ctx.saved_tensors
+        gradient = round_to_fp8(gradient, FP8_GRADIENT)
+        return torch.einsum("...o,oi->...i", gradient, weight), torch.einsum("...o,...i->oi", gradient, x)
+
+
+class Float32:
+    """The trainer of the BF16 and FP8-rollout settings: float32 throughout."""
+
+    dtype = torch.float32
+
+    def prepare(self, name: str, parameter: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the others look at it
+        """The parameter as the forward pass wants it."""
+        return parameter
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """X Wᵀ."""
+        return x @ weight.mT
+
+
+class TrainFP8(Float32):
+    """The trainer of FP8 end to end: float32 master weights, FP8 linear layers forward (e4m3) and backward (e5m2)."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """X Wᵀ of rounded operands."""
+        return _StraightThrough.apply(x, weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class BFloat16(Float32):
+    """An engine in bfloat16: weights, activations and logits."""
+
+    dtype = torch.bfloat16
+
+    def prepare(self, name: str, parameter: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """The parameter in bfloat16."""
+        return parameter.detach().bfloat16()
+
+
+class _Quantised(BFloat16):
+    def prepare(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """Embeddings, norms and head (one table here) stay in bfloat16; the matrices of the layers are rounded."""
+        return self.round(parameter.detach()) if is_linear(name) else super().prepare(name, parameter)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """X Wᵀ of rounded operands, summed in float32, rounded to bfloat16."""
+        return (self.round(x) @ weight.mT).bfloat16()
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class EngineFP8(_Quantised):
+    """An engine with FP8 (e4m3) linear layers."""
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """To FP8."""
+        return round_to_fp8(x)
+
+
+class EngineInt8(_Quantised):
+    """An engine with int8 linear layers."""
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """To int8."""
+        return round_to_int8(x)
+
+
+TRAINERS = {"float32": Float32(), "fp8": TrainFP8()}
+ENGINES = {"float32": Float32(), "bfloat16": BFloat16(), "fp8": EngineFP8(), "int8": EngineInt8()}
+
+
+def is_linear(name: str) -> bool:
+    """Whether a parameter is the matrix of a layer, which FP8 and int8 apply to; routers are kept out, as is usual."""
+    return name.rpartition(".")[2] in {"qkv", "out", "up", "down"}
