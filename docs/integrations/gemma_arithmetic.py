@@ -39,7 +39,8 @@ PROMPT = "12+3=15\n{}+{}="
 SUMS = [(a, b) for a in range(10, 60) for b in range(1, 10)]
 HELD_OUT = 64
 ANSWER_TOKENS = 3
-PROMPTS, GENERATIONS, ITERATIONS = 8, 4, 2
+PROMPTS, GENERATIONS, ITERATIONS = 16, 4, 2
+WARMUP_STEPS = 4
 EVALUATE_EVERY = 8
 TRAINED_LAYERS = range(12, 18)
 TRAINED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -139,7 +140,8 @@ def train(steps: int, minutes: float, learning_rate: float, seed: int) -> dict[s
                 output_dir=folder,
                 max_steps=steps,
                 learning_rate=learning_rate,
-                lr_scheduler_type="constant",
+                lr_scheduler_type="linear",  # to 0; at a constant rate the policy learns, and then unlearns
+                warmup_steps=WARMUP_STEPS,
                 per_device_train_batch_size=PROMPTS * GENERATIONS,
                 num_generations=GENERATIONS,
                 num_iterations=ITERATIONS,
@@ -179,17 +181,19 @@ def train(steps: int, minutes: float, learning_rate: float, seed: int) -> dict[s
             "generations": GENERATIONS,
             "num_iterations": ITERATIONS,
             "learning_rate": learning_rate,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": WARMUP_STEPS,
             "seed": seed,
             "threads": torch.get_num_threads(),
         },
         "steps": trainer.state.global_step,
         "seconds": round(seconds),
         "held_out": [{name: round(value, 4) for name, value in row.items()} for row in evaluations],
-        "log": [_rounded(row) for row in trainer.state.log_history if "reward" in row],
+        "log": [_rounded(row) for row in trainer.state.log_history if "trust_region/ratio_mean" in row],
     }
 
 
-KEPT = ("step", "loss", "reward", "reward_std", "entropy", "grad_norm", "step_time")
+KEPT = ("step", "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "grad_norm", "learning_rate", "step_time")
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, float | None]:
@@ -198,12 +202,17 @@ def _rounded(row: dict[str, Any]) -> dict[str, float | None]:
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """Reward and diagnostics over steps."""
-    log, held_out = run["log"], run["held_out"]
-    steps = [row["step"] for row in log]
+    """Reward, and the diagnostics of the second step on each batch, over steps; on the first step π is μ but for rounding."""
+    held_out = run["held_out"]
+    first, second = ([row for row in run["log"] if ("reward" in row) == sampled] for sampled in (True, False))
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     reward, shift, weight = figure.subplots(1, 3)
-    reward.plot(steps, [row["reward"] for row in log], color="#999999", linewidth=1.0, label="training batch, sampled")
+    reward.plot(
+        *zip(*((row["step"], row["reward"]) for row in first), strict=True),
+        color="#999999",
+        linewidth=1.0,
+        label="training batch, sampled",
+    )
     reward.plot(
         *zip(*((row["step"], row["reward"]) for row in held_out), strict=True), color="#D55E00", label="held out, expected"
     )
@@ -211,15 +220,15 @@ def draw(run: dict[str, Any], path: Path) -> None:
         *zip(*((row["step"], row["greedy"]) for row in held_out), strict=True), "--", color="#0072B2", label="held out, greedy"
     )
     reward.set(title="reward", xlabel="optimiser step", ylim=(0.0, 1.0))
-    _curves(shift, log, {"binary_tv_max": "largest |π − μ|", "binary_tv_mean": "mean |π − μ|", "k3_mean": "KL(μ‖π), k3"})
+    _curves(shift, second, {"binary_tv_max": "largest |π − μ|", "binary_tv_mean": "mean |π − μ|", "k3_mean": "KL(μ‖π), k3"})
     shift.axhline(0.15, color="#bbbbbb", linewidth=0.8)
-    shift.set(title="distance from μ  (δ = 0.15)", xlabel="optimiser step", yscale="log")
+    shift.set(title="distance from μ  (δ = 0.15)", xlabel="optimiser step, each second on its batch", yscale="log")
     _curves(
         weight,
-        log,
+        second,
         {"effective_sample_size": "effective sample size", "attenuated_fraction": "0 < w < 1", "corrective_fraction": "w < 0"},
     )
-    weight.set(title="share of tokens", xlabel="optimiser step", ylim=(-0.02, 1.02))
+    weight.set(title="share of tokens", xlabel="optimiser step, each second on its batch", ylim=(-0.02, 1.02))
     for axis in (reward, shift, weight):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
