@@ -222,13 +222,13 @@ def draw(run: dict[str, Any], path: Path) -> None:
     reward.set(title="reward", xlabel="optimiser step", ylim=(0.0, 1.0))
     _curves(shift, second, {"binary_tv_max": "largest |π − μ|", "binary_tv_mean": "mean |π − μ|", "k3_mean": "KL(μ‖π), k3"})
     shift.axhline(0.15, color="#bbbbbb", linewidth=0.8)
-    shift.set(title="distance from μ  (δ = 0.15)", xlabel="optimiser step, every second on a batch", yscale="log")
+    shift.set(title="distance from μ  (δ = 0.15)", xlabel="optimiser step, each second on its batch", yscale="log")
     _curves(
         weight,
         second,
         {"effective_sample_size": "effective sample size", "attenuated_fraction": "0 < w < 1", "corrective_fraction": "w < 0"},
     )
-    weight.set(title="share of tokens", xlabel="optimiser step, every second on a batch", ylim=(-0.02, 1.02))
+    weight.set(title="share of tokens", xlabel="optimiser step, each second on its batch", ylim=(-0.02, 1.02))
     for axis in (reward, shift, weight):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
