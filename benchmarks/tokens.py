@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from drpo_core import (
     CISPO,
@@ -17,15 +18,15 @@ from drpo_core import (
     PPOClip,
     policy_loss_and_gradient,
 )
+from drpo_core.jit import fused
 from drpo_torch import policy_loss
+from drpo_torch.threads import in_threads
 
 import peers
 from measure import Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    import numpy as np
 
     Function = Callable[[], object]
 
@@ -107,6 +108,8 @@ def cases(shape: tuple[int, ...], threads: int) -> Iterator[Case]:
         functions[f"torch {engine}"] = partial(ours, tokens, engine)
         functions[f"torch {engine}, diagnostics"] = partial(ours, tokens, engine, diagnostics=True)
     arrays = [value.detach().numpy() for value in tokens]
+    for count in range(1, threads + 1):
+        functions[f"the compiled loop alone, {count} thread{'s' * (count > 1)}"] = _loop(arrays, count)
     for engine in ("plain", "jit"):
         for diagnostics in (False, True):
             label = f"NumPy {engine}{', diagnostics' if diagnostics else ''}"
@@ -175,6 +178,14 @@ def smoke() -> Iterator[Case]:
         "torch eager": partial(ours, tokens, "eager"),
     }
     yield Case("tokens (4, 64)", "DRPO, loss and gradient, (4, 64) float32", 256, functions, seconds=0.2)
+
+
+def _loop(arrays: list[np.ndarray[Any, Any]], threads: int) -> Function:
+    """What numba compiles, on torch's threads, into an array that is there already."""
+    flat = [array.reshape(-1) for array in arrays]
+    kernel = fused(OBJECTIVES["DRPO"], dtype="float32", diagnostics=False)
+    coefficients = np.full(1, 1.0 / flat[-1].sum(), np.float32)
+    return partial(kernel, *flat, coefficients, gradient=np.empty_like(flat[0]), threads=threads, spread=in_threads)
 
 
 def _numpy(arrays: list[np.ndarray[Any, Any]], **options: Any) -> object:

@@ -34,7 +34,8 @@ def _ours(logits: torch.Tensor, ids: torch.Tensor, rest: dict[str, torch.Tensor]
 
 
 def _overwriting(buffer: torch.Tensor, *arguments: Any, **options: Any) -> None:
-    # the logits of the next round are the gradient of this one: values do not change the time
+    # the logits of the next round are the gradient of this one. They grow, and most of a row's exponentials become 0:
+    # the loops take no longer, as they have no subnormal numbers; torch's softmax may
     leaf = buffer.detach().requires_grad_()
     result = logits_policy_loss(
         OBJECTIVE, logits=leaf, tokens=arguments[0], entropy=True, overwrite_logits=True, **options, **arguments[1]

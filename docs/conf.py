@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent), str(HERE.parent / "adapters")]
+sys.path[:0] = [str(HERE / "_ext"), str(HERE / "study"), str(HERE.parent), str(HERE.parent / "adapters")]
 
 import drpo_core  # noqa: E402 - found through the line above
 
@@ -28,9 +28,8 @@ extensions = [
 exclude_patterns = ["_ext", "examples"]
 # everything a page refers to exists
 nitpicky = True
-nitpick_ignore_regex = [
-    ("py:.*", r".*")
-]  # types in docstrings are prose, with shapes; roles are checked by the tests of the site
+# but what numpydoc takes for types in docstrings, which is prose, with shapes; tests/site checks roles and links
+nitpick_ignore_regex = [("py:.*", r".*")]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "fieldlist", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 3

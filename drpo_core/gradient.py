@@ -81,13 +81,22 @@ def token_loss_and_gradient(
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     xp = tokens.xp
     weight = objective.weight(tokens)
-    gradient = xp.astype(gradient_of(tokens, weight), log_prob.dtype, copy=False)
-    result = TokenLoss(objective.loss(tokens), gradient, weight)
+    loss, gradient = objective.loss(tokens), xp.astype(gradient_of(tokens, weight, mask=mask), log_prob.dtype, copy=False)
     if mask is None:
-        return result
-    return TokenLoss(*(xp.where(mask, array, 0.0) for array in result))
+        return TokenLoss(loss, gradient, weight)
+    return TokenLoss(xp.where(mask, loss, 0.0), gradient, xp.where(mask, weight, 0.0))
 
 
-def gradient_of(tokens: Tokens, weight: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
-    """−A r w; exactly 0 where w = 0, whatever the ratio."""
-    return tokens.xp.where(weight == 0.0, 0.0, -tokens.advantages * tokens.ratio * weight)
+def gradient_of(
+    tokens: Tokens,
+    weight: Float[Array, "*tokens"],
+    *,
+    mask: Bool[Array, "*tokens"] | None,
+    coefficients: Float[Array, "..."] | None = None,
+) -> Float[Array, "*tokens"]:
+    """−m c A r w; exactly 0 where m = 0 or w = 0, whatever the ratio and the coefficient."""
+    gradient = -tokens.advantages * tokens.ratio * weight
+    moves = weight != 0.0
+    return tokens.xp.where(
+        moves if mask is None else mask & moves, gradient if coefficients is None else coefficients * gradient, 0.0
+    )

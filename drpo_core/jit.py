@@ -8,9 +8,7 @@ of fixed size, so that the result is the same for any number of threads.
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
-from itertools import pairwise
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numba
@@ -18,6 +16,7 @@ import numpy as np
 
 from drpo_core.elementary import functions, wide_vectors
 from drpo_core.policy_loss import policy_loss_of
+from drpo_core.threads import in_threads
 from drpo_core.trace import BOOL, FLOAT, Symbol, Trace
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def fused(objective: Objective, *, dtype: DTypeLike, diagnostics: bool = True) -
         program = _compiled(objective, dtype, diagnostics=diagnostics, measured=divergence is not None)  # type: ignore[arg-type]
         measured = log_prob if divergence is None else divergence
         arrays = (log_prob, behavior_log_prob, advantages, mask.view(np.uint8), coefficients.reshape(-1), measured)
-        return program(arrays, gradient, threads, spread or _in_threads)
+        return program(arrays, gradient, threads, spread or in_threads)
 
     return kernel
 
@@ -264,24 +263,6 @@ def _finisher(trace: Trace, sums: list[Symbol], maxima: list[Symbol]) -> Callabl
         return namespace
 
     return finish
-
-
-def _in_threads(run: Callable[[int, int], None], segments: int, threads: int) -> None:
-    """Cover the segments in equal shares, the first of them in this thread."""
-    bounds = [segments * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(run, *share) for share in pairwise(bounds[1:])]
-    run(bounds[0], bounds[1])
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="drpo_core.jit")
-
-
-# the threads of a pool don't survive a fork
-os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _cpus() -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from array_api_compat import is_numpy_namespace
 
 from drpo_core.diagnostics import diagnostics_of, merge_stacked
+from drpo_core.gradient import gradient_of
 from drpo_core.ratio import Tokens, check_tokens
 from drpo_core.reduction import reduction_coefficients, token_mean
 from drpo_core.selection import SelectingNamespace
@@ -104,8 +105,8 @@ def policy_loss_and_gradient(
         If the shapes differ, the normalizer is negative or not finite, or the engine is unknown.
     ImportError
         If ``engine="jit"`` finds no numba.
-    NotImplementedError
-        If ``engine="jit"`` can't compile what the objective does.
+    UntraceableError
+        If ``engine="jit"`` can't compile what the objective does; ``engine="plain"`` runs any.
 
     References
     ----------
@@ -177,11 +178,9 @@ def policy_loss_of(
         log_prob, behavior_log_prob, advantages, mask=mask if select else None, divergence=divergence, xp=xp
     )
     weight = objective.weight(tokens)
-    loss, gradient = coefficients * objective.loss(tokens), coefficients * (-tokens.advantages * tokens.ratio * weight)
     return PolicyLoss(
-        xp.sum(xp.where(mask, loss, 0.0)),
-        # exactly 0 where w = 0, whatever the ratio
-        xp.where(mask & (weight != 0.0), gradient, 0.0),
+        xp.sum(xp.where(mask, coefficients * objective.loss(tokens), 0.0)),
+        gradient_of(tokens, weight, mask=mask, coefficients=coefficients),
         diagnostics_of(tokens, weight, objective.inside(tokens), mask) if diagnostics else None,
     )
 

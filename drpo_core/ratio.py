@@ -65,8 +65,7 @@ class Tokens(NamedTuple):
             advantages=advantages,
             log_ratio=ell,
             ratio=_ratio(power, xp=xp),
-            # literals: torch.compile(dynamic=True) turns a global float into a graph input
-            ratio_minus_one=xp.where(power_minus_one > 485165194.4097903, 485165194.4097903, power_minus_one),
+            ratio_minus_one=_ratio_minus_one(power_minus_one, xp=xp),
             shift=_shift(larger, power, power_minus_one, xp=xp),
             divergence=divergence,
             xp=xp,
@@ -299,7 +298,13 @@ def _bounded(ell: Array, *, xp: Namespace) -> Array:
 
 def _ratio(power: Array, *, xp: Namespace) -> Array:
     """min(e^ℓ, e²⁰)."""
+    # a literal, here and below: torch.compile(dynamic=True) turns a global float into a graph input
     return xp.where(power > 485165195.4097903, 485165195.4097903, power)
+
+
+def _ratio_minus_one(power_minus_one: Array, *, xp: Namespace) -> Array:
+    """min(e^ℓ − 1, e²⁰ − 1)."""
+    return xp.where(power_minus_one > 485165194.4097903, 485165194.4097903, power_minus_one)
 
 
 def _shift(larger: Array, power: Array, power_minus_one: Array, *, xp: Namespace) -> Array:

@@ -60,7 +60,10 @@ _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"
 
 
 class UntraceableError(NotImplementedError):
-    """An operation that can't be compiled; the plain engine runs it."""
+    """An operation that can't be compiled; the plain engine runs it.
+
+    The objective is not at fault, as a TypeError or ValueError would say: its operation has no place in `_TEMPLATES`.
+    """
 
     def __init__(self, operation: str) -> None:
         """Name the operation."""

@@ -79,13 +79,13 @@ def test_no_threads():
 def test_threads_survive_a_fork():
     code = (
         "import os, numpy as np\n"
-        "from drpo_core.jit import _in_threads\n"
+        "from drpo_core.threads import in_threads\n"
         "done = np.zeros(8)\n"
         "def run(first, last): done[first:last] += 1\n"
-        "_in_threads(run, 8, 3)\n"
+        "in_threads(run, 8, 3)\n"
         "child = os.fork()\n"
         "if not child:\n"
-        "    _in_threads(run, 8, 3)\n"
+        "    in_threads(run, 8, 3)\n"
         "    os._exit(0 if (done == 2).all() else 1)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )

@@ -157,8 +157,8 @@ def policy_loss(
         If the shapes differ, or the engine is unknown or does not work on this device.
     ImportError
         If ``engine="jit"`` finds no numba.
-    NotImplementedError
-        If ``engine="jit"`` can't compile what the objective does.
+    UntraceableError
+        If ``engine="jit"`` can't compile what the objective does; the other engines run any.
     RuntimeError
         On a second derivative or forward-mode differentiation, which are not implemented.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+
+from drpo_core import series
 
 __all__ = ["is_transformed", "namespace"]
 
@@ -20,14 +21,9 @@ class CompiledNamespace:
         return getattr(xp, name)
 
     def expm1(self, t: torch.Tensor) -> torch.Tensor:
-        """e^t − 1 by its series where abs(t) < ½, to within the rounding of the arithmetic."""
-        near = torch.abs(t) < 0.5
-        x = torch.where(near, t, 0.0)
-        highest = 14 if t.dtype == torch.float64 else 8
-        series = torch.full_like(x, 1.0 / math.factorial(highest))
-        for n in range(highest - 1, 0, -1):
-            series = series * x + 1.0 / math.factorial(n)
-        return torch.where(near, x * series, torch.exp(t) - 1.0)
+        """e^t − 1, to within the rounding of the arithmetic."""
+        result: torch.Tensor = series.expm1(t, double=t.dtype == torch.float64, xp=xp)
+        return result
 
     def count_nonzero(self, x: torch.Tensor) -> torch.Tensor:
         """How many elements are not 0, as a 0-d int32: inductor adds up int64, torch's, one by one."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from drpo_core import threads as pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,12 +25,15 @@ _Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def in_threads(run: Callable[[int, int], None], count: int, threads: int) -> None:
-    """Cover range(count) by `run(first, last)`, in as many equal shares as threads, one of them in this thread."""
-    bounds = [count * i // threads for i in range(threads + 1)]
-    shares = iter(list(pairwise(bounds)))
+    """`drpo_core.threads.in_threads`, on torch's threads where that is possible."""
+    library = None if threads == 1 else _openmp()
+    if library is None:
+        pool.in_threads(run, count, threads)
+        return
+    shares = iter(pool.shares(count, threads))
     errors: list[BaseException] = []
 
-    def work(_: object = None) -> None:
+    def work(_: object) -> None:
         # from one iterator, until none is left: fewer threads may come than were asked for
         try:
             for first, last in shares:
@@ -38,16 +41,7 @@ def in_threads(run: Callable[[int, int], None], count: int, threads: int) -> Non
         except BaseException as error:  # noqa: BLE001 -- C has no exceptions; raised below
             errors.append(error)
 
-    library = None if threads == 1 else _openmp()
-    if threads == 1:
-        work()
-    elif library is not None:
-        library.GOMP_parallel(_Task(work), None, threads, 0)
-    else:
-        others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-        work()
-        for other in others:
-            other.result()
+    library.GOMP_parallel(_Task(work), None, threads, 0)
     if errors:
         raise errors[0]
 
@@ -61,13 +55,3 @@ def _openmp() -> Any:  # noqa: ANN401
         except OSError:
             continue
     return None
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="drpo_torch")
-
-
-# the threads of a pool don't survive a fork
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from study.objectives import Penalised
 
-from drpo_core import binary_tv, drpo_weight, plots, spo_weight
+from drpo_core import DRPO, SPO, Tokens, binary_tv, plots
 from drpo_core.audit import audit, rows
 from drpo_core.cli import BUNDLED
 from drpo_core.explorer import COLOURS
 from drpo_core.rollouts import open_rollouts
 
 if TYPE_CHECKING:
+    from drpo_core import Objective
     from drpo_core.audit import Report
 
 STYLE = {
@@ -55,21 +57,21 @@ def weights() -> str:
 def alternatives() -> str:
     """Weights of other penalties."""
     delta = 0.15
+    penalties: dict[str, tuple[Objective, str]] = {
+        "DRPO": (DRPO(delta=delta), COLOURS["DRPO"]),
+        "χ² (SPO)": (SPO(eps=delta), COLOURS["SPO"]),
+        "k1": (Penalised(penalty="k1", delta=delta), "#999999"),
+        "k2": (Penalised(penalty="k2", delta=delta), COLOURS["DPPO-KL"]),
+        "k3": (Penalised(penalty="k3", delta=delta), COLOURS["Mask-DRPO"]),
+        "TV": (Penalised(penalty="tv", delta=delta), COLOURS["PPO-clip"]),
+    }
     with mpl.rc_context(STYLE):
         figure, axes = _panels(2)
         for axis, mu in zip(axes, (0.01, 0.5), strict=True):
             pi = np.unique(np.concatenate((np.linspace(0.001, 1, 800), np.geomspace(0.001, 1, 800))))
-            r, ones = pi / mu, np.ones_like(pi)
-            log_pi, log_mu = np.log(pi), np.full_like(pi, np.log(mu))
-            curves = {
-                "DRPO": (drpo_weight(log_pi, log_mu, ones, delta=delta), COLOURS["DRPO"]),
-                "χ² (SPO)": (spo_weight(log_pi, log_mu, ones, eps=delta), COLOURS["SPO"]),
-                "k1": (1 + 1 / (r * delta), "#999999"),
-                "k2": (1 - np.log(r) / (r * delta), COLOURS["DPPO-KL"]),
-                "k3": (1 - (1 - 1 / r) / delta, COLOURS["Mask-DRPO"]),
-                "TV": (1 - np.sign(r - 1) / (2 * delta), COLOURS["PPO-clip"]),
-            }
-            for name, (w, colour) in curves.items():
+            tokens = Tokens.of(np.log(pi), np.full_like(pi, np.log(mu)), np.ones_like(pi), xp=np)
+            for name, (objective, colour) in penalties.items():
+                w = objective.weight(tokens)
                 axis.plot(pi, w, label=name, color=colour, linewidth=2.4 if name == "DRPO" else 1.4)
             axis.axhline(0, color="#666666", linewidth=0.7)
             axis.axvline(mu, color="#bbbbbb", linewidth=1)

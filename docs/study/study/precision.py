@@ -6,6 +6,7 @@ with one a token), exact products summed in float32, and an output rounded to bf
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class BFloat16(Float32):
         return parameter.detach().bfloat16()
 
 
-class _Quantised(BFloat16):
+class _Quantised(BFloat16, ABC):
     def prepare(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         """Embeddings, norms and head (one table here) stay in bfloat16; the matrices of the layers are rounded."""
         return self.round(parameter.detach()) if is_linear(name) else super().prepare(name, parameter)
@@ -87,8 +88,9 @@ class _Quantised(BFloat16):
         """X Wᵀ of rounded operands, summed in float32, rounded to bfloat16."""
         return (self.round(x) @ weight.mT).bfloat16()
 
+    @abstractmethod
     def round(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """To the numbers that the format has."""
 
 
 class EngineFP8(_Quantised):
