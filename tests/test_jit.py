@@ -78,13 +78,16 @@ def test_no_threads():
 
 def test_threads_survive_a_fork():
     code = (
-        "import os, numpy as np\n"
+        "import os, signal, time, numpy as np\n"
         "from drpo_core.threads import in_threads\n"
         "done = np.zeros(8)\n"
-        "def run(first, last): done[first:last] += 1\n"
+        "def run(first, last):\n"
+        "    time.sleep(0.05)\n"  # or one thread of the pool would do for all, and a pool with room for another starts it
+        "    done[first:last] += 1\n"
         "in_threads(run, 8, 3)\n"
         "child = os.fork()\n"
         "if not child:\n"
+        "    signal.alarm(20)\n"
         "    in_threads(run, 8, 3)\n"
         "    os._exit(0 if (done == 2).all() else 1)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
@@ -128,6 +131,16 @@ def test_a_nan_weight_shows_in_the_extrema():
         assert np.isnan(gradient[0]) == mask[0]
         for name in ("weight_min", "weight_max", "weight_mean"):
             assert np.isnan(statistics[name][0]) == mask[0], name
+
+
+@pytest.mark.parametrize("extremum", ["minimum", "maximum"])
+def test_an_extremum_with_a_constant_passes_on_a_nan(extremum):
+    # 0/0 on-policy, which is a NaN, and ±1 beside it
+    objective = of_weight(lambda _, t: getattr(t.xp, extremum)(t.ratio_minus_one / t.xp.abs(t.ratio_minus_one), 0.5))
+    x, b = np.log(np.array([0.5, 0.2, 0.1])), np.log(np.array([0.5, 0.1, 0.2]))
+    _, gradient, _ = run(objective, (x, b, np.ones(3), np.ones(3, dtype=bool)))
+    extreme = getattr(np, extremum)(np.array([np.nan, 1.0, -1.0]), 0.5)
+    np.testing.assert_allclose(gradient, -np.exp(x - b) * extreme)
 
 
 @dataclass(frozen=True)
