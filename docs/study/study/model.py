@@ -85,6 +85,10 @@ class Cache:
         nothing = torch.zeros(batch, shape.heads, 0, shape.width // shape.heads, dtype=dtype)
         return cls([nothing] * shape.layers, [nothing] * shape.layers)
 
+    def rows(self, which: torch.Tensor) -> Cache:
+        """Of some of the sequences, as often as they are named."""
+        return Cache([k[which] for k in self.keys], [v[which] for v in self.values])
+
 
 def hidden_states(
     parameters: Parameters, shape: Shape, tokens: torch.Tensor, precision: Float32, cache: Cache | None = None
@@ -99,13 +103,13 @@ def hidden_states(
     imbalance = torch.zeros(())
     for i in range(shape.layers):
         x = x + _attention(p, i, shape, _normalised(x, p[f"{i}.norm1"]), causal, precision, cache)
-        y = _normalised(x, p[f"{i}.norm2"])
+        y = _normalised(x, p[f"{i}.norm2"]).flatten(0, 1)
         if shape.experts:
             update, term = mixture(p, i, shape, y, precision)
             imbalance = imbalance + term
         else:
-            update = precision.linear(torch.nn.functional.silu(precision.linear(y, p[f"{i}.up"])), p[f"{i}.down"])
-        x = x + update
+            update = _feed_forward(p, i, y, precision)
+        x = x + update.view_as(x)
     return _normalised(x, p["norm"]), imbalance
 
 
@@ -124,23 +128,23 @@ def _attention(
 ) -> torch.Tensor:
     batch, new, width = x.shape
     size = width // shape.heads
-    q, k, v = precision.linear(x, p[f"{i}.qkv"]).view(batch, new, 3, shape.heads, size).permute(2, 0, 3, 1, 4)
+    q, k, v = precision.linear(x.flatten(0, 1), p[f"{i}.qkv"]).view(batch, new, 3, shape.heads, size).permute(2, 0, 3, 1, 4)
     cache.keys[i] = k = torch.cat([cache.keys[i], k], 2)
     cache.values[i] = v = torch.cat([cache.values[i], v], 2)
     scores = (q @ k.mT).float() * size**-0.5
     share = scores.masked_fill(~causal, -torch.inf).softmax(-1).to(v.dtype)
-    return precision.linear((share @ v).transpose(1, 2).reshape(batch, new, width), p[f"{i}.out"])
+    return precision.linear((share @ v).transpose(1, 2).reshape(batch * new, width), p[f"{i}.out"]).view(batch, new, width)
+
+
+def _feed_forward(p: Parameters, i: int, x: torch.Tensor, precision: Float32) -> torch.Tensor:
+    return precision.linear(torch.nn.functional.silu(precision.linear(x, p[f"{i}.up"])), p[f"{i}.down"])
 
 
 def mixture(p: Parameters, i: int, shape: Shape, x: torch.Tensor, precision: Float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """All experts of all tokens, then those chosen: at this size cheaper than to gather."""
+    """For x (tokens, width): all experts of all tokens, then those chosen, which at this size is cheaper than to gather."""
     affinity = (x @ p[f"{i}.router"].mT).float().softmax(-1)
     best, index = affinity.topk(shape.chosen, -1)
     gate = torch.zeros_like(affinity).scatter(-1, index, best / best.sum(-1, keepdim=True))
-    one_expert = [
-        precision.linear(torch.nn.functional.silu(precision.linear(x, up)), down)
-        for up, down in zip(p[f"{i}.up"], p[f"{i}.down"], strict=True)
-    ]
-    y = torch.einsum("bte,ebtw->btw", gate.to(x.dtype), torch.stack(one_expert))
-    used = (gate > 0).float().mean((0, 1)) * shape.experts / shape.chosen
-    return y, (used * affinity.mean((0, 1))).sum() - 1.0
+    y = torch.einsum("ne,enw->nw", gate.to(x.dtype), _feed_forward(p, i, x, precision))
+    used = (gate > 0).float().mean(0) * shape.experts / shape.chosen
+    return y, (used * affinity.mean(0)).sum() - 1.0

@@ -19,7 +19,7 @@ def prefit(architecture: str, seed: int, task: Task) -> tuple[model.Parameters, 
     """Parameters, and the steps and reward they stopped at."""
     shape, precision = model.SHAPES[architecture], Float32()
     parameters = {name: p.requires_grad_() for name, p in model.initial(shape, seed).items()}
-    optimiser = torch.optim.Adam(parameters.values(), lr=LEARNING_RATE)
+    optimiser = torch.optim.Adam(parameters.values(), lr=LEARNING_RATE, fused=True)
     generator = torch.Generator().manual_seed(seed)
     reward, step = 0.0, 0
     while reward < ENOUGH and step < MOST_STEPS:

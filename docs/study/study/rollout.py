@@ -41,21 +41,41 @@ def uniforms(prompts: Prompts, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(prompts.tokens.shape[0], RESPONSE, generator=generator, dtype=torch.float64)
 
 
+BLOCK = 64
+
+
+def inverted(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token where the cumulative probability passes u, and its log-prob: (rows, 1) each. Overwrites the logits.
+
+    First the block of `BLOCK` tokens is found, then the token in it, as to sum up all tokens one by one costs more than the model.
+    """
+    rows = torch.arange(logits.shape[0])
+    share = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, BLOCK))
+    sums = share.sum(-1).double()
+    cumulative = sums.cumsum(-1)
+    target = u * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[-1] - 1)
+    within = share[rows, block[:, 0]].double().cumsum(-1)
+    before = cumulative.gather(1, block) - sums.gather(1, block)
+    token = BLOCK * block + torch.searchsorted(within, target - before, right=True).clamp(max=BLOCK - 1)
+    return token, (share.flatten(1).gather(1, token) / cumulative[:, -1:]).log().float()
+
+
 @torch.no_grad()
 def sample(engine: Parameters, shape: Shape, prompts: Prompts, precision: Float32, u: torch.Tensor) -> Rollout:
     """One response a prompt at temperature 1, by inversion: the same numbers give near policies near samples."""
-    number = prompts.tokens.shape[0]
-    cache = model.Cache.empty(shape, number, precision.dtype)
-    tokens = prompts.tokens
+    # the samples of a prompt share its states
+    distinct, of = prompts.tokens.unique_consecutive(dim=0, return_inverse=True)
+    cache = model.Cache.empty(shape, distinct.shape[0], precision.dtype)
+    states, _ = model.hidden_states(engine, shape, distinct, precision, cache)
+    states, cache = states[of], cache.rows(of)
     chosen, log_probs = [], []
     for t in range(RESPONSE):
-        states, _ = model.hidden_states(engine, shape, tokens, precision, cache)
-        log_prob = model.logits(engine, states[:, -1]).log_softmax(-1)
-        cumulative = log_prob.double().exp().cumsum(-1)
-        tokens = torch.searchsorted(cumulative, u[:, t : t + 1] * cumulative[:, -1:], right=True)
-        tokens = tokens.clamp(max=log_prob.shape[-1] - 1)
-        chosen.append(tokens)
-        log_probs.append(log_prob.gather(1, tokens))
+        if t > 0:
+            states, _ = model.hidden_states(engine, shape, chosen[-1], precision, cache)
+        token, log_prob = inverted(model.logits(engine, states[:, -1]), u[:, t : t + 1])
+        chosen.append(token)
+        log_probs.append(log_prob)
     responses = torch.cat(chosen, 1)
     mask = response_mask(responses)
     return Rollout(prompts, torch.where(mask, responses, END), torch.cat(log_probs, 1), mask)
