@@ -155,8 +155,8 @@ def test_binary_kl_beside_certainty(backend):
 
 
 def test_k3_saturates_with_the_ratio(backend):
-    result = backend.run(k3, np.zeros(3), np.array([-19.0, -20.0, -700.0]))
-    expected = [math.exp(19) - 1 - 19, math.exp(20) - 1 - 20, math.exp(20) - 1 - 20]
+    result = backend.run(k3, np.zeros(4), np.array([-19.0, -20.0, -20.5, -700.0]))
+    expected = [math.exp(19) - 1 - 19, *[math.exp(20) - 1 - 20] * 3]
     np.testing.assert_allclose(result, expected, rtol=1e-14)
 
 

@@ -8,7 +8,7 @@ import pytest
 from backends import Backend
 
 from drpo_core import masked_sum, sequence_mean_token_mean, sequence_mean_token_sum, token_mean
-from drpo_core.reduction import reduction_coefficients
+from drpo_core.reduction import has_coefficients, reduction_coefficients, reduction_count
 
 VALUES = np.array([[1.0, 2.0, 6.0, np.nan], [5.0, np.inf, np.nan, -np.inf]])
 MASK = np.array([[True, True, True, False], [True, False, False, False]])
@@ -230,7 +230,10 @@ def test_masked_sum_errors(backend):
         backend.run(masked_sum, VALUES, MASK, token_weights=WEIGHTS[0])
 
 
-@pytest.mark.parametrize("reduction", [token_mean, sequence_mean_token_mean, partial(sequence_mean_token_sum, horizon=3.0)])
+KNOWN = [token_mean, sequence_mean_token_mean, sequence_mean_token_sum, partial(sequence_mean_token_sum, horizon=3.0)]
+
+
+@pytest.mark.parametrize("reduction", KNOWN)
 @pytest.mark.parametrize("normalizer", [None, 7.0])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
@@ -248,5 +251,29 @@ def test_coefficients_are_what_each_value_is_multiplied_with(reduction, normaliz
     np.testing.assert_allclose(total, reduction(values, mask, **options), rtol=1e-15)
 
 
+@pytest.mark.parametrize("reduction", KNOWN)
+def test_what_is_counted_are_tokens_or_sequences(reduction):
+    mask = np.array([[True, True, False], [True, False, False], [False, False, False]])
+    expected = 3.0 if reduction is token_mean else 2.0
+    assert reduction_count(reduction, mask, dtype=np.float32) == expected
+    assert reduction_count(reduction, mask.ravel(), dtype=np.float32, segment_ids=np.repeat(np.arange(3), 3)) == expected
+    assert reduction_count(reduction, np.zeros((2, 2), dtype=bool), dtype=np.float32) == 0.0
+    assert reduction_count(reduction, mask, dtype=np.float32).dtype == np.float32
+    with pytest.raises(TypeError, match="mask: expected a bool dtype"):
+        reduction_count(reduction, np.ones((2, 2)), dtype=np.float32)
+
+
+def test_coefficients_have_the_dtype_that_was_asked_for():
+    mask, weights = np.array([[True, False]]), np.array([[0.5, 1.0]])
+    assert reduction_coefficients(token_mean, mask, dtype=np.float32, token_weights=weights).dtype == np.float32
+
+
 def test_nothing_is_known_of_another_reduction():
-    assert reduction_coefficients(lambda values, *_, **__: values.max(), np.array([True]), dtype=np.float64) is None
+    def largest(values, *_, **__):
+        return values.max()
+
+    for unknown in (largest, partial(largest, horizon=3.0), partial(token_mean, normalizer=3.0)):
+        assert not has_coefficients(unknown)
+        assert reduction_coefficients(unknown, np.array([True]), dtype=np.float64) is None
+        assert reduction_count(unknown, np.array([True]), dtype=np.float64) is None
+    assert all(map(has_coefficients, KNOWN))
