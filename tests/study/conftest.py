@@ -15,6 +15,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """Compiling a trainer costs more than the few steps of a test; `test_runner.py` compiles those that it compares."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # in processes that a test starts
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def start():
     """Parameters, and what the pre-fit says of itself."""

@@ -47,7 +47,7 @@ BLOCK = 64
 def inverted(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The token where the cumulative probability passes u, and its log-prob: (rows, 1) each. Overwrites the logits.
 
-    First the block of `BLOCK` tokens is found, then the token in it, as to sum up all tokens one by one costs more than the model.
+    First its block of `BLOCK` tokens, then its place there: to sum up all tokens one by one costs more than the model.
     """
     rows = torch.arange(logits.shape[0])
     share = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, BLOCK))
