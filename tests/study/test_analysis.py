@@ -110,7 +110,7 @@ def test_the_report_has_every_cell_and_writes_every_figure(folder):
     for line in ((name, t) for name in METHODS for t in thresholds(name, TUNED)):
         assert rows[figures.title(line).replace("|A|", "abs(A)")].count("[") == len(SIX) + 1
     assert "runs)" not in text
-    for name in ("learning", "mismatch", "sensitivity", "weights"):
+    for name in ("verdicts", "learning", "mismatch", "sensitivity", "weights"):
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 10_000
 
 

@@ -13,14 +13,14 @@ from study.intervals import Interval, bootstrap, interquartile_mean, mean
 from study.measures import batches_to_level, collapsed, final_reward, largest_mismatch, rare, spikes
 from study.results import read_all
 from study.runner import tuned_thresholds
-from study.verdicts import decide, scores
+from study.verdicts import MARGIN, decide, scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from study.results import Result
-    from study.verdicts import Line, Runs
+    from study.verdicts import Line, Runs, Verdict
 
 HISTOGRAMS: tuple[Line, ...] = (
     ("pg-is", 0.0),
@@ -78,7 +78,8 @@ def report(folder: Path, drawings: Path) -> str:
     lines = [(name, t) for name in METHODS for t in thresholds(name, tuned)]
     headline: list[Line] = [(name, METHODS[name].published[0]) for name in HEADLINE]
 
-    parts = ["**Verdicts**", verdict_table(runs, tuned, seeds)]
+    decided = decide(runs, tuned, seeds)
+    parts = ["**Verdicts**", verdict_table(decided)]
     parts += ["**Final reward**", reward_table(runs, lines, tuple(SIX), seeds, tuned)]
     parts += ["**Stability and efficiency over the six settings**", stability_table(runs, lines, tuple(SIX), seeds)]
     parts += ["**Further settings**", reward_table(runs, headline_lines(tuned), tuple(FURTHER), seeds, tuned)]
@@ -91,6 +92,7 @@ def report(folder: Path, drawings: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     (folder / "tables.txt").write_text(text)
 
+    figures.save(figures.verdicts(decided, MARGIN), drawings / "verdicts.svg")
     figures.save(figures.learning_curves(runs, headline), drawings / "learning.svg")
     figures.save(figures.mismatch(runs, headline), drawings / "mismatch.svg")
     figures.save(figures.sensitivity(tuning, TUNED_IN), drawings / "sensitivity.svg")
@@ -111,9 +113,9 @@ def study_weights(runs: Runs, lines: Sequence[Line]) -> dict[Line, np.ndarray]:
     return {line: np.sum(counts, axis=0) for line, counts in found.items() if counts}
 
 
-def verdict_table(runs: Runs, tuned: dict[str, float], seeds: Sequence[int]) -> str:
+def verdict_table(decided: Sequence[Verdict]) -> str:
     """Each hypothesis with the difference that decides it."""
-    rows = [[v.name, v.claim, str(v.difference or "–"), v.decision] for v in decide(runs, tuned, seeds)]
+    rows = [[v.name, v.claim, str(v.difference or "–"), v.decision] for v in decided]
     return _markdown(["", "claim", "difference [95 %]", "decision"], rows)
 
 

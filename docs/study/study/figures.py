@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from study.results import Result
-    from study.verdicts import Line, Runs
+    from study.verdicts import Line, Runs, Verdict
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -207,6 +207,25 @@ def weight_histograms(counts: dict[str, dict[Line, np.ndarray]]) -> Figure:
             axes[-1, column].set_xticks(shown, [f"{WEIGHT_EDGES[i]:g}" for i in shown], rotation=90, fontsize=8)
             axes[-1, column].set_xlabel("weight w: edges of the bins, finest around 1")
         figure.supylabel("share of tokens with A ≠ 0", fontsize=9)
+        return figure
+
+
+def verdicts(decided: Sequence[Verdict], margin: float) -> Figure:
+    """The difference that decides each hypothesis, with its interval, its claim and the decision."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 0.32 * len(decided) + 1.0), layout="constrained")
+        axis = figure.subplots()
+        axis.axvspan(-margin, margin, color="#EEEEEE", zorder=0)
+        axis.axvline(0.0, color="#000000", lw=0.8, zorder=1)
+        for row, verdict in enumerate(decided):
+            if verdict.difference is not None:
+                value, low, high = verdict.difference
+                axis.plot([low, high], [row, row], color=OTHER, lw=2.0)
+                axis.plot(value, row, "o", color=OTHER, ms=5)
+            axis.annotate(verdict.decision, (1.01, row), xycoords=("axes fraction", "data"), va="center")
+        axis.set_yticks(range(len(decided)), [f"{v.name}: {v.claim}" for v in decided])
+        axis.set_ylim(len(decided) - 0.5, -0.5)
+        axis.set_xlabel(f"difference of final reward (H2: of the share of collapses), 95 %; grey: the margin of ±{margin:g}")
         return figure
 
 
