@@ -102,6 +102,16 @@ def test_verdicts_are_those_of_the_numbers_that_were_put_in(folder):
     assert h6 == pytest.approx((0.1, 0.1, 0.1), abs=0.005)
 
 
+def test_among_equals_the_best_of_several_is_ahead_by_luck_only():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0.0, 0.04, (6, 5, 6))
+    shares = verdicts.among_equals(noise, permutations=40, resamples=200)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares[NOT_SUPPORTED] > 0.05
+    # with less luck than the margin, equals are as good as each other
+    assert verdicts.among_equals(0.1 * noise, permutations=40, resamples=200)[SUPPORTED] == 1.0
+
+
 def test_the_report_has_every_cell_and_writes_every_figure(folder):
     text = analysis.report(folder, folder / "figures")
     assert text == (folder / "tables.txt").read_text()

@@ -13,7 +13,7 @@ from study.intervals import Interval, bootstrap, interquartile_mean, mean
 from study.measures import batches_to_level, collapsed, final_reward, largest_mismatch, rare, spikes
 from study.results import read_all
 from study.runner import tuned_thresholds
-from study.verdicts import MARGIN, decide, scores
+from study.verdicts import MARGIN, among_equals, as_published, decide, scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -80,12 +80,15 @@ def report(folder: Path, drawings: Path) -> str:
 
     decided = decide(runs, tuned, seeds)
     parts = ["**Verdicts**", verdict_table(decided)]
+    parts += ["**H1's rule among equals**", equals_table(runs, seeds)]
     parts += ["**Final reward**", reward_table(runs, lines, tuple(SIX), seeds, tuned)]
     parts += ["**Stability and efficiency over the six settings**", stability_table(runs, lines, tuple(SIX), seeds)]
     parts += ["**Further settings**", reward_table(runs, headline_lines(tuned), tuple(FURTHER), seeds, tuned)]
     parts += [
         f"**At {STRESS:g} times the learning rate**",
         reward_table(stressed, headline_lines(tuned), STRESSED, seeds, tuned),
+        "**Stability there**",
+        stability_table(stressed, headline_lines(tuned), STRESSED, seeds),
     ]
     parts += ["**Tuning**", tuning_table(tuning, tuned)]
     parts += ["**Mismatch**", mismatch_table(runs, headline)]
@@ -117,6 +120,15 @@ def verdict_table(decided: Sequence[Verdict]) -> str:
     """Each hypothesis with the difference that decides it."""
     rows = [[v.name, v.claim, str(v.difference or "–"), v.decision] for v in decided]
     return _markdown(["", "claim", "difference [95 %]", "decision"], rows)
+
+
+def equals_table(runs: Runs, seeds: Sequence[int]) -> str:
+    """How often H1's rule would decide what if methods made no difference."""
+    table = scores(runs, tuple(SIX), as_published(), final_reward, seeds)
+    if table is None:
+        return "(some of its runs are missing)"
+    shares = among_equals(table)
+    return _markdown(list(shares), [[f"{100.0 * share:.0f} %" for share in shares.values()]])
 
 
 def reward_table(
