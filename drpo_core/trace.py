@@ -62,7 +62,8 @@ _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"
 class UntraceableError(NotImplementedError):
     """An operation that can't be compiled; the plain engine runs it.
 
-    The objective is not at fault, as a TypeError or ValueError would say: its operation has no place in `_TEMPLATES`.
+    The objective is not at fault, as a TypeError or ValueError would say: its operation has no place in `_TEMPLATES`. It is a
+    NotImplementedError so that callers can catch it without importing this module; no method here is left to be written.
     """
 
     def __init__(self, operation: str) -> None:

@@ -246,7 +246,8 @@ def parametrize_with_checks(
             reason = info.not_applicable(implementation)
             expected = known.get(test_id, known.get(info.name, known.get(info.property)))
             if reason is not None:
-                # a skip, not left out: a property that was not checked must not look like one that passed
+                # a skip for good, decided by what the implementation declares. Not left out: a property that was not
+                # checked must not look like one that passed
                 marks.append(pytest.mark.skip(reason=f"not applicable: {reason}"))
             elif expected is not None:
                 marks.append(pytest.mark.xfail(reason=expected, strict=test_id in known or info.name in known))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from study import model, precision
 from study.precision import ENGINES, TRAINERS, round_to_fp8, round_to_int8
-from study.rollout import sample, uniforms
+from study.rollout import inverted, sample, uniforms
 from study.task import PROMPT, Task
 
 
@@ -60,13 +60,24 @@ def test_what_the_engine_samples_with_a_cache_has_the_log_probs_of_one_pass_with
     shape, how, task = model.SHAPES[architecture], ENGINES[engine], Task()
     parameters = model.prepared(model.initial(shape, 0), how)
     generator = torch.Generator().manual_seed(0)
-    prompts = task.prompts(32, generator)
+    prompts = task.prompts(16, generator).repeat(2)
     rollout = sample(parameters, shape, prompts, how, uniforms(prompts, generator))
     states, _ = model.hidden_states(parameters, shape, rollout.inputs, how)
     log_prob = model.logits(parameters, states[:, PROMPT - 1 :]).log_softmax(-1)
     again = log_prob.gather(-1, rollout.responses[..., None])[..., 0]
     difference = (again - rollout.behavior_log_prob)[rollout.mask].abs()
     assert difference.mean() < (1e-5 if engine == "float32" else 0.02)
+
+
+def test_inversion_by_blocks_is_inversion():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3.0 * torch.randn(256, 4096, generator=generator)
+    u = torch.rand(256, 1, generator=generator, dtype=torch.float64)
+    log_prob = logits.double().log_softmax(-1)
+    expected = torch.searchsorted(log_prob.exp().cumsum(-1), u, right=True)
+    token, found = inverted(logits, u)
+    assert torch.equal(token, expected)
+    torch.testing.assert_close(found.double(), log_prob.gather(1, expected), rtol=0.0, atol=2e-6)
 
 
 def test_formats_are_as_far_from_float32_as_their_bits_say():

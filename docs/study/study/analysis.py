@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from study.intervals import Interval, bootstrap, interquartile_mean, mean
 from study.measures import batches_to_level, collapsed, final_reward, largest_mismatch, rare, spikes
 from study.results import read_all
 from study.runner import tuned_thresholds
+from study.train import WEIGHT_EDGES
 from study.verdicts import MARGIN, among_equals, as_published, decide, scores
 
 if TYPE_CHECKING:
@@ -22,13 +24,15 @@ if TYPE_CHECKING:
     from study.results import Result
     from study.verdicts import Line, Runs, Verdict
 
+PG_IS: Line = ("pg-is", 0.0)
 HISTOGRAMS: tuple[Line, ...] = (
-    ("pg-is", 0.0),
+    PG_IS,
     ("grpo", 0.28),
     ("spo", 12.5),
     ("dppo-tv", 0.15),
     ("drpo", 12.5),
     ("drpo", 2.5),
+    ("drpo", 0.15),
 )
 
 
@@ -82,6 +86,7 @@ def report(folder: Path, drawings: Path) -> str:
     parts = ["**Verdicts**", verdict_table(decided)]
     parts += ["**H1's rule among equals**", equals_table(runs, seeds)]
     parts += ["**Final reward**", reward_table(runs, lines, tuple(SIX), seeds, tuned)]
+    parts += ["**Difference to PG-IS over the six settings**", difference_table(runs, lines, tuple(SIX), seeds)]
     parts += ["**Stability and efficiency over the six settings**", stability_table(runs, lines, tuple(SIX), seeds)]
     parts += ["**Further settings**", reward_table(runs, headline_lines(tuned), tuple(FURTHER), seeds, tuned)]
     parts += [
@@ -92,6 +97,9 @@ def report(folder: Path, drawings: Path) -> str:
     ]
     parts += ["**Tuning**", tuning_table(tuning, tuned)]
     parts += ["**Mismatch**", mismatch_table(runs, headline)]
+    counts = {"study": study_weights(runs, HISTOGRAMS)}
+    counts |= {name: figures.gemma_weights(HISTOGRAMS, snapshot) for name, snapshot in figures.GEMMA.items()}
+    parts += ["**Weights**", weight_table(counts)]
     text = "\n\n".join(parts) + "\n"
     (folder / "tables.txt").write_text(text)
 
@@ -99,8 +107,6 @@ def report(folder: Path, drawings: Path) -> str:
     figures.save(figures.learning_curves(runs, headline), drawings / "learning.svg")
     figures.save(figures.mismatch(runs, headline), drawings / "mismatch.svg")
     figures.save(figures.sensitivity(tuning, TUNED_IN), drawings / "sensitivity.svg")
-    counts = {"study": study_weights(runs, HISTOGRAMS)}
-    counts |= {name: figures.gemma_weights(HISTOGRAMS, snapshot) for name, snapshot in figures.GEMMA.items()}
     figures.save(figures.weight_histograms(counts), drawings / "weights.svg")
     return text
 
@@ -141,6 +147,29 @@ def reward_table(
         cells = [_interval(runs, [setting], line, final_reward, seeds) for setting in settings]
         rows.append([name, *cells, _interval(runs, settings, line, final_reward, seeds)])
     return _markdown(["method", *settings, "all"], rows)
+
+
+def difference_table(runs: Runs, lines: Sequence[Line], settings: Sequence[str], seeds: Sequence[int]) -> str:
+    """Each line's final reward minus PG-IS's on the same seeds: of the interquartile means, and how much two runs differ."""
+    rows = []
+    for line in lines:
+        found = scores(runs, settings, [line, PG_IS], final_reward, seeds) if line != PG_IS else None
+        if found is not None:
+            value, samples = bootstrap(found, interquartile_mean)
+            interval = Interval.of(value[0] - value[1], samples[:, 0] - samples[:, 1])
+            rows.append([title(line), str(interval), f"{np.std(found[..., 0] - found[..., 1]):.3f}"])
+    return _markdown(["method", "difference [95 %]", "standard deviation of a pair of runs"], rows)
+
+
+def weight_table(counts: dict[str, dict[Line, np.ndarray]]) -> str:
+    """Share of the active tokens' weights in two ranges around 1, and below 0, by source of the tokens."""
+    ranges = {"0.995 ≤ w < 1.005": (0.995, 1.005), "0.92 ≤ w < 1.08": (0.92, 1.08), "w < 0": (-math.inf, 0.0)}
+    rows = []
+    for source, by_line in counts.items():
+        for line, bins in by_line.items():
+            ends = [(WEIGHT_EDGES.index(low), WEIGHT_EDGES.index(high)) for low, high in ranges.values()]
+            rows.append([source, title(line), *(f"{100.0 * bins[i:j].sum() / bins.sum():.1f} %" for i, j in ends)])
+    return _markdown(["tokens", "method", *ranges], rows)
 
 
 def stability_table(runs: Runs, lines: Sequence[Line], settings: Sequence[str], seeds: Sequence[int]) -> str:

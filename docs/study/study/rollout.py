@@ -41,23 +41,23 @@ def uniforms(prompts: Prompts, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(prompts.tokens.shape[0], RESPONSE, generator=generator, dtype=torch.float64)
 
 
-BLOCK = 64
+TOKENS_A_BLOCK = 64
 
 
 def inverted(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The token where the cumulative probability passes u, and its log-prob: (rows, 1) each. Overwrites the logits.
 
-    First its block of `BLOCK` tokens, then its place there: to sum up all tokens one by one costs more than the model.
+    First its block of `TOKENS_A_BLOCK`, then its place there: to sum up all tokens one by one costs more than the model.
     """
     rows = torch.arange(logits.shape[0])
-    share = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, BLOCK))
+    share = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, TOKENS_A_BLOCK))
     sums = share.sum(-1).double()
     cumulative = sums.cumsum(-1)
     target = u * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[-1] - 1)
     within = share[rows, block[:, 0]].double().cumsum(-1)
     before = cumulative.gather(1, block) - sums.gather(1, block)
-    token = BLOCK * block + torch.searchsorted(within, target - before, right=True).clamp(max=BLOCK - 1)
+    token = TOKENS_A_BLOCK * block + torch.searchsorted(within, target - before, right=True).clamp(max=TOKENS_A_BLOCK - 1)
     return token, (share.flatten(1).gather(1, token) / cumulative[:, -1:]).log().float()
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PROCESSES = 2
 # seconds a rollout batch on one of two busy cores, and of a pre-fit: what the estimate starts from
-COST = {"dense": 0.175, "moe": 0.25}
+COST = {"dense": 0.125, "moe": 0.17}
 PREFIT_COST = {"dense": 15.0, "moe": 20.0}
 
 

@@ -152,7 +152,9 @@ def check_second_derivative(implementation: Implementation, batch: TokenBatch) -
     if implementation.second_order == "error":
         try:
             result = implementation.derivative(batch)
-        except RuntimeError:  # of which NotImplementedError is one kind
+        except RuntimeError:
+            # the refusal that was declared, which is what passes here: frameworks refuse by a RuntimeError, or by
+            # NotImplementedError, which is one
             return
         expect(result, "gradient", "NaN", because="a second derivative is refused, as declared")
         return
