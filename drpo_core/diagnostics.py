@@ -261,7 +261,7 @@ def diagnostics_of(tokens: Tokens, weight: Array, inside: Array, mask: Array | N
     counted = subset(xp.ones_like(a) == 1.0 if mask is None else mask)
     valid = subset(counted.where & finite)
     active = subset(valid.where & (a != 0.0))
-    outside, direction = ~inside, tokens.along_advantage(ell)
+    outside, direction = ~inside, tokens.along_advantage(tokens.ratio_minus_one)
     diverging, converging, positive, negative = direction > 0.0, direction < 0.0, a > 0.0, a < 0.0
     # selected before multiplying, as inf·0 is a NaN
     magnitude = r * xp.where(active.where, xp.abs(a), 0.0)

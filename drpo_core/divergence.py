@@ -108,13 +108,9 @@ def binary_kl(
 
 def binary_kl_of(tokens: Tokens) -> Float[Array, "*tokens"]:
     """Binary KL(μ‖π) of tokens whose ℓ and d are known."""
-    xp, d = tokens.xp, tokens.shift
-    pi_rest = _complement(tokens.log_prob, xp=xp)
-    mu_rest = _complement(tokens.behavior_log_prob, xp=xp)
-    # so small a rest can't be divided by; μ gives it nothing
-    mu_rest = xp.where(mu_rest <= 1e-37, 0.0, mu_rest)
-    mu = xp.exp(tokens.behavior_log_prob)
-    return _kl_term(mu, tokens.log_ratio, d, xp=xp) + _kl_term(mu_rest, _log_quotient(pi_rest, mu_rest, -d, xp=xp), -d, xp=xp)
+    xp, d, b = tokens.xp, tokens.shift, tokens.behavior_log_prob
+    sampled = _kl_term(xp.exp(b), tokens.log_ratio, d, xp=xp)
+    return sampled + _kl_of_rest(_complement(tokens.log_prob, xp=xp), _complement(b, xp=xp), -d, xp=xp)
 
 
 def top_k_tv(
@@ -228,10 +224,7 @@ def top_k_kl(
     # what is within rounding is as good as nothing for μ; for π it must not become an infinite divergence
     mu_rest = xp.where(mu_rest > mu_rounding, mu_rest, 0.0)
     pi_rest = xp.where(pi_rest > pi_rounding, pi_rest, pi_rounding)
-    rest_shift = -xp.sum(d, axis=-1)
-    # rounding may leave μ's rest at 0 and the shift slightly negative: an empty bucket contributes π's rest, ≥ 0
-    rest_shift = xp.where((mu_rest == 0.0) & (rest_shift < 0.0), 0.0, rest_shift)
-    return known + _kl_term(mu_rest, _log_quotient(pi_rest, mu_rest, rest_shift, xp=xp), rest_shift, xp=xp)
+    return known + _kl_of_rest(pi_rest, mu_rest, -xp.sum(d, axis=-1), xp=xp)
 
 
 def sampled_in_top_k(
@@ -486,33 +479,61 @@ def k3_of(tokens: Tokens) -> Float[Array, "*tokens"]:
 def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:
     """One outcome's share μ φ(ℓ) = d − μ ℓ of KL(μ‖π), given μ, ℓ and d = π − μ.
 
-    Where abs(ℓ) < ½ the difference cancels; the series of φ up to t¹⁴, exact to 2⁻⁵² there, does not.
+    Where abs(ℓ) < ½ the difference cancels; φ(t) = t² Σ tⁿ/(n + 2)! does not.
     """
     massless = mass == 0.0
     near = (xp.abs(ell) < 0.5) & ~massless
     t = xp.where(near, ell, 0.0)
-    # φ(t) = t² Σ tⁿ/(n + 2)!, by Horner's rule
-    series = t * (1.0 / math.factorial(14)) + 1.0 / math.factorial(13)
-    for n in range(12, 1, -1):
-        series = series * t + 1.0 / math.factorial(n)
+    terms = 13 if _is_double(ell, xp=xp) else 8
+    series = _horner([1.0 / math.factorial(n + 2) for n in range(terms)], t)
     # an outcome that μ gives no mass adds π; 0·inf would be a NaN
     far = xp.where(massless & (shift < 0.0), 0.0, shift) - mass * xp.where(near | massless, 0.0, ell)
     return xp.where(near, mass * (t * t * series), far)
 
 
-def _complement(log_p: Array, *, xp: Namespace) -> Array:
-    """1 − p; 0 where rounding has left log p above 0."""
-    return -xp.expm1(xp.where(log_p > 0.0, 0.0, log_p))
+def _kl_of_rest(pi: Array, mu: Array, shift: Array, *, xp: Namespace) -> Array:
+    """`_kl_term` of an outcome whose masses are known, not their logarithms, and d = π − μ more exactly than they are.
 
-
-def _log_quotient(pi: Array, mu: Array, shift: Array, *, xp: Namespace) -> Array:
-    """log(π/μ) of two masses whose difference π − μ is known more exactly than they are."""
-    # a mass below 1e-37 adds nothing, and dividing by it overflows float32
-    divisor = xp.where(mu > 1e-37, mu, 1.0)
-    ratio = shift / divisor
-    near = xp.abs(ratio) < 0.5
+    It is μ ψ(d/μ), ψ(s) = s − log(1 + s). With z = s/(2 + s), log(1 + s) = 2 Σ z²ⁿ⁺¹/(2n + 1) and s − 2z = s z, so
+    ψ(s) = z (s − 2z² Σ z²ⁿ/(2n + 3)) has neither a logarithm nor a cancellation; for −0.6 < s < 1, abs(z) < 0.43.
+    """
+    # so small a mass adds nothing, and dividing by it overflows float32
+    massless = mu <= 1e-37
+    divisor = xp.where(massless, 1.0, mu)
+    s = shift / divisor
+    near = (s > -0.6) & (s < 1.0) & ~massless
+    small = xp.where(near, s, 0.0)
+    z = small / (2.0 + small)
+    square = z * z
+    terms = 20 if _is_double(s, xp=xp) else 9
+    series = _horner([1.0 / (2 * n + 3) for n in range(terms)], square)
     # log(π/μ), not log π − log μ: beside certainty both logarithms are large and their difference small
-    return xp.where(near, xp.log1p(xp.where(near, ratio, 0.0)), _log_mass(pi / divisor, xp=xp))
+    log_quotient = _log_mass(xp.where(near | massless, 1.0, pi / divisor), xp=xp)
+    # without mass of μ it adds π, which rounding may have left slightly negative
+    far = xp.where(massless & (shift < 0.0), 0.0, shift) - mu * log_quotient
+    return xp.where(near, mu * (z * (s - 2.0 * square * series)), far)
+
+
+def _is_double(x: Array, *, xp: Namespace) -> bool:
+    """Whether float32's terms are too few; a tracer's stand-in, whose dtype is not known yet, counts as float64."""
+    try:
+        return bool(xp.finfo(x.dtype).eps < 1e-12)
+    except TypeError:
+        return True
+
+
+def _horner(coefficients: list[float], x: Array) -> Array:
+    """Σ cₙ xⁿ."""
+    *rest, value = coefficients
+    total = x * value + rest.pop()
+    for coefficient in reversed(rest):
+        total = total * x + coefficient
+    return total
+
+
+def _complement(log_p: Array, *, xp: Namespace) -> Array:
+    """1 − p; slightly negative where rounding has left log p above 0."""
+    return -xp.expm1(log_p)
 
 
 def _log_mass(mass: Array, *, xp: Namespace) -> Array:

@@ -140,7 +140,7 @@ def _compiled(
     measured: bool,
 ) -> Callable[..., tuple[np.floating[Any], Diagnostics | None]]:
     """The objective's loop, and what prepares it and finishes its sums."""
-    trace = Trace()
+    trace = Trace(float(np.finfo(dtype).eps))
     inputs = [trace.input(name, BOOL if name == "mask" else FLOAT) for name in ARRAYS]
     if not measured:
         inputs[-1] = None  # type: ignore[call-overload]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 from array_api_compat import is_numpy_namespace
 
-from drpo_core.diagnostics import diagnostics_of, merge_stacked
+from drpo_core.diagnostics import diagnostics_of
 from drpo_core.gradient import gradient_of
 from drpo_core.ratio import Tokens, check_tokens
 from drpo_core.reduction import reduction_coefficients, token_mean
-from drpo_core.selection import SelectingNamespace
+from drpo_core.trace import UntraceableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
     from drpo_core.reduction import Reduction
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["PolicyLoss", "policy_loss_and_gradient"]
 
 ENGINES = ("plain", "jit")
-
-CHUNK = 32768
-"""Tokens whose intermediate results, a few dozen arrays, stay in the cache of a core."""
 
 
 class PolicyLoss(NamedTuple):
@@ -56,8 +52,8 @@ def policy_loss_and_gradient(
 ) -> PolicyLoss:
     """Scalar loss Σ m c L of a batch, its gradient m c ∂L/∂log π = −m c A r w, and diagnostics, in one pass.
 
-    The coefficients c are those of the reduction, so the gradient is final. NumPy arrays are worked on chunk by chunk:
-    beyond the gradient, memory is that of a chunk.
+    The coefficients c are those of the reduction, so the gradient is final. NumPy arrays are worked on piece by piece: beyond
+    the gradient, memory is that of a piece, unless the objective can't be traced (see `drpo_core.trace`).
 
     Parameters
     ----------
@@ -141,10 +137,7 @@ def policy_loss_and_gradient(
     if engine == "jit":
         return _compiled(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads, spread=spread, xp=xp)
     if is_numpy_namespace(xp):
-        gradient = xp.empty(log_prob.shape, dtype=log_prob.dtype)
-        selecting = SelectingNamespace(xp)
-        loss, statistics = in_chunks(objective, *arrays, gradient, dtype=dtype, diagnostics=diagnostics, xp=selecting)
-        return PolicyLoss(loss, gradient, statistics)
+        return _in_pieces(objective, *arrays, dtype=dtype, diagnostics=diagnostics)
     result = policy_loss_of(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     return result._replace(gradient=xp.astype(result.gradient, log_prob.dtype, copy=False))
 
@@ -185,53 +178,26 @@ def policy_loss_of(
     )
 
 
-def in_chunks(
-    objective: Objective,
-    log_prob: Float[Array, "*tokens"],
-    behavior_log_prob: Float[Array, "*tokens"],
-    advantages: Float[Array, "*tokens"],
-    mask: Bool[Array, "*tokens"],
-    coefficients: Float[Array, "..."],
-    divergence: Float[Array, "*tokens"] | None,
-    gradient: Float[Array, "*tokens"],
-    *,
-    dtype: object,
-    diagnostics: bool,
-    chunk: int | None = None,
-    xp: Namespace,
-) -> tuple[Array, Diagnostics | None]:
-    """`policy_loss_of` chunk by chunk, for a namespace whose arrays can be assigned to: the gradient is written."""
-    n, count = _size(log_prob), _size(coefficients)
-    # tokens that share a coefficient make a row; if none do, all tokens make one
-    rows = 1 if count == n else count
-    columns = n // rows if rows else 0
-    coefficients = xp.reshape(coefficients, (1, n) if count == n else (count, 1))
+def _in_pieces(objective: Objective, log_prob: Array, *others: Array | None, dtype: Any, diagnostics: bool) -> PolicyLoss:
+    """`policy_loss_of` of NumPy arrays by `replay`, or at once for an objective that can't be traced."""
+    from drpo_core.numpy_operations import LIBRARY, PIECE  # noqa: PLC0415 - what it imports imports this module
+    from drpo_core.replay import replay  # noqa: PLC0415
 
-    def matrix(array: Array) -> Array:
-        return xp.reshape(array, (rows, columns))
-
-    x, b, a, m = (matrix(array) for array in (log_prob, behavior_log_prob, advantages, mask))
-    d = None if divergence is None else matrix(divergence)
-    target = matrix(gradient)
-    parts = []
-    for part in _chunks(rows, columns, CHUNK if chunk is None else chunk):
-        c = coefficients[part] if count == n else coefficients[part[0], :]
-        measured = None if d is None else d[part]
-        result = policy_loss_of(
-            objective, x[part], b[part], a[part], m[part], c, measured, dtype=dtype, diagnostics=diagnostics, xp=xp
-        )
-        target[part] = result.gradient
-        parts.append((result.loss, result.diagnostics))
-    losses, statistics = zip(*parts, strict=True)
-    return xp.sum(xp.stack(losses)), merge_stacked(statistics, xp=xp) if diagnostics else None
-
-
-def _chunks(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Parts of a matrix of about `size` elements, contiguous in memory; one, if it has none."""
-    step = max(1, size // max(columns, 1))
-    for row in range(0, max(rows, 1), step):
-        for column in range(0, max(columns, 1), size):
-            yield slice(row, row + step), slice(column, column + size)
+    xp, arrays = LIBRARY.xp, (log_prob, *others)
+    gradient = xp.empty(log_prob.shape, dtype=log_prob.dtype)
+    if gradient.size:
+        try:
+            # what masked positions hold is computed with, but not selected
+            with np.errstate(all="ignore"):
+                loss, statistics = replay(
+                    objective, arrays, gradient, dtype, diagnostics=diagnostics, size=PIECE, library=LIBRARY
+                )
+        except UntraceableError:
+            pass
+        else:
+            return PolicyLoss(loss, gradient, statistics)
+    result = policy_loss_of(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
+    return result._replace(gradient=xp.astype(result.gradient, log_prob.dtype, copy=False))
 
 
 def _size(array: Array) -> int:

@@ -63,9 +63,9 @@ def warn_if_vacuous(objective: str, delta: Bounds, *, stacklevel: int = 4) -> No
 
 def kept(tokens: Tokens, inside: Bool[Array, "*tokens"]) -> Bool[Array, "*tokens"]:
     """True unless the token is diverging and outside its region; False (dropped) where anything is NaN."""
-    ell, a = tokens.log_ratio, tokens.advantages
-    not_nan = (ell == ell) & (a == a)
-    return not_nan & ((tokens.along_advantage(ell) <= 0.0) | inside)
+    excess, a = tokens.ratio_minus_one, tokens.advantages
+    not_nan = (excess == excess) & (a == a)
+    return not_nan & ((tokens.along_advantage(excess) <= 0.0) | inside)
 
 
 def within(x: Float[Array, "*tokens"], region: Bounds) -> Bool[Array, "*tokens"]:

@@ -55,6 +55,7 @@ _ALIASES = {
     "invert": "logical_not",
     "true_divide": "divide",
 }
+_OPPOSITES = {"equal": "not_equal", "not_equal": "equal"}
 _EXTREMA = {"maximum": "select({0} < {1}, {1}, {0})", "minimum": "select({0} > {1}, {1}, {0})"}
 _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"}
 
@@ -158,9 +159,9 @@ class TracedNamespace:
     float32 = float64 = int32 = int64 = FLOAT
     bool = BOOL
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, epsilon: float) -> None:
         """A namespace that records into a trace."""
-        self._trace = trace
+        self._trace, self._epsilon = trace, epsilon
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         """An elementwise function."""
@@ -173,6 +174,10 @@ class TracedNamespace:
             return self._trace.apply(name, *arguments)
 
         return function
+
+    def finfo(self, dtype: str) -> FloatInfo:  # noqa: ARG002
+        """Of the floats that the recording will be run with."""
+        return FloatInfo(self._epsilon)
 
     def astype(self, x: Symbol, dtype: str, **_: object) -> Symbol:
         """Between truth values and numbers; there is one kind of number."""
@@ -214,6 +219,12 @@ class TracedNamespace:
         return apply("negative", apply("max", apply("negative", x)))
 
 
+class FloatInfo(NamedTuple):
+    """The part of the Array API's `finfo` that a trace knows."""
+
+    eps: float
+
+
 class Statements(NamedTuple):
     """Source of a trace: of what is done per token and of what is done with sums and maxima."""
 
@@ -224,9 +235,9 @@ class Statements(NamedTuple):
 class Trace:
     """What was done to the symbols of a token, each thing once."""
 
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.namespace = TracedNamespace(self)
+    def __init__(self, epsilon: float = 2.0**-52) -> None:
+        """Nothing yet; `epsilon` is that of the floats it will be run with."""
+        self.namespace = TracedNamespace(self, epsilon)
         self.constants: dict[str, float] = {}
         self._symbols: dict[tuple[object, ...], Symbol] = {}
 
@@ -251,9 +262,19 @@ class Trace:
     def apply(self, operation: str, *operands: object) -> Symbol:
         """The result of an operation, recorded unless it was before."""
         arguments = tuple(self.symbol(operand) for operand in operands)
+        if operation == "logical_not" and arguments[0].operation in _OPPOSITES:
+            return self.apply(_OPPOSITES[arguments[0].operation], *arguments[0].arguments)
+        if operation == "subtract" and all(self._is_cleared(argument) for argument in arguments):
+            (condition, zero, x), (other, _, y) = (argument.arguments for argument in arguments)
+            if condition is other:
+                return self.apply("where", condition, zero, self.apply("subtract", x, y))
         kind = arguments[-1].kind if operation == "where" else BOOL if operation in _BOOL_TEMPLATES else FLOAT
         key = (operation, *(argument.name for argument in arguments))
         return self._shared(key, operation, arguments, kind, f"v{len(self._symbols)}")
+
+    def _is_cleared(self, symbol: Symbol) -> bool:
+        """Whether it is 0 where some condition holds."""
+        return symbol.operation == "where" and symbol.arguments[1] is self.symbol(0.0)
 
     def reductions(self, operation: str) -> list[Symbol]:
         """All symbols that are a ``"sum"`` or ``"max"`` over tokens."""

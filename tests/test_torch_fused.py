@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from drpo_torch import fused, policy_loss, replay
+from drpo_torch import fused, operations, policy_loss
 from drpo_torch.namespace import COMPILED
 from test_torch import OBJECTIVES, REDUCTIONS, batch, gradient_of
 
@@ -24,7 +24,7 @@ fast = pytest.mark.parametrize("engine", ["eager", "jit"])
 @pytest.fixture(autouse=True)
 def several_pieces(monkeypatch):
     """So few tokens at a time that small tensors take several pieces, and rows are cut."""
-    monkeypatch.setattr(replay, "PIECE", 10)
+    monkeypatch.setattr(operations, "PIECE", 10)
 
 
 @pytest.fixture(autouse=True)
@@ -280,20 +280,6 @@ def test_backward_twice_and_with_any_cotangent(engine):
     for factor in (1.0, -2.0, 0.0):
         (gradient,) = torch.autograd.grad(factor * loss, data["log_prob"], retain_graph=True)
         torch.testing.assert_close(gradient, factor * expected)
-
-
-def test_pieces_cover_a_matrix_once():
-    for rows, columns in [(1, 1), (1, 35), (35, 1), (7, 3), (3, 10), (2, 25)]:
-        seen = np.zeros((rows, columns), dtype=int)
-        for piece in replay._pieces(rows, columns, replay.PIECE):  # noqa: SLF001
-            assert 0 < seen[piece].size <= replay.PIECE
-            seen[piece] += 1
-        assert (seen == 1).all()
-
-
-def test_registers_are_shared():
-    program = replay._program(SUBJECT, torch.float32, diagnostics=True, measured=False)  # noqa: SLF001
-    assert program.registers < len(program.steps) / 4
 
 
 # torch.compile

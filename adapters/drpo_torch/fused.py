@@ -14,9 +14,10 @@ import array_api_compat.numpy
 import torch
 
 from drpo_core.policy_loss import PolicyLoss, policy_loss_and_gradient, policy_loss_of
+from drpo_core.replay import replay
 from drpo_core.trace import UntraceableError
+from drpo_torch import operations
 from drpo_torch.namespace import is_transformed, namespace
-from drpo_torch.replay import replay
 from drpo_torch.threads import in_threads
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ def eager(objective: Objective, batch: Batch, *, diagnostics: bool) -> PolicyLos
         return plain(objective, batch, diagnostics=diagnostics)
     gradient = torch.empty(batch.log_prob.shape, dtype=batch.gradient_dtype)
     try:
-        loss, statistics = replay(objective, batch[:6], gradient, batch.dtype, diagnostics=diagnostics)
+        size = operations.PIECE * torch.get_num_threads()
+        tensors = tuple(None if t is None else t.detach() for t in batch[:6])
+        loss, statistics = replay(
+            objective, tensors, gradient, batch.dtype, diagnostics=diagnostics, size=size, library=operations.LIBRARY
+        )
     except UntraceableError:
         return plain(objective, batch, diagnostics=diagnostics)
     return PolicyLoss(loss, gradient, statistics)
@@ -120,11 +125,15 @@ ENGINES: dict[str, Callable[..., PolicyLoss]] = {"eager": eager, "compile": comp
 """Those that take a `Batch`, whose coefficients are known; `jitted` has NumPy find them, with less to do per call."""
 
 
+OPTIONS: dict[str, Any] = {"max_fusion_size": 1024, "cpp.max_horizontal_fusion_size": 256}
+"""Of inductor: one loop for everything, where it would keep what several share in memory, truths one byte at a time."""
+
+
 @cache
 def _compiled_for(*kind: object) -> Callable[..., tuple[Any, ...]]:  # noqa: ARG001 -- the cache's key
     """`_pass` compiled: code of its own for each kind, because Dynamo limits the recompilations of one code object."""
     own = FunctionType(_pass.__code__.replace(), _pass.__globals__, _pass.__name__)
-    return torch.compile(own, fullgraph=True, dynamic=True)
+    return torch.compile(own, fullgraph=True, dynamic=True, options=OPTIONS)
 
 
 def _pass(

@@ -27,7 +27,9 @@ class CompiledNamespace:
 
     def count_nonzero(self, x: torch.Tensor) -> torch.Tensor:
         """How many elements are not 0, as a 0-d int32: inductor adds up int64, torch's, one by one."""
-        return torch.sum((x != 0).to(torch.int32), dtype=torch.int32)
+        # comparing a bool with a number, inductor does by way of int64
+        counted = x if x.dtype == torch.bool else x != 0
+        return torch.sum(counted.to(torch.int32), dtype=torch.int32)
 
 
 class EagerNamespace:

@@ -98,6 +98,7 @@ class Term:
     """A sympy expression with an array's operators: `==` compares values where sympy's own compares structure."""
 
     __hash__ = None
+    dtype = "float64"
 
     def __init__(self, expression: Any) -> None:
         self.e = expression.e if isinstance(expression, Term) else sympy.sympify(expression)
@@ -122,6 +123,7 @@ for _name, _function in (("lt", operator.lt), ("le", operator.le), ("gt", operat
 
 sympy_xp = SimpleNamespace(
     inf=sympy.oo,
+    finfo=lambda _: SimpleNamespace(eps=2.0**-52),
     where=lambda condition, x, y: Term(sympy.Piecewise((Term(x).e, condition), (Term(y).e, True))),
     maximum=lambda x, y: sympy_xp.where(x > y, x, y),
     minimum=lambda x, y: sympy_xp.where(x < y, x, y),

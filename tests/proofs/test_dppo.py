@@ -88,10 +88,10 @@ def test_vacuous():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_fails_closed(name):
-    """z3 floats: a NaN in ℓ or A drops the token; so does a NaN divergence of a diverging one."""
+    """z3 floats: a NaN in r − 1 (so in ℓ) or A drops the token; so does a NaN divergence of a diverging one."""
     tokens, delta, given = float_tokens(name)
-    a, ell = tokens.advantages, tokens.log_ratio
-    diverging = z3.Or(z3.And(a > 0.0, ell > 0.0), z3.And(a < 0.0, ell < 0.0))
+    a, excess = tokens.advantages, tokens.ratio_minus_one
+    diverging = z3.Or(z3.And(a > 0.0, excess > 0.0), z3.And(a < 0.0, excess < 0.0))
     for kind, divergence in ((BINARY_TV, tokens.shift), (PER_TOKEN, tokens.divergence)):
-        unknown = z3.Or(ell.is_nan(), a.is_nan(), z3.And(diverging, divergence.is_nan()))
+        unknown = z3.Or(excess.is_nan(), a.is_nan(), z3.And(diverging, divergence.is_nan()))
         prove(z3.Implies(unknown, dppo.weight(tokens, delta, kind, None) == 0.0), *given)
