@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 OBJECTIVE = DRPO(delta=0.15)
 HIDDEN = 1024
+PRODUCTS = "the three products alone"
 LOW_MEMORY = {"chunk_tokens": 1024, "chunk_vocabulary": 8192}
 
 
 def functions(n: int, v: int, dtype: torch.dtype, *, with_peers: bool) -> dict[str, Function]:
-    """Unfused, ours and the peers that can be imported."""
+    """Unfused, ours, the peers that can be imported and the products that all of them need."""
     torch.manual_seed(0)
     hidden = torch.randn(n, HIDDEN, dtype=dtype).requires_grad_()
     weight = (0.02 * torch.randn(v, HIDDEN)).to(dtype).requires_grad_()
@@ -56,7 +57,26 @@ def functions(n: int, v: int, dtype: torch.dtype, *, with_peers: bool) -> dict[s
     }
     for label, head in peers.heads().items() if with_peers else ():
         losses[label] = partial(head, hidden, weight, ids, behavior, advantages, of_log_prob)
-    return {label: partial(backward, loss) for label, loss in losses.items()}
+    found: dict[str, Function] = {label: partial(backward, loss) for label, loss in losses.items()}
+    found[PRODUCTS] = _products(hidden.detach(), weight.detach())
+    return found
+
+
+def _products(hidden: torch.Tensor, weight: torch.Tensor) -> Function:
+    """Logits, ∂hidden and ∂weight as products of whole matrices, into memory that is there: nobody can do without them."""
+    # untouched pages take no memory, so that `peak` does not see them
+    logits, of_hidden, of_weight = (
+        hidden.new_empty(len(hidden), len(weight)),
+        torch.empty_like(hidden),
+        torch.empty_like(weight),
+    )
+
+    def multiply() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=of_hidden)
+        torch.mm(logits.T, hidden, out=of_weight)
+
+    return multiply
 
 
 def cases(n: int, v: int, dtype: torch.dtype, seconds: float, *, with_peers: bool) -> Iterator[Case]:

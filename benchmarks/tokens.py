@@ -19,7 +19,9 @@ from drpo_core import (
     policy_loss_and_gradient,
 )
 from drpo_core.jit import fused
+from drpo_core.numpy_operations import PIECE as NUMPY_PIECE
 from drpo_torch import policy_loss
+from drpo_torch.operations import PIECE
 from drpo_torch.threads import in_threads
 
 import peers
@@ -104,6 +106,12 @@ def cases(shape: tuple[int, ...], threads: int) -> Iterator[Case]:
         "the same, with six `.item()` metrics": partial(autograd, tokens, metrics=True),
         "bandwidth probe (`torch.addcmul`, 16 B a token)": stream(tokens),
     }
+    functions["torch's exp, exp and expm1 alone"] = _transcendental(
+        tokens.log_prob.detach().reshape(-1), PIECE * threads, torch
+    )
+    functions["NumPy's exp, exp and expm1 alone"] = _transcendental(
+        tokens.log_prob.detach().numpy().reshape(-1), NUMPY_PIECE, np
+    )
     for engine in ("eager", "compile", "jit"):
         functions[f"torch {engine}"] = partial(ours, tokens, engine)
         functions[f"torch {engine}, diagnostics"] = partial(ours, tokens, engine, diagnostics=True)
@@ -178,6 +186,19 @@ def smoke() -> Iterator[Case]:
         "torch eager": partial(ours, tokens, "eager"),
     }
     yield Case("tokens (4, 64)", "DRPO, loss and gradient, (4, 64) float32", 256, functions, seconds=0.2)
+
+
+def _transcendental(values: Any, piece: int, library: Any) -> Function:
+    """Three functions a token, of which DRPO needs as many, on pieces that stay in the cache, one after another."""
+    out = library.empty_like(values[:piece])
+
+    def evaluate() -> None:
+        for first in range(0, len(values), piece):
+            part = values[first : first + piece]
+            for function in (library.exp, library.exp, library.expm1):
+                function(part, out=out[: len(part)])
+
+    return evaluate
 
 
 def _loop(arrays: list[np.ndarray[Any, Any]], threads: int) -> Function:

@@ -75,6 +75,8 @@ def cases(n: int, v: int) -> Iterator[Case]:
     functions = {"two log_softmax": naive, "ours": ours, "ours, jit": partial(ours, engine="jit")}
     yield Case("divergences", f"TV and KL of two policies, N = {n}, V = {v:,}, float32", n * v, functions, seconds=8)
     yield _top_k("top-k", logits, ids, rest["behavior_log_prob"], (20,))
+    logits, ids, rest = _batch(16 * n, v)
+    yield _top_k("top-k, many tokens", logits, ids, rest["behavior_log_prob"], (20,))
 
 
 def growth() -> Iterator[Case]:
@@ -92,7 +94,7 @@ def _top_k(name: str, logits: torch.Tensor, ids: torch.Tensor, behavior: torch.T
     functions: dict[str, Callable[[], object]] = {"log-sum-exp": normalize}
     functions["log-sum-exp, jit"] = partial(normalize, engine="jit")
     for k in sizes:
-        top, places = logits.log_softmax(-1).topk(k, -1)
+        top, places = (logits - normalizer[:, None]).topk(k, -1)
         recorded = {"behavior_log_prob": behavior, "top_k_ids": places, "top_k_behavior_log_prob": top}
         functions[f"K = {k}"] = partial(top_k_divergences, logits=logits, log_normalizer=normalizer, tokens=ids, **recorded)
     n, v = logits.shape

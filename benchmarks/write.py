@@ -42,18 +42,19 @@ def ratios(case: dict[str, Any], of: str, to: str) -> tuple[float, float, float]
 
 
 def _goals(goals: list[dict[str, Any]], cases: dict[str, Any]) -> list[str]:
-    lines = ["| | goal | measured (quartiles) | reached |", "|---|---|---|:-:|"]
+    lines = ["| | goal | measured (quartiles) | reached | at best here |", "|---|---|---|:-:|--:|"]
     for goal in goals:
         case = cases.get(goal["case"])
         known = case and {goal["of"], goal["to"]} <= case["seconds"].keys()
         if not known:
-            lines.append(f"| {goal['what']} | {_bound(goal)} | not measured | – |")
+            lines.append(f"| {goal['what']} | {_bound(goal)} | not measured | – | |")
             continue
         scale = goal.get("scale", 1.0)
         value, low, high = (scale * ratio for ratio in ratios(case, goal["of"], goal["to"]))
         reached = value >= goal["least"] if "least" in goal else value <= goal["most"]
         mark = "✓" if reached else "**✗**"
-        lines.append(f"| {goal['what']} | {_bound(goal)} | {_short(value)} ({_short(low)}–{_short(high)}) | {mark} |")
+        best = _short(scale * ratios(case, goal["of"], goal["ceiling"])[0]) if "ceiling" in goal else ""
+        lines.append(f"| {goal['what']} | {_bound(goal)} | {_short(value)} ({_short(low)}–{_short(high)}) | {mark} | {best} |")
     return lines
 
 

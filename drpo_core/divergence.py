@@ -163,8 +163,13 @@ def top_k_tv(
     ... ).round(12)
     array([0.1])
     """
-    x, b, xp = _force_sampled(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k, xp)
-    d = probability_shift(x, b, xp=xp)
+    arrays = (log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k)
+    return top_k_tv_of(top_k_outcomes(*arrays, xp=xp))
+
+
+def top_k_tv_of(outcomes: Tokens) -> Float[Array, "*tokens"]:
+    """Top-K TV of `top_k_outcomes`."""
+    xp, d = outcomes.xp, outcomes.shift
     return 0.5 * (xp.sum(xp.abs(d), axis=-1) + xp.abs(xp.sum(d, axis=-1)))
 
 
@@ -217,9 +222,14 @@ def top_k_kl(
     ... ).round(6)
     array([0.032382])
     """
-    x, b, xp = _force_sampled(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k, xp)
-    d = probability_shift(x, b, xp=xp)
-    known = xp.sum(_kl_term(xp.exp(b), log_ratio(x, b, xp=xp), d, xp=xp), axis=-1)
+    arrays = (log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k)
+    return top_k_kl_of(top_k_outcomes(*arrays, xp=xp))
+
+
+def top_k_kl_of(outcomes: Tokens) -> Float[Array, "*tokens"]:
+    """Top-K KL(μ‖π) of `top_k_outcomes`."""
+    x, b, d, xp = outcomes.log_prob, outcomes.behavior_log_prob, outcomes.shift, outcomes.xp
+    known = xp.sum(_kl_term(xp.exp(b), outcomes.log_ratio, d, xp=xp), axis=-1)
     (pi_rest, pi_rounding), (mu_rest, mu_rounding) = _rest(x, xp=xp), _rest(b, xp=xp)
     # what is within rounding is as good as nothing for μ; for π it must not become an infinite divergence
     mu_rest = xp.where(mu_rest > mu_rounding, mu_rest, 0.0)
@@ -541,24 +551,32 @@ def _log_mass(mass: Array, *, xp: Namespace) -> Array:
     return xp.where(zero, -xp.inf, xp.log(xp.where(zero, 1.0, mass)))
 
 
-def _force_sampled(
-    x: Array, b: Array, top_x: Array, top_b: Array, inside: Array, xp: Namespace | None
-) -> tuple[Array, Array, Namespace]:
-    """Top-K log-probs with the sampled token appended; where it is one of the K already, an outcome of no mass."""
+def top_k_outcomes(
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    top_k_log_prob: Float[Array, "*tokens k"],
+    top_k_behavior_log_prob: Float[Array, "*tokens k"],
+    sampled_in_top_k: Bool[Array, "*tokens"],
+    *,
+    xp: Namespace | None = None,
+) -> Tokens:
+    """The K recorded outcomes and the sampled one appended, which has no mass where it is one of the K already; checked."""
+    x, b, top_x, top_b = log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob
     xp = check_arrays(xp=xp, log_prob=x, behavior_log_prob=b)
     check_arrays(xp=xp, top_k_log_prob=top_x, top_k_behavior_log_prob=top_b)
-    check_dtype("sampled_in_top_k", inside, "bool", xp=xp)
-    check_shape("sampled_in_top_k", inside, "log_prob", x)
+    check_dtype("sampled_in_top_k", sampled_in_top_k, "bool", xp=xp)
+    check_shape("sampled_in_top_k", sampled_in_top_k, "log_prob", x)
     if top_x.ndim != x.ndim + 1 or tuple(top_x.shape[:-1]) != tuple(x.shape):
         msg = f"top_k_log_prob: expected the shape of log_prob and one more axis, {(*x.shape, 'K')}, got {tuple(top_x.shape)}"
         raise ValueError(msg)
     dtype = compute_dtype(x, b, top_x, top_b, xp=xp)
 
     def append(sampled: Array, top: Array) -> Array:
-        sampled = xp.where(inside, -xp.inf, xp.astype(sampled, dtype, copy=False))
+        sampled = xp.where(sampled_in_top_k, -xp.inf, xp.astype(sampled, dtype, copy=False))
         return xp.concat((xp.astype(top, dtype, copy=False), sampled[..., None]), axis=-1)
 
-    return append(x, top_x), append(b, top_b), xp
+    appended = append(b, top_b)
+    return Tokens.of(append(x, top_x), appended, appended, xp=xp)
 
 
 def _rest(log_p: Array, *, xp: Namespace) -> tuple[Array, Array]:

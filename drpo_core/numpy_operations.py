@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LIBRARY", "PIECE"]
 
-PIECE = 1 << 14
-"""Tokens whose intermediate results stay in the cache of a core; larger arrays would also come from fresh pages."""
+PIECE = 1 << 16
+"""Tokens at a time: their intermediate results, some eight arrays, stay in a core's cache, and calling NumPy is worth it."""
 
 
 def _compare(comparison: Callable[..., Any]) -> Callable[..., None]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import array_api_compat.torch as xp
 import torch
 
-from drpo_core import sampled_in_top_k, top_k_kl, top_k_tv
+from drpo_core import sampled_in_top_k
+from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
 from drpo_torch.softmax import Tempering, Workspace, eager, working_dtype
 
 if TYPE_CHECKING:
@@ -231,14 +232,9 @@ def top_k_divergences(
         return logits.gather(-1, ids).to(dtype) / temperature - log_normalizer[..., None]
 
     sampled, top_k = log_prob(tokens[..., None])[..., 0], log_prob(top_k_ids)
-    arguments = {
-        "top_k_log_prob": top_k,
-        "top_k_behavior_log_prob": top_k_behavior_log_prob,
-        "sampled_in_top_k": sampled_in_top_k(tokens, top_k_ids, xp=xp),
-    }
-    return Divergences(
-        top_k_tv(sampled, behavior_log_prob, **arguments, xp=xp), top_k_kl(sampled, behavior_log_prob, **arguments, xp=xp)
-    )
+    among = sampled_in_top_k(tokens, top_k_ids, xp=xp)
+    outcomes = top_k_outcomes(sampled, behavior_log_prob, top_k, top_k_behavior_log_prob, among, xp=xp)
+    return Divergences(top_k_tv_of(outcomes), top_k_kl_of(outcomes))
 
 
 def full_divergence_rows(
