@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OBJECTIVE = DRPO(delta=0.15)
 HIDDEN = 1024
 PRODUCTS = "the three products alone"
-LOW_MEMORY = {"chunk_tokens": 1024, "chunk_vocabulary": 8192}
+LOW_MEMORY = {"chunk_tokens": 1024, "chunk_vocabulary": 6144}
 
 
 def functions(n: int, v: int, dtype: torch.dtype, *, with_peers: bool) -> dict[str, Function]:

@@ -101,7 +101,7 @@ def linear_policy_loss(
         How many tokens' logits exist at once.
     chunk_vocabulary
         How many of the vocabulary's logits exist at once: None for all; a number recomputes them for the gradient, with a
-        fourth matrix product. ``chunk_tokens=1024, chunk_vocabulary=8192`` needs the least memory.
+        fourth matrix product. ``chunk_tokens=1024, chunk_vocabulary=6144`` needs the least memory.
     engine
         Of the softmaxes and their gradient: ``"eager"`` for torch's operations, ``"jit"`` for loops that numba compiles in a
         second or two, once a process; CPU only, extra `jit`. With a soft-cap they are always torch's.
