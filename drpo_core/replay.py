@@ -254,8 +254,7 @@ class _Lowering:
 
     def _clamped(self, operation: str, x: Symbol, bound: Symbol) -> Value:
         # a number, not an operand: a bound that is an array, of one element even, makes it several times slower
-        clamp = self._library.clamps[CLAMPS[operation]]
-        number = float(self._library.xp.asarray(self._constants[bound.name], dtype=self._dtype))
+        clamp, number = self._library.clamps[CLAMPS[operation]], self._constants[bound.name]
         return self._emit(lambda x, *, out: clamp(x, number, out=out), self.of(x))
 
     def _computed(self, symbol: Symbol) -> Value:
