@@ -77,7 +77,7 @@ def test_killed_and_resumed_gives_the_files_of_one_go(tmp_path, starts):
 
 @pytest.mark.parametrize(("setting", "tolerance"), [("dense-fp8-rollout", 1e-5), ("moe-fp8-e2e", 2e-2)])
 def test_the_compiled_trainer_has_the_gradients_of_the_plain_one(setting, tolerance):
-    """Sums that differ in their last bit, as on some processors, an FP8 trainer rounds to one number of the format or the next."""
+    """Sums differ in their last bit on some processors, and FP8 rounds them to one of its numbers or to the next."""
     chosen, task = SETTINGS[setting], Task()
     shape, precision = SHAPES[chosen.architecture], TRAINERS[chosen.trainer]
     start = initial(shape, 0)
