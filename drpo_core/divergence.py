@@ -497,7 +497,7 @@ def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:
     terms = 13 if _is_double(ell, xp=xp) else 8
     series = _horner([1.0 / math.factorial(n + 2) for n in range(terms)], t)
     # an outcome that μ gives no mass adds π; 0·inf would be a NaN
-    far = xp.where(massless & (shift < 0.0), 0.0, shift) - mass * xp.where(near | massless, 0.0, ell)
+    far = shift - mass * xp.where(near | massless, 0.0, ell)
     return xp.where(near, mass * (t * t * series), far)
 
 
