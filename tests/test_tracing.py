@@ -5,6 +5,7 @@ import torch
 from torch.fx import symbolic_trace
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Tokens
+from drpo_core.divergence import binary_kl_of
 
 OBJECTIVES = [
     PolicyGradient(),
@@ -61,3 +62,13 @@ def test_fx_traces_the_gradient(objective):
     log_prob.requires_grad_()
     symbolic_trace(loss)(log_prob, *constants).sum().backward()
     torch.testing.assert_close(log_prob.grad, expected)
+
+
+def test_fx_traces_a_kl_with_the_terms_of_float64():
+    """The dtype is not known when it is traced, and float32's fewer terms would leave 1e-9."""
+
+    def kl(log_prob, behavior_log_prob):
+        return binary_kl_of(Tokens.of(log_prob, behavior_log_prob, log_prob, xp=torch))
+
+    log_prob, behavior, *_ = (x.double() for x in batch(1000, 3))
+    torch.testing.assert_close(symbolic_trace(kl)(log_prob, behavior), kl(log_prob, behavior), rtol=0.0, atol=0.0)
