@@ -114,7 +114,7 @@ class Tokens(NamedTuple):
         return cls.of(log_prob, behavior_log_prob, advantages, divergence=divergence, xp=xp)
 
     def along_advantage(self, x: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
-        """sign(A)·x; a token is *diverging* where sign(A)·ℓ > 0.
+        """sign(A)·x of a finite x, as every field but `log_ratio` is; a token is *diverging* where sign(A)(r − 1) > 0.
 
         Gives 0 at A = 0, and NaN where A or x is NaN, so that every comparison with it fails closed.
         """
