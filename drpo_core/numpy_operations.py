@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat.numpy
 import numpy as np
 
-from drpo_core.replay import Library
+from drpo_core.replay import ARITHMETIC, COMPARISONS, Library
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,32 +66,8 @@ def _total(figures: Sequence[Any], width: int, sums: int, dtype: Any) -> Sequenc
 
 LIBRARY = Library(
     xp=array_api_compat.numpy,
-    arithmetic={
-        "abs": np.absolute,
-        "add": np.add,
-        "divide": np.divide,
-        "exp": np.exp,
-        "expm1": np.expm1,
-        "log": np.log,
-        "log1p": np.log1p,
-        "maximum": np.maximum,
-        "minimum": np.minimum,
-        "multiply": np.multiply,
-        "negative": np.negative,
-        "sign": _sign,
-        "sqrt": np.sqrt,
-        "square": np.square,
-        "subtract": np.subtract,
-        "tanh": np.tanh,
-    },
-    comparisons={
-        "equal": _compare(np.equal),
-        "greater": _compare(np.greater),
-        "greater_equal": _compare(np.greater_equal),
-        "less": _compare(np.less),
-        "less_equal": _compare(np.less_equal),
-        "not_equal": _compare(np.not_equal),
-    },
+    arithmetic={"sign": _sign, **{name: getattr(np, name) for name in ARITHMETIC}},
+    comparisons={name: _compare(getattr(np, name)) for name in COMPARISONS},
     connectives={"logical_and": np.bitwise_and, "logical_or": np.bitwise_or, "differ": np.bitwise_xor},
     clamps={"at_most": _at_most, "at_least": _at_least},
     convert=_convert,

@@ -22,11 +22,17 @@ if TYPE_CHECKING:
     from drpo_core.policy_loss import PolicyLoss
     from drpo_core.types import Array, Namespace
 
-__all__ = ["Library", "replay"]
+__all__ = ["ARITHMETIC", "COMPARISONS", "Library", "replay"]
 
 Operation = Callable[..., Any]
 
 INPUTS = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients", "divergence")
+
+ARITHMETIC = (
+    *("abs", "add", "divide", "exp", "expm1", "log", "log1p", "maximum", "minimum", "multiply", "negative"),
+    *("sqrt", "square", "subtract", "tanh"),
+)
+COMPARISONS = ("equal", "greater", "greater_equal", "less", "less_equal", "not_equal")
 
 CLAMPS = {"greater": "at_most", "less": "at_least", "minimum": "at_most", "maximum": "at_least"}
 """What it is to select a constant where a value is beyond it, and an extremum with a constant."""
@@ -41,9 +47,9 @@ class Library:
 
     xp: Namespace
     arithmetic: Mapping[str, Operation]
-    """By the Array API's names; in `out`'s dtype. `sign` passes on a NaN."""
+    """`ARITHMETIC`, by the Array API's names, and `sign`, which passes on a NaN; in `out`'s dtype."""
     comparisons: Mapping[str, Operation]
-    """0 or 1 in an `out` of integers."""
+    """`COMPARISONS`: 0 or 1 in an `out` of integers."""
     connectives: Mapping[str, Operation]
     """Of integers 0 and 1: `logical_and`, `logical_or`, and `differ`."""
     clamps: Mapping[str, Operation]

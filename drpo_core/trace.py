@@ -260,7 +260,7 @@ class Trace:
         return symbol
 
     def apply(self, operation: str, *operands: object) -> Symbol:
-        """The result of an operation, recorded unless it was before."""
+        """The result of an operation, or of a simpler one of the same value, recorded unless it was before."""
         arguments = tuple(self.symbol(operand) for operand in operands)
         if operation == "logical_not" and arguments[0].operation in _OPPOSITES:
             return self.apply(_OPPOSITES[arguments[0].operation], *arguments[0].arguments)

@@ -114,6 +114,18 @@ def test_binary_kl_beside_certainty(dtype):
             assert abs(mpf(float(got)) - exact) <= bound * exact, (x, b)
 
 
+def test_binary_kl_at_every_distance_from_certainty():
+    """Many pairs, where one formula of the rest's share hands over to the other: the figure that the documentation gives."""
+    rng = np.random.default_rng(2)
+    log_prob = -(10.0 ** rng.uniform(-7, 1, 20_000))
+    behavior = (log_prob * 10.0 ** rng.uniform(-1, 1, 20_000)).astype("float32")
+    log_prob = log_prob.astype("float32")
+    with mpmath.workdps(40):
+        for got, x, b in zip(binary_kl(log_prob, behavior), log_prob, behavior, strict=True):
+            exact = exact_binary_kl(mpf(float(x)), mpf(float(b)))
+            assert abs(mpf(float(got)) - exact) <= 1.2e-6 * exact, (x, b)
+
+
 def test_the_plain_formulas_would_fail():
     """What this file can see: the textbook expressions miss the same bounds by orders of magnitude."""
     log_prob, behavior = token_pairs("float32")

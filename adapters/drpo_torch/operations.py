@@ -59,6 +59,7 @@ def _total(figures: Sequence[torch.Tensor], width: int, sums: int, dtype: torch.
     return torch.cat((rows[:, :sums].sum(0), rows[:, sums:].amax(0))).to(dtype).unbind()
 
 
+# by torch's own names: through those of the Array API, which it has too, a call takes longer
 LIBRARY = Library(
     xp=array_api_compat.torch,
     arithmetic={
