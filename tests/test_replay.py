@@ -52,6 +52,10 @@ EXPRESSIONS: dict[str, Callable] = {
     "difference of cleared": lambda xp, x, tokens: (
         xp.where(tokens.advantages > 0.0, 0.0, x) - xp.where(tokens.advantages > 0.0, 0.0, tokens.advantages)
     ),
+    "difference of what is cleared elsewhere": lambda xp, x, tokens: (
+        xp.where(tokens.advantages > 0.0, 0.0, x) - xp.where(x > 0.0, 0.0, tokens.advantages)
+    ),
+    "used by two steps in a row": lambda _, x, tokens: (x + 1.0) * tokens.advantages - (x + 1.0),
     "at most": lambda xp, x, _: xp.where(x > 0.5, 0.5, x),
     "at least": lambda xp, x, _: xp.where(x < 0.5, 0.5, x),
     "minimum": lambda xp, x, tokens: xp.minimum(x, tokens.advantages),
