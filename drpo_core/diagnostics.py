@@ -245,16 +245,17 @@ def map_diagnostics(function: Callable[..., Any], *diagnostics: Diagnostics) -> 
     {'ratio_mean': Mean(total=6.0, count=4.0)}
     """
     first, *others = diagnostics
-    return {name: statistic._make(map(function, statistic, *(o[name] for o in others))) for name, statistic in first.items()}
+    return {name: type(s)(*map(function, s, *(other[name] for other in others))) for name, s in first.items()}
 
 
-def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
+def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:
     """Diagnostics as plain floats, with a single transfer from the device: call it once, at the end of a step.
 
     Parameters
     ----------
     statistics
-        A result of `token_diagnostics` or `merge_diagnostics`, or of a policy loss.
+        A result of `token_diagnostics` or `merge_diagnostics`, or of a policy loss; None, as a policy loss gives where they
+        were not asked for, has no numbers.
 
     Returns
     -------

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from drpo_core._checks import check_arrays, check_dtype, check_mask, check_number, check_segment_ids, check_shape, compute_dtype
+from drpo_core._checks import (
+    check_arrays,
+    check_dtype,
+    check_mask,
+    check_number,
+    check_segment_ids,
+    check_shape,
+    compute_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,11 +52,11 @@ class LinearReduction(Protocol):
         self,
         mask: Array,
         *,
-        dtype: object,
-        normalizer: float | Array | None = None,
-        token_weights: Array | None = None,
-        segment_ids: Array | None = None,
-        xp: Namespace,
+        dtype: Any,
+        normalizer: Any = None,
+        token_weights: Any = None,
+        segment_ids: Any = None,
+        xp: Any,
     ) -> Array:
         """Factor c of each token's value, an array that broadcasts to the mask's shape."""
         ...
