@@ -109,7 +109,7 @@ def masked_sum(
     Examples
     --------
     >>> import numpy as np
-    >>> from drpo_core import masked_sum
+    >>> from drpo_core.reduction import masked_sum
     >>> total, count = masked_sum(np.array([1.0, 2.0, np.nan]), np.array([True, True, False]))
     >>> float(total), float(count)
     (3.0, 2.0)
