@@ -189,9 +189,10 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
         msg = "parts: expected at least one dict of diagnostics, got none"
         raise ValueError(msg)
     for part in parts:
-        if not isinstance(part, dict):
-            msg = f"parts: expected dicts of diagnostics, got {type(part).__name__}"
-            raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(part, (list, tuple)) else ""))
+        given: object = part
+        if not isinstance(given, dict):
+            msg = f"parts: expected dicts of diagnostics, got {type(given).__name__}"
+            raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(given, (list, tuple)) else ""))
         if part.keys() != parts[0].keys():
             differing = sorted(part.keys() ^ parts[0].keys())
             msg = f"parts: expected the same names in every dict of diagnostics, got {differing} in some only"
@@ -211,8 +212,8 @@ def combine_diagnostics(stacked: Diagnostics, *, xp: Namespace) -> Diagnostics:
 
     def combined(statistic: Statistic) -> Statistic:
         first, *others = statistic
-        extreme = {Maximum: xp.max, Minimum: xp.min}.get(type(statistic), xp.sum)
-        return type(statistic)(extreme(first), *(xp.sum(field) for field in others))
+        combine = xp.max if isinstance(statistic, Maximum) else xp.min if isinstance(statistic, Minimum) else xp.sum
+        return type(statistic)(combine(first), *(xp.sum(field) for field in others))
 
     return {name: combined(statistic) for name, statistic in stacked.items()}
 

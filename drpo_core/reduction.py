@@ -411,6 +411,7 @@ def reduction_count(
 
 def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function to a reduction's divisors and count, and its options: what was given, else what `partial` has bound."""
+    function: Any
     function, bound = (reduction.func, reduction.keywords) if isinstance(reduction, partial) else (reduction, {})
     divisors = _DIVISORS.get(function) if callable(function) and getattr(function, "__hash__", None) else None
     if divisors is None or (isinstance(reduction, partial) and reduction.args):
@@ -510,7 +511,7 @@ def _denominator(normalizer: float | Array | None, count: Array, *, xp: Namespac
     return _nonzero(number, xp=xp)
 
 
-def _number_or_array(name: str, value: float | Array, *, like: Array, xp: Namespace, **bounds: float) -> float | Array:
+def _number_or_array(name: str, value: float | Array, *, like: Array, xp: Namespace, **bounds: Any) -> float | Array:
     """A number within its bounds, as a Python float; or a 0-d array, in the dtype of another, NaN where it is outside them.
 
     An array's value may be on a device, and unknown while a compiler traces, so that nothing can be raised.

@@ -173,11 +173,12 @@ class TracedNamespace:
     inf, nan = float("inf"), float("nan")
     pi, e = math.pi, math.e
     float32 = float64 = int32 = int64 = FLOAT
-    bool = BOOL
 
     def __init__(self, trace: Trace, epsilon: float) -> None:
         """A namespace that records into a trace."""
         self._trace, self._epsilon = trace, epsilon
+        # not in the class, where it would hide the built-in type
+        self.bool = BOOL
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         """An elementwise function."""
