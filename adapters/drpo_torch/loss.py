@@ -274,8 +274,10 @@ class _Linear:
             return result
 
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        coefficients: torch.Tensor
         coefficients, at_zero = torch.func.grad_and_value(total)(zeros)
-        if has_memory(at_zero) and at_zero.device.type == "cpu" and not torch.compiler.is_compiling() and at_zero.item() != 0.0:
+        known = not torch.compiler.is_compiling() and has_memory(at_zero) and at_zero.device.type == "cpu"
+        if known and at_zero.item() != 0.0:
             msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
             raise ValueError(msg)
         if token_weights is None:
