@@ -1,1 +1,1 @@
-"""Does it hold up? The comparison of the DRPO paper in miniature: see docs/study/index.md."""
+"""The comparison of the DRPO paper in miniature; docs/study/index.md has its results."""

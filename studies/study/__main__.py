@@ -1,4 +1,4 @@
-"""``python -m study COMMAND`` in the folder ``studies``: see its README.md."""
+"""The commands of the study: ``python -m study COMMAND`` in the folder ``studies``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     whole = argparse.ArgumentParser(prog="study", description="The DRPO paper's comparison in miniature.")
     commands = whole.add_subparsers(dest="command", required=True)
     for name, about in COMMANDS.items():

@@ -115,19 +115,19 @@ def headline_lines(tuned: dict[str, float]) -> list[Line]:
 
 
 def study_weights(runs: Runs, lines: Sequence[Line]) -> dict[Line, np.ndarray]:
-    """Histograms of w over all runs of each line."""
+    """Histogram of the weights of all runs, for each line."""
     found = {line: [np.array(r.weights) for (_, of), by in runs.items() if of == line for r in by.values()] for line in lines}
     return {line: np.sum(counts, axis=0) for line, counts in found.items() if counts}
 
 
 def verdict_table(decided: Sequence[Verdict]) -> str:
-    """Each hypothesis with the difference that decides it."""
+    """Table of the hypotheses, each with the difference that decides it."""
     rows = [[v.name, v.claim, str(v.difference or "–"), v.decision] for v in decided]
     return _markdown(["", "claim", "difference [95 %]", "decision"], rows)
 
 
 def equals_table(runs: Runs, seeds: Sequence[int]) -> str:
-    """How often H1's rule would decide what if methods made no difference."""
+    """Table of how often H1's rule makes each decision when the methods are equal."""
     table = scores(runs, tuple(SIX), as_published(), final_reward, seeds)
     if table is None:
         return "(some of its runs are missing)"
@@ -138,7 +138,7 @@ def equals_table(runs: Runs, seeds: Sequence[int]) -> str:
 def reward_table(
     runs: Runs, lines: Sequence[Line], settings: Sequence[str], seeds: Sequence[int], tuned: dict[str, float]
 ) -> str:
-    """Interquartile mean of the final reward with its interval, a column a setting and one for all of them."""
+    """Table of the final reward: interquartile means with intervals, for each setting and for all of them."""
     rows = []
     for line in lines:
         name = title(line) + (" (tuned)" if tuned.get(line[0]) == line[1] else "")
@@ -148,7 +148,10 @@ def reward_table(
 
 
 def difference_table(runs: Runs, lines: Sequence[Line], settings: Sequence[str], seeds: Sequence[int]) -> str:
-    """Each line's final reward minus PG-IS's on the same seeds: of the interquartile means, and how much two runs differ."""
+    """Table of each line's final reward minus PG-IS's on the same seeds.
+
+    The difference is one of interquartile means; the standard deviation is that of the pairs of runs.
+    """
     rows = []
     for line in lines:
         found = scores(runs, settings, [line, PG_IS], final_reward, seeds) if line != PG_IS else None
@@ -160,7 +163,7 @@ def difference_table(runs: Runs, lines: Sequence[Line], settings: Sequence[str],
 
 
 def weight_table(counts: dict[str, dict[Line, np.ndarray]]) -> str:
-    """Share of the active tokens' weights in two ranges around 1, and below 0, by source of the tokens."""
+    """Table of the share of weights in two ranges around 1, and below 0, for each source of active tokens."""
     ranges = {"0.995 ≤ w < 1.005": (0.995, 1.005), "0.92 ≤ w < 1.08": (0.92, 1.08), "w < 0": (-math.inf, 0.0)}
     rows = []
     for source, by_line in counts.items():
@@ -171,7 +174,7 @@ def weight_table(counts: dict[str, dict[Line, np.ndarray]]) -> str:
 
 
 def stability_table(runs: Runs, lines: Sequence[Line], settings: Sequence[str], seeds: Sequence[int]) -> str:
-    """Collapses, spikes, mismatch, rare tokens and efficiency of each line."""
+    """Table of each line's collapses, spikes, mismatch, rare tokens and efficiency."""
     measures: dict[str, Callable[[Result], float]] = {
         "share of collapses": collapsed,
         "norm spikes a run": spikes,
@@ -184,7 +187,7 @@ def stability_table(runs: Runs, lines: Sequence[Line], settings: Sequence[str], 
 
 
 def mismatch_table(runs: Runs, lines: Sequence[Line]) -> str:
-    """Means over the runs of the headline methods: of number formats at a batch's first step, with staleness at its last."""
+    """Table of the mean mismatch: at a batch's first step (number formats) and at its last (with staleness)."""
     names = ("tv", "k3", "ratio", "tv_last", "k3_last", "ratio_last")
     rows = []
     for setting in SIX | FURTHER:
@@ -197,7 +200,7 @@ def mismatch_table(runs: Runs, lines: Sequence[Line]) -> str:
 
 
 def tuning_table(runs: Runs, tuned: dict[str, float]) -> str:
-    """Mean final reward at each threshold tried; the chosen one in bold."""
+    """Table of the mean final reward at each tried threshold; the chosen one is bold."""
     rows = []
     for name, method in METHODS.items():
         cells = []
@@ -231,6 +234,6 @@ def _number(result: Result | None, measure: Callable[[Result], float]) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    # a bar would end the cell
+    # a bar would end the table's cell
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|A|", "abs(A)") for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""The study's figures, drawn from result files alone; the same files give the same bytes."""
+"""The study's figures. The same results give the same bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STYLE = {
     "svg.hashsalt": "drpo-study",
     "svg.fonttype": "path",
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart; a method has the same in every figure
+# Okabe and Ito's palette, which colour-blind readers can tell apart; a method has one colour in all figures
 COLOURS = {
     "pg-is": "#000000",
     "grpo": "#E69F00",
@@ -60,21 +60,21 @@ NAMES = {
     "chi2-without-a": "χ² penalty without |A|",
 }
 SMOOTH = 9
-"""Batches that a drawn learning curve is averaged over."""
+"""Width of the moving average of learning curves, in batches."""
 
 
 def title(line: Line) -> str:
-    """A method with its threshold."""
+    """The name of a method with its threshold."""
     name, threshold = line
     return f"{NAMES[name]} {threshold:g}" if METHODS[name].grid else NAMES[name]
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """As SVG, without a date."""
+    """Save a figure as SVG, without a date."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         figure.savefig(path, metadata={"Date": None, "Creator": None})
-    # matplotlib ends lines with blanks
+    # matplotlib leaves blanks at the ends of lines
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
     return path
 
@@ -86,7 +86,7 @@ def _style(line: Line) -> dict[str, object]:
 def _draw(
     axis: Axes, results: Sequence[Result], name: str, style: dict[str, object], label: str | None, width: int = 1
 ) -> None:
-    """Every seed thin, their mean thick."""
+    """Draw a thin curve for each seed and a thick one for their mean."""
     if not results:
         return
     x = batches(results[0], name)
@@ -99,7 +99,7 @@ def _draw(
 
 
 def learning_curves(runs: Runs, lines: Sequence[Line], settings: Sequence[str] = tuple(SIX)) -> Figure:
-    """Reward over the batches, a panel a setting."""
+    """Reward over the batches, with a panel for each setting."""
     with mpl.rc_context(STYLE):
         columns = min(3, len(settings))
         rows = -(-len(settings) // columns)
@@ -115,7 +115,7 @@ def learning_curves(runs: Runs, lines: Sequence[Line], settings: Sequence[str] =
 
 
 def mismatch(runs: Runs, lines: Sequence[Line], settings: Sequence[str] = tuple(SIX)) -> Figure:
-    """Mean |π − μ|, k3 and E_μ[r] over the batches, at a batch's first step and at its last; a column a setting."""
+    """Mean |π − μ|, k3 and E_μ[r] at the first and the last step of each batch, with a column for each setting."""
     rows = {"tv": "mean |π − μ|", "k3": "mean k3, nats", "ratio": "mean r"}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * len(settings) + 1.2, 7.0), layout="constrained")
@@ -143,7 +143,7 @@ def mismatch(runs: Runs, lines: Sequence[Line], settings: Sequence[str] = tuple(
 
 
 def sensitivity(runs: Runs, setting: str) -> Figure:
-    """Final reward against the threshold, a panel a method; dots are seeds, the line PG-IS at the same learning rate."""
+    """Final reward against the threshold, with a panel for each method. Dots are seeds; the dashed line is PG-IS."""
     methods = [name for name, method in METHODS.items() if method.grid]
     reference = [final_reward(run) for run in runs.get((setting, ("pg-is", 0.0)), {}).values()]
     with mpl.rc_context(STYLE):
@@ -172,11 +172,11 @@ def sensitivity(runs: Runs, setting: str) -> Figure:
 
 
 GEMMA = {"Gemma, 8 steps at 1e-6": "lr1e6_step8", "Gemma, 8 steps at 2e-5": "lr2e5_step8"}
-"""Snapshots of the Gemma rollouts: a run that is well and one that is going wrong."""
+"""Snapshots of the Gemma rollouts: one of a healthy run and one of a diverging run."""
 
 
 def gemma_weights(lines: Iterable[Line], snapshot: str) -> dict[Line, np.ndarray]:
-    """Histogram over WEIGHT_EDGES of w at the active tokens of the Gemma rollouts that ship with the package."""
+    """Histograms of the weights at the active tokens of the bundled Gemma rollouts, over WEIGHT_EDGES."""
     rollouts = open_rollouts(str(files("drpo_core") / "data" / "gemma3_270m_arithmetic.npz"))
     counts = {line: np.zeros(len(WEIGHT_EDGES) - 1, dtype=np.int64) for line in lines}
     for chunk in rollouts.chunks(snapshot):
@@ -189,7 +189,7 @@ def gemma_weights(lines: Iterable[Line], snapshot: str) -> dict[Line, np.ndarray
 
 
 def weight_histograms(counts: dict[str, dict[Line, np.ndarray]]) -> Figure:
-    """Share of the active tokens by weight: a column a source of tokens, a row a line; below 0, around 1, above."""
+    """Histograms of the weights at active tokens, with a column for each source of tokens and a row for each line."""
     lines = list(dict.fromkeys(line for column in counts.values() for line in column))
     shown = [
         WEIGHT_EDGES.index(edge) for edge in (-1.0, 0.0, 0.5, 0.9, 0.92, 0.96, 0.99, 1.0, 1.01, 1.04, 1.08, 1.1, 1.5, 2.0, 3.0)
@@ -211,7 +211,7 @@ def weight_histograms(counts: dict[str, dict[Line, np.ndarray]]) -> Figure:
 
 
 def verdicts(decided: Sequence[Verdict], margin: float) -> Figure:
-    """The difference that decides each hypothesis, with its interval, its claim and the decision."""
+    """Each hypothesis with its claim, the difference that decides it, the interval of that, and the decision."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.0, 0.32 * len(decided) + 1.0), layout="constrained")
         axis = figure.subplots()

@@ -1,4 +1,4 @@
-"""Interquartile means, paired bootstrap intervals, and what the preregistration calls a decision."""
+"""Interquartile means, paired bootstrap intervals, and the preregistration's rules of decision."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Interval(NamedTuple):
 
 
 def interquartile_mean(runs: Numbers, axis: int = 0) -> Numbers:
-    """Mean of what is left when a quarter of the runs, rounded down, is cut off at either end."""
+    """Mean of the runs without the lowest quarter and the highest quarter, each rounded down to whole runs."""
     ordered = np.sort(runs, axis=axis)
     n = ordered.shape[axis]
     kept = np.arange(n // 4, n - n // 4)
@@ -44,16 +44,16 @@ def interquartile_mean(runs: Numbers, axis: int = 0) -> Numbers:
 
 
 def mean(runs: Numbers, axis: int = 0) -> Numbers:
-    """The mean, for shares."""
+    """The plain mean, used for shares."""
     return np.asarray(runs.mean(axis))
 
 
 def bootstrap(
     scores: Numbers, statistic: Callable[..., Numbers] = interquartile_mean, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[Numbers, Numbers]:
-    """A statistic of each line over all settings and seeds, and its resamples: (lines,) and (resamples, lines).
+    """A statistic of each line over all settings and seeds, shape (lines,), and its resamples, (resamples, lines).
 
-    `scores` is (settings, seeds, lines); the seeds of each setting are drawn anew, the same for all lines.
+    `scores` has the shape (settings, seeds, lines). Each resample draws the seeds of every setting anew; all lines share them.
     """
     settings, seeds, lines = scores.shape
     drawn = np.random.default_rng(seed).integers(seeds, size=(resamples, settings, seeds))
@@ -62,22 +62,22 @@ def bootstrap(
 
 
 def at_least(margin: float) -> Callable[[Interval], str]:
-    """As good, up to a margin."""
+    """Rule for the claim "at least as good, up to a margin"."""
     return lambda d: SUPPORTED if d.low > -margin else NOT_SUPPORTED if d.high < 0.0 else UNDECIDED
 
 
 def worse(margin: float) -> Callable[[Interval], str]:
-    """Worse, by whatever amount."""
+    """Rule for the claim "worse, by any amount"."""
     return lambda d: SUPPORTED if d.high < 0.0 else NOT_SUPPORTED if d.low > -margin else UNDECIDED
 
 
 def better(margin: float) -> Callable[[Interval], str]:
-    """Better, by whatever amount: not supported where a difference of the margin can be ruled out."""
+    """Rule for the claim "better, by any amount"; not supported if the interval excludes a difference of the margin."""
     return lambda d: SUPPORTED if d.low > 0.0 else NOT_SUPPORTED if d.high < margin else UNDECIDED
 
 
 def close(margin: float) -> Callable[[Interval], str]:
-    """Equivalent, up to a margin."""
+    """Rule for the claim "equivalent, up to a margin"."""
     return lambda d: (
         SUPPORTED
         if -margin < d.low and d.high < margin

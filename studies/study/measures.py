@@ -1,4 +1,4 @@
-"""Numbers of one run, as preregistration.md defines them."""
+"""Measures of one run, as preregistration.md defines them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SHARE_OF_THE_END = 0.2
 LEVEL = 0.5
-"""The reward that efficiency is measured to."""
+"""Efficiency is the number of batches until this reward."""
 
 
 def final_reward(result: Result) -> float:
@@ -25,7 +25,7 @@ def final_reward(result: Result) -> float:
 
 
 def moving(values: Sequence[float], width: int) -> np.ndarray:
-    """Means over `width` consecutive values, as many as there are."""
+    """Means over each `width` consecutive values."""
     return np.convolve(values, np.full(width, 1.0 / width), mode="valid")
 
 
@@ -37,18 +37,18 @@ def collapsed(result: Result) -> float:
 
 
 def spikes(result: Result) -> float:
-    """Blocks of batches whose largest gradient norm is above 10 times the run's median."""
+    """The number of blocks whose largest gradient norm is above 10 times the run's median."""
     norms = np.array(result.curves["norm"])
     return float(np.nansum(norms > 10.0 * np.nanmedian(norms)))
 
 
 def largest_mismatch(result: Result) -> float:
-    """Largest mean |π − μ| of a batch's last step, over the blocks."""
+    """The largest mean |π − μ| at a batch's last step, over the blocks of a run."""
     return float(np.nanmax(result.curves["tv_last"]))
 
 
 def batches_to_level(result: Result) -> float:
-    """Batches until the mean reward over 5 of them reaches LEVEL; all of them if it never does."""
+    """Batches until the mean reward over 5 batches reaches LEVEL, or all batches if it never does."""
     rewards = result.curves["reward"]
     reached = np.flatnonzero(moving(rewards, min(5, len(rewards))) >= LEVEL)
     return float(reached[0] + min(5, len(rewards))) if reached.size else float(len(rewards))
@@ -60,6 +60,6 @@ def rare(result: Result) -> float:
 
 
 def batches(result: Result, name: str) -> np.ndarray:
-    """What the numbers of a curve stand at: the middle of their block."""
+    """The horizontal positions of a curve's numbers: the middle of each block, in batches."""
     count = len(result.curves[name])
     return np.arange(count) + 1.0 if name == "reward" else BLOCK * np.arange(count) + 0.5 * (BLOCK + 1)

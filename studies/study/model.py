@@ -1,6 +1,6 @@
 """A small decoder-only transformer, dense or mixture of experts, as a function of a dict of parameters.
 
-A function of a dict, because the engine's copy is then a dict of rounded tensors and the JAX twin the same function.
+The engine's copy is then a dict of rounded tensors, and the JAX twin is the same function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Parameters = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a model; with `experts`, each token goes to the two that its router likes best."""
+    """Sizes of a model. With `experts`, each token goes to the two experts with the highest affinity."""
 
     width: int = 64
     layers: int = 2
@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def chosen(self) -> int:
-        """Experts a token."""
+        """Experts for each token."""
         return 2
 
 
@@ -38,7 +38,7 @@ SHAPES = {"dense": Shape(), "moe": Shape(hidden=64, experts=8)}
 
 
 def initial(shape: Shape, seed: int) -> Parameters:
-    """Parameters from a seed."""
+    """Initial parameters, drawn from a seed."""
     generator = torch.Generator().manual_seed(seed)
     width, hidden = shape.width, shape.hidden
 
@@ -63,37 +63,37 @@ def initial(shape: Shape, seed: int) -> Parameters:
 
 
 def copied(parameters: Parameters) -> Parameters:
-    """Detached copies."""
+    """Detached copies of the parameters."""
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
 def prepared(parameters: Parameters, precision: Float32) -> Parameters:
-    """Parameters in the format of an engine."""
+    """The parameters in the number format of an engine."""
     return {name: precision.prepare(name, p) for name, p in parameters.items()}
 
 
 @dataclass(slots=True)
 class Cache:
-    """Keys and values of the positions so far, one pair a layer."""
+    """Keys and values of the positions so far, one pair for each layer."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
     @classmethod
     def empty(cls, shape: Shape, batch: int, dtype: torch.dtype) -> Cache:
-        """Of no position."""
+        """A cache of no position."""
         nothing = torch.zeros(batch, shape.heads, 0, shape.width // shape.heads, dtype=dtype)
         return cls([nothing] * shape.layers, [nothing] * shape.layers)
 
     def rows(self, which: torch.Tensor) -> Cache:
-        """Of some of the sequences, as often as they are named."""
+        """The cache of the sequences with these indices, which may repeat."""
         return Cache([k[which] for k in self.keys], [v[which] for v in self.values])
 
 
 def hidden_states(
     parameters: Parameters, shape: Shape, tokens: torch.Tensor, precision: Float32, cache: Cache | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (batch, tokens, width) before the head, and the load-balancing term of the routers (0 without experts)."""
+    """States before the head, (batch, tokens, width), and the routers' load-balancing term, which is 0 without experts."""
     p = parameters
     cache = cache or Cache.empty(shape, tokens.shape[0], precision.dtype)
     past = cache.keys[0].shape[2]
@@ -114,7 +114,7 @@ def hidden_states(
 
 
 def logits(parameters: Parameters, states: torch.Tensor) -> torch.Tensor:
-    """Float32 logits; the head is the embedding and runs in the dtype of the states."""
+    """Float32 logits. The head is the embedding, multiplied in the dtype of the states."""
     return (states @ parameters["embedding"].mT).float()
 
 
@@ -141,7 +141,10 @@ def _feed_forward(p: Parameters, i: int, x: torch.Tensor, precision: Float32) ->
 
 
 def mixture(p: Parameters, i: int, shape: Shape, x: torch.Tensor, precision: Float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """For x (tokens, width): all experts of all tokens, then those chosen, which at this size is cheaper than to gather."""
+    """Mixture of experts for x of shape (tokens, width), and its load-balancing term.
+
+    All experts see all tokens, and the gate selects: at this size that is cheaper than gathering.
+    """
     affinity = (x @ p[f"{i}.router"].mT).float().softmax(-1)
     best, index = affinity.topk(shape.chosen, -1)
     gate = torch.zeros_like(affinity).scatter(-1, index, best / best.sum(-1, keepdim=True))

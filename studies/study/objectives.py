@@ -1,7 +1,8 @@
-"""Penalties that the paper compares DRPO's with, as objectives: any penalty P(r, μ) has w = 1 − s(A) P'/δ, P' = ∂P/∂r.
+"""The penalties that the paper compares with DRPO's, as objectives.
 
-With `by_advantage` the loss is −A r + |A| P/δ and s(A) = sign(A) (docs/derivations/alternatives.md, K1); without, it is
-−A r + P/δ and s(A) = 1/A (K8). A weight multiplies A, so where A = 0 only `nonzero` lets that penalty act.
+A penalty P(r, μ) on the sampled token gives the weight w = 1 − s(A) P'/δ with P' = ∂P/∂r. With `by_advantage` the loss is
+−A r + |A| P/δ and s(A) = sign(A) (docs/derivations/alternatives.md, K1). Without, the loss is −A r + P/δ and s(A) = 1/A (K8).
+The gradient is −A r w, so where A = 0 the penalty acts only on advantages that passed through `nonzero`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _side(t: Tokens) -> Array:
     return t.xp.where(t.log_ratio > 0.0, one, t.xp.where(t.log_ratio < 0.0, -one, 0.0 * t.log_ratio))
 
 
-# name → (P, P') of a token; expected under μ they are ½Σ(π−μ)², ½χ², KL(μ‖π), ≈ KL, KL(μ‖π) and TV
+# name → (P, P') of a token. The expectations of P under μ: ½Σ(π−μ)², ½χ², KL(μ‖π), ≈ KL, KL(μ‖π) and TV
 PENALTIES: dict[str, tuple[Callable[[Tokens], Array], Callable[[Tokens], Array]]] = {
     "l2": (lambda t: 0.5 * t.ratio_minus_one * t.shift, lambda t: t.shift),
     "chi2": (lambda t: 0.5 * t.ratio_minus_one * t.ratio_minus_one, lambda t: t.ratio_minus_one),
@@ -44,8 +45,8 @@ class Penalised:
     delta
         δ > 0: the smaller, the stronger the penalty.
     by_advantage
-        Whether the penalty is scaled by |A|. Without, w has no value where A = 0 and is 1 there: pass advantages through
-        `nonzero` to keep the penalty.
+        Whether |A| scales the penalty. If not, w is undefined where A = 0 and set to 1 there; pass the advantages
+        through `nonzero` to keep the penalty.
     """
 
     penalty: str
@@ -84,11 +85,11 @@ class Penalised:
 
 
 SMALL = 1e-6
-"""An advantage whose surrogate is as good as none."""
+"""An advantage so small that its surrogate does not matter."""
 
 
 def nonzero(objective: object, advantages: Array) -> Array:
-    """The advantages, with `SMALL` for 0 where the objective's penalty must act without one."""
+    """The advantages, with `SMALL` in place of 0 if the objective's penalty is to act there."""
     if isinstance(objective, Penalised) and not objective.by_advantage:
         return advantages + SMALL * (advantages == 0.0)
     return advantages

@@ -1,4 +1,4 @@
-"""The same training in one process and in two that share the batch (gloo): each samples and trains on its own sequences."""
+"""The same training in one process and in two that share each batch (gloo), sampling and training on half of it each."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ RANKS, ROLLOUTS = 2, 30
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Reward of each batch, loss of each step, and the parameters at the end (two processes: without `rollouts`)."""
+    """Reward of each batch, loss of each step, and the final parameters."""
 
     rewards: np.ndarray
     losses: np.ndarray
     parameters: Parameters
     rollouts: list[Rollout]
-    """What was trained on."""
+    """The batches of the training; empty for two processes."""
 
 
 def shares(sequences: int, steps: int, rank: int, ranks: int) -> torch.Tensor:
-    """Which sequences are a rank's: of every step's part an equal share, so that a step's whole is the same batch."""
+    """Indices of a rank's sequences: an equal share of every step's part, so that all ranks together train on that part."""
     return torch.arange(sequences).view(steps, ranks, -1)[:, rank].flatten()
 
 
 def follow(
     start: Parameters, setting: Setting, rollouts: int, given: list[Rollout] | None = None, rank: int = 0, ranks: int = 1
 ) -> Curves:
-    """Train as one of `ranks` processes, or alone, on what the policy samples or on whole batches that are given.
+    """Train alone or as one of `ranks` processes, on the policy's own samples or on `given` batches.
 
-    The reward is that of what the policy samples.
+    The reward is always that of the policy's own samples.
     """
     how, task = DEFAULT, Task()
     shape, engine, precision = model.SHAPES[setting.architecture], ENGINES[setting.engine], TRAINERS[setting.trainer]
@@ -102,7 +102,7 @@ def differences(one: Curves, other: Curves) -> dict[str, float]:
 
 
 def report(rollouts: int = ROLLOUTS) -> str:
-    """The comparison in words."""
+    """Compare, and say the result in words."""
     start, _ = start_of("dense", SEED)
     torch.set_num_threads(1)
     lines = [f"DRPO {THRESHOLD:g}, {rollouts} batches × {DEFAULT.steps} steps"]

@@ -29,7 +29,10 @@ ROLLOUTS = 30
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Rewards a rollout batch, and losses and norms a step, of torch and of JAX: (2, …); largest difference of parameters."""
+    """Rewards of each rollout batch, losses and norms of each step, and the largest difference of a final parameter.
+
+    The first axis of each array is torch, then JAX.
+    """
 
     rewards: np.ndarray
     losses: np.ndarray
@@ -38,7 +41,7 @@ class Parity:
 
     @property
     def differences(self) -> dict[str, float]:
-        """The largest of each."""
+        """The largest difference of each curve and of a parameter."""
         curves = {"reward": self.rewards, "loss": self.losses, "gradient norm": self.norms}
         return {name: float(np.abs(y[0] - y[1]).max()) for name, y in curves.items()} | {"parameter": self.parameters}
 
@@ -46,9 +49,9 @@ class Parity:
 def compare(
     start: Parameters, task: Task, setting: Setting, *, rollouts: int, same_batches: bool, how: Training = DEFAULT
 ) -> Parity:
-    """Train both; with `same_batches` JAX learns from what torch's policy sampled, else each from what its own sampled.
+    """Train both. With `same_batches`, JAX learns from the samples of torch's policy; otherwise each learns from its own.
 
-    Either way both policies sample through the same engine with the same numbers, and that is the reward.
+    Both policies always sample through the same engine with the same uniform numbers; the rewards are those of these samples.
     """
     shape, engine, precision = model.SHAPES[setting.architecture], ENGINES[setting.engine], TRAINERS[setting.trainer]
     chosen = objective(METHOD, THRESHOLD)
@@ -89,7 +92,7 @@ def compare(
 
 
 def report(rollouts: int = ROLLOUTS) -> str:
-    """Both comparisons in words."""
+    """Make both comparisons, and say the results in words."""
     start, _ = start_of("dense", SEED)
     lines = [
         f"DRPO {THRESHOLD:g}, {rollouts} batches × {DEFAULT.steps} steps, torch {torch.__version__}, JAX {jax.__version__}"

@@ -1,7 +1,7 @@
-"""Number formats of the trainer and of the inference engine, with what CPU kernels lack emulated.
+"""Number formats of the trainer and of the inference engine; formats without CPU kernels are emulated.
 
-A linear layer in FP8 or int8 has both operands rounded to the format (weights with one scale an output channel, activations
-with one a token), exact products summed in float32, and an output rounded to bfloat16, as the kernels of serving engines do.
+A linear layer in FP8 or int8 rounds both operands to the format: weights with a scale for each output channel, activations
+with a scale for each token. It sums exact products in float32 and rounds the output to bfloat16, as serving engines do.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 
 FP8, FP8_GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 VALUES = {dtype: torch.arange(256, dtype=torch.uint8).view(dtype).float() for dtype in (FP8, FP8_GRADIENT)}
-"""What each of a format's 256 codes stands for: looked up seven times as fast as torch's CPU kernel converts."""
+"""The value of each of a format's 256 codes. A look-up is seven times as fast as the conversion of torch's CPU kernel."""
 LARGEST_INT8 = 127.0
 
 
 def round_to_fp8(x: torch.Tensor, dtype: torch.dtype = FP8) -> torch.Tensor:
-    """The nearest values of an FP8 format, after scaling the largest of each row to the format's largest."""
+    """Round to the nearest values of an FP8 format, with each row's largest value scaled to the format's largest."""
     scale = _scale(x, torch.finfo(dtype).max)
     codes = (x.float() / scale).to(dtype).view(torch.uint8).int()
     return VALUES[dtype].index_select(0, codes.flatten()).view(x.shape) * scale
 
 
 def round_to_int8(x: torch.Tensor) -> torch.Tensor:
-    """The nearest of 255 equidistant values, symmetric, with one scale a row."""
+    """Round to the nearest of 255 equidistant values, symmetric around 0, with a scale for each row."""
     scale = _scale(x, LARGEST_INT8)
     return (x.float() / scale).round() * scale
 
@@ -35,7 +35,7 @@ def _scale(x: torch.Tensor, largest: float) -> torch.Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """FP8 end to end: rounded operands on the way forward, a rounded gradient of the output on the way back."""
+    """FP8 end to end: operands are rounded in the forward pass, the output's gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - torch's context
@@ -56,11 +56,11 @@ class Float32:
     dtype = torch.float32
 
     def prepare(self, name: str, parameter: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the others look at it
-        """The parameter as the forward pass wants it."""
+        """The parameter in the format of the forward pass."""
         return parameter
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """X Wᵀ, for x (tokens, in) and W (out, in); for several matrices (experts, out, in) that of each."""
+        """The product x Wᵀ of x (tokens, in) and W (out, in), or with each of several W (experts, out, in)."""
         return x @ weight.mT
 
 
@@ -68,7 +68,7 @@ class TrainFP8(Float32):
     """The trainer of FP8 end to end: float32 master weights, FP8 linear layers forward (e4m3) and backward (e5m2)."""
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """X Wᵀ of rounded operands."""
+        """The product x Wᵀ of rounded operands."""
         return _StraightThrough.apply(x, weight)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -84,23 +84,23 @@ class BFloat16(Float32):
 
 class _Quantised(BFloat16, ABC):
     def prepare(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        """Embeddings, norms and head (one table here) stay in bfloat16; the matrices of the layers are rounded."""
+        """The parameter, rounded if it is a layer's matrix; embedding, norms and head stay in bfloat16."""
         return self.round(parameter.detach()) if is_linear(name) else super().prepare(name, parameter)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """X Wᵀ of rounded operands, summed in float32, rounded to bfloat16."""
+        """The product x Wᵀ of rounded operands, summed in float32, rounded to bfloat16."""
         return (self.round(x) @ weight.mT).bfloat16()
 
     @abstractmethod
     def round(self, x: torch.Tensor) -> torch.Tensor:
-        """To the numbers that the format has."""
+        """Round to the values of the format."""
 
 
 class EngineFP8(_Quantised):
     """An engine with FP8 (e4m3) linear layers."""
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
-        """To FP8."""
+        """Round to FP8."""
         return round_to_fp8(x)
 
 
@@ -108,7 +108,7 @@ class EngineInt8(_Quantised):
     """An engine with int8 linear layers."""
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
-        """To int8."""
+        """Round to int8."""
         return round_to_int8(x)
 
 
@@ -117,5 +117,5 @@ ENGINES = {"float32": Float32(), "bfloat16": BFloat16(), "fp8": EngineFP8(), "in
 
 
 def is_linear(name: str) -> bool:
-    """Whether a parameter is the matrix of a layer, which FP8 and int8 apply to; routers are kept out, as is usual."""
+    """True for the matrices of a layer, which FP8 and int8 round. Routers are excluded, as is usual."""
     return name.rpartition(".")[2] in {"qkv", "out", "up", "down"}

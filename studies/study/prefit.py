@@ -1,4 +1,4 @@
-"""Supervised steps on demonstrations until the policy is right now and then: where every run of a seed starts from."""
+"""Supervised steps on demonstrations until the policy is sometimes right: the start of every run of a seed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from study.task import PROMPT, Task
 
 BATCH, LEARNING_RATE, MOST_STEPS, EVERY = 128, 3e-3, 3000, 25
 ENOUGH = 0.15
-"""Stop at the first check with at least this reward: the band to be in is 0.1 to 0.4."""
+"""Stop at the first check with at least this reward. Starts are to lie between 0.1 and 0.4."""
 BALANCE = 0.01
 
 
 def prefit(architecture: str, seed: int, task: Task) -> tuple[model.Parameters, dict[str, float]]:
-    """Parameters, and the steps and reward they stopped at."""
+    """Pre-fitted parameters, with the number of steps and the reward of the last check."""
     shape, precision = model.SHAPES[architecture], Float32()
     parameters = {name: p.requires_grad_() for name, p in model.initial(shape, seed).items()}
     optimiser = torch.optim.Adam(parameters.values(), lr=LEARNING_RATE, fused=True)

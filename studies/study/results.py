@@ -161,7 +161,7 @@ def _records(source: Path) -> Iterator[Record]:
         yield from map(_read_run, _run_files(source))
         return
     for row in pq.read_table(source).to_pylist():
-        # a column for each name that any run has: null where this run lacks it
+        # a name that only other runs have is null here
         yield row | {name: {k: v for k, v in row[name].items() if v is not None} for name in ("prefit", "curves")}
 
 

@@ -1,4 +1,4 @@
-"""Sampling responses with an inference copy of the policy: what it sampled, and the log-probs it says they had."""
+"""Sampling with an inference copy of the policy: responses, and their log-probs as that copy computed them."""
 
 from __future__ import annotations
 
@@ -26,45 +26,46 @@ class Rollout:
 
     @property
     def inputs(self) -> torch.Tensor:
-        """What the policy reads: prompt and response without its last token."""
+        """The policy's input: the prompt, then the response without its last token."""
         return torch.cat([self.prompts.tokens, self.responses[:, :-1]], 1)
 
     def rows(self, which: torch.Tensor | slice) -> Rollout:
-        """Some of the sequences."""
+        """The rollout of some of the sequences."""
         return Rollout(
             Prompts(self.prompts.tokens[which]), self.responses[which], self.behavior_log_prob[which], self.mask[which]
         )
 
 
 def uniforms(prompts: Prompts, generator: torch.Generator) -> torch.Tensor:
-    """The numbers in [0, 1) that decide what is sampled, one a token: (prompts, RESPONSE)."""
+    """A uniform number in [0, 1) for each token to sample, (prompts, RESPONSE)."""
     return torch.rand(prompts.tokens.shape[0], RESPONSE, generator=generator, dtype=torch.float64)
 
 
-TOKENS_A_BLOCK = 64
+TOKENS_PER_BLOCK = 64
 
 
 def inverted(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token where the cumulative probability passes u, and its log-prob: (rows, 1) each. Overwrites the logits.
+    """The token at which the cumulative probability passes u, and its log-prob, (rows, 1) each. Overwrites the logits.
 
-    First its block of `TOKENS_A_BLOCK`, then its place there: to sum up all tokens one by one costs more than the model.
+    First it finds the token's block, then the place in the block: a cumulative sum over all tokens would cost more than
+    the model.
     """
     rows = torch.arange(logits.shape[0])
-    share = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, TOKENS_A_BLOCK))
+    share = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, TOKENS_PER_BLOCK))
     sums = share.sum(-1).double()
     cumulative = sums.cumsum(-1)
     target = u * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[-1] - 1)
     within = share[rows, block[:, 0]].double().cumsum(-1)
     before = cumulative.gather(1, block) - sums.gather(1, block)
-    token = TOKENS_A_BLOCK * block + torch.searchsorted(within, target - before, right=True).clamp(max=TOKENS_A_BLOCK - 1)
+    token = TOKENS_PER_BLOCK * block + torch.searchsorted(within, target - before, right=True).clamp(max=TOKENS_PER_BLOCK - 1)
     return token, (share.flatten(1).gather(1, token) / cumulative[:, -1:]).log().float()
 
 
 @torch.no_grad()
 def sample(engine: Parameters, shape: Shape, prompts: Prompts, precision: Float32, u: torch.Tensor) -> Rollout:
-    """One response a prompt at temperature 1, by inversion: the same numbers give near policies near samples."""
-    # the samples of a prompt share its states
+    """A response for each prompt at temperature 1, by inversion: with the same u, similar policies give similar samples."""
+    # all samples of a prompt share its states
     distinct, of = prompts.tokens.unique_consecutive(dim=0, return_inverse=True)
     cache = model.Cache.empty(shape, distinct.shape[0], precision.dtype)
     states, _ = model.hidden_states(engine, shape, distinct, precision, cache)

@@ -1,4 +1,4 @@
-"""One run: sample with the engine, take several optimiser steps on what it sampled, measure; as a user of the library."""
+"""One run: sample a batch with the engine, take several optimiser steps on it, measure; with the library as users use it."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 RARE = math.log(0.01)
 WEIGHT_EDGES = (-math.inf, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 0.9, 0.92, 0.94, 0.96, 0.98, 0.99, 0.995, 0.999, 1.0,
                 1.001, 1.005, 1.01, 1.02, 1.04, 1.06, 1.08, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, math.inf)  # fmt: skip
-"""Of the histogram of weights: bin i is edge i ≤ w < edge i+1, finest around 1."""
+"""Edges of the histogram of weights: bin i holds edge i ≤ w < edge i+1. The bins are narrowest around 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tokens of some sequences: what the trainer needs beside the policy."""
+    """The tokens of some sequences, with their advantages."""
 
     rollout: Rollout
     advantages: torch.Tensor
     """Per token, (sequences, RESPONSE)."""
 
     def parts(self, number: int) -> Iterator[Batch]:
-        """Consecutive equal parts, each with whole groups."""
+        """Split into consecutive equal parts of whole groups."""
         for rows in torch.arange(self.advantages.shape[0]).chunk(number):
             yield Batch(self.rollout.rows(rows), self.advantages[rows])
 
 
-# as users compile their models: a third of a step's time. Settings, not batches, differ in shape
+# compiled, as users compile their models: saves a third of a step. Shapes differ between settings, not between batches
 _hidden_states = torch.compile(model.hidden_states, dynamic=False)
 
 
 def log_probs(parameters: Parameters, shape: Shape, rollout: Rollout, precision: Float32) -> torch.Tensor:
-    """Log π of the response tokens, packed: (tokens,)."""
+    """The trained policy's log-probs of the response tokens, packed: (tokens,)."""
     states, _ = _hidden_states(parameters, shape, rollout.inputs, precision)
     packed = states[:, PROMPT - 1 :][rollout.mask]
     found = selective_log_prob(
@@ -68,7 +68,7 @@ def rewarded(rollout: Rollout, task: Task, samples: int, chosen: Objective) -> t
 
 
 def packed(batch: Batch) -> dict[str, torch.Tensor]:
-    """What `policy_loss` needs beside log π."""
+    """The arguments of `policy_loss` besides `log_prob`, packed."""
     mask = batch.rollout.mask
     return {
         "behavior_log_prob": batch.rollout.behavior_log_prob[mask],
@@ -85,7 +85,7 @@ def backward(
     batch: Batch,
     normalizer: torch.Tensor | None = None,
 ) -> tuple[float, torch.Tensor, Diagnostics]:
-    """Gradients into the parameters; the loss, log π of the packed tokens, and the library's diagnostics."""
+    """Add the gradient to the parameters; returns the loss, log π of the packed tokens, and the library's diagnostics."""
     log_prob = log_probs(parameters, shape, batch.rollout, precision)
     loss, diagnostics = policy_loss(chosen, log_prob=log_prob, **packed(batch), reduction=token_mean, normalizer=normalizer)
     loss.backward()
@@ -93,7 +93,7 @@ def backward(
 
 
 def advance(parameters: Parameters, optimiser: torch.optim.Optimizer, clip_norm: float) -> float:
-    """One optimiser step, unless the gradient is not finite; its norm before clipping."""
+    """Take an optimiser step if the gradient is finite; returns the gradient's norm before clipping."""
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm))
     if math.isfinite(norm):
         optimiser.step()
@@ -101,14 +101,14 @@ def advance(parameters: Parameters, optimiser: torch.optim.Optimizer, clip_norm:
 
 
 def histogram(weights: torch.Tensor) -> torch.Tensor:
-    """How many weights are in each bin of WEIGHT_EDGES."""
+    """The number of weights in each bin of WEIGHT_EDGES."""
     edges = torch.tensor(WEIGHT_EDGES, dtype=weights.dtype)
     bins = len(WEIGHT_EDGES) - 1
     return torch.bincount(torch.bucketize(weights, edges, right=True).clamp(1, bins) - 1, minlength=bins)
 
 
 def run(cell: Cell, start: Parameters, task: Task, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Train; the curves by name, one number a rollout batch, and the histogram of weights over the run.
+    """Train; returns the curves by name, with a number for each rollout batch, and the histogram of weights.
 
     ======================  ==============================================================================================
     `reward`                mean reward of the engine's samples, before the batch is trained on
@@ -160,7 +160,7 @@ def _summary(rewards: torch.Tensor, rollout: Rollout, measured: list[dict[str, f
     first, last = measured[0], measured[-1]
 
     def mean(name: str) -> float:
-        # NaN where no token of a step was active: such a step says nothing
+        # NaN at a step without active tokens: leave it out
         values = [m[name] for m in measured if not math.isnan(m[name])]
         return sum(values) / len(values) if values else math.nan
 

@@ -1,4 +1,4 @@
-"""The dense transformer and Adam once more, in JAX: the trainer of `python -m study parity`."""
+"""The dense transformer and Adam in JAX: the second trainer of `python -m study parity`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Moments = tuple[Parameters, Parameters]
 
 
 def hidden_states(p: Parameters, shape: Shape, tokens: jax.Array) -> jax.Array:
-    """As `model.hidden_states` of a dense shape without a cache, in float32."""
+    """The same as `model.hidden_states`, for a dense shape in float32 and without a cache."""
     length = tokens.shape[1]
     causal = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
     x = p["embedding"][tokens] + p["position"][None, :length]
@@ -55,7 +55,7 @@ def step(
     learning_rate: float,
     clip_norm: float,
 ) -> tuple[Parameters, Moments, jax.Array, jax.Array]:
-    """One step on a padded batch; parameters, Adam's moments, the loss and the gradient's norm before clipping."""
+    """Take one step on a padded batch; returns parameters, moments, loss and the gradient's norm before clipping."""
 
     def loss_of(p: Parameters) -> jax.Array:
         states = hidden_states(p, shape, batch["inputs"])[:, PROMPT - 1 :]

@@ -1,4 +1,4 @@
-"""The hypotheses of preregistration.md, each decided from the runs there are."""
+"""The hypotheses of preregistration.md and their decisions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Verdict:
 def scores(
     runs: Runs, settings: Sequence[str], lines: Sequence[Line], measure: Callable[[Result], float], seeds: Sequence[int]
 ) -> Numbers | None:
-    """(settings, seeds, lines), or None if any is missing."""
+    """A measure of each run as an array (settings, seeds, lines), or None if a run is missing."""
     found = [[[runs.get((s, line), {}).get(seed) for line in lines] for seed in seeds] for s in settings]
     if not lines or any(run is None for setting in found for seed in setting for run in seed):
         return None
@@ -72,9 +72,9 @@ def first_minus_best(x: Numbers) -> Numbers:
 
 
 def among_equals(table: Numbers, permutations: int = 300, resamples: int = 1000) -> dict[str, float]:
-    """How often H1's rule decides what where no method is better: lines are permuted in each setting and seed.
+    """How often H1's rule makes each decision when no method is better: lines are permuted in every setting and seed.
 
-    `table` is (settings, seeds, lines). The best of several equals is better than one of them by luck.
+    `table` has the shape (settings, seeds, lines). The best of several equal methods beats one of them by luck.
     """
     rule, rng = at_least(MARGIN), np.random.default_rng(0)
     decisions = []
@@ -85,7 +85,7 @@ def among_equals(table: Numbers, permutations: int = 300, resamples: int = 1000)
 
 
 def decide(runs: Runs, tuned: dict[str, float], seeds: Sequence[int]) -> list[Verdict]:
-    """Every hypothesis in order; MISSING where a cell of it has no result."""
+    """Decide every hypothesis in order; one without all of its runs is MISSING."""
 
     def verdict(
         name: str,
