@@ -8,8 +8,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from drpo_core import DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core import DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, VacuousTrustRegionWarning
 from study.objectives import Penalised
 
 if TYPE_CHECKING:

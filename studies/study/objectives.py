@@ -72,10 +72,10 @@ class Penalised:
         """1 − sign(A) P'/δ, or 1 − P'/(δ A)."""
         xp, a = tokens.xp, tokens.advantages
         _, margin = PENALTIES[self.penalty]
-        one = xp.ones_like(a)
         if self.by_advantage:
-            return 1.0 - xp.where(a >= 0.0, one, -one) * margin(tokens) / self.delta
-        return one - xp.where(a == 0.0, 0.0 * one, margin(tokens) / (self.delta * xp.where(a == 0.0, one, a)))
+            return 1.0 - tokens.along_advantage(margin(tokens)) / self.delta
+        none = a == 0.0
+        return 1.0 - xp.where(none, 0.0, margin(tokens) / (self.delta * xp.where(none, 1.0, a)))
 
     def inside(self, tokens: Tokens) -> Array:
         """Where the weight is not negative whatever the sign of A: |P'| ≤ δ, or ≤ δ |A|."""
