@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import drpo_core
-from drpo_core.explorer import Grid
+from drpo_core.audit.explorer import Grid
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the site is tested where the extra `docs` is installed")
 
@@ -34,8 +34,9 @@ FLAGS = (
 )  # fmt: skip
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 PUBLIC = (
-    "drpo_core", "drpo_core.testing", "drpo_core.audit", "drpo_core.rollouts", "drpo_core.explorer", "drpo_core.plots",
-    "drpo_torch", "drpo_torch.distributed", "drpo_torch.testing", "drpo_jax", "drpo_jax.distributed", "drpo_jax.testing",
+    "drpo_core", "drpo_core.testing", "drpo_core.audit", "drpo_core.audit.explorer", "drpo_core.audit.page",
+    "drpo_core.audit.plots", "drpo_torch", "drpo_torch.distributed", "drpo_torch.testing", "drpo_jax", "drpo_jax.distributed",
+    "drpo_jax.testing",
 )  # fmt: skip
 
 

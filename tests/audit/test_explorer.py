@@ -10,9 +10,10 @@ import pytest
 
 import drpo_core
 from drpo_core import cli
-from drpo_core.explorer import Grid, explorer_data, explorer_html
+from drpo_core.audit import open_rollouts
+from drpo_core.audit.explorer import Grid, explorer_data
+from drpo_core.audit.page import explorer_html
 from drpo_core.objectives import DPPO, DRPO, PPOClip
-from drpo_core.rollouts import open_rollouts
 
 SMALL = Grid(mu=(0.05, 0.6), delta=(0.15, 12.5), eps=(0.2,))
 FUNCTIONS = {

@@ -1,0 +1,191 @@
+"""What each objective would do to recorded rollouts, in one bounded-memory pass over the file per snapshot.
+
+Every figure is a statistic of `drpo_core.diagnostics`, merged over chunks; nothing is computed a second way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from drpo_core.audit.health import Tally
+from drpo_core.audit.quantiles import rows_at
+from drpo_core.audit.readers import RolloutError
+from drpo_core.audit.report import BINS, Audited, Curve, Report, Snapshot
+from drpo_core.audit.selection import Row, as_row, rows
+from drpo_core.audit.tokens import ChunkTokens
+from drpo_core.diagnostics import Diagnostics, Mean, diagnostics_of, merge_diagnostics, summarize
+from drpo_core.objectives import PolicyGradient
+from drpo_core.objectives_stub import inside_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from drpo_core.audit.readers import Chunk, Rollouts
+    from drpo_core.objectives import Objective
+
+    Values = np.ndarray[Any, Any]
+
+__all__ = ["DATA_FIGURES", "audit"]
+
+RARE = (0.1, 0.01, 0.001)
+DATA_FIGURES = (
+    "ratio_mean", "ratio_max", "log_ratio_abs_mean", "k1_mean", "k3_mean", "binary_tv_mean", "binary_tv_max",
+    "invalid_fraction",
+)  # fmt: skip
+
+
+def audit(
+    rollouts: Rollouts,
+    objectives: Sequence[Row | Objective] | None = None,
+    *,
+    quantiles: Sequence[float] = (),
+    curves: bool = False,
+    advance: Callable[[int], object] = lambda _: None,
+    file: str | None = None,
+) -> Report:
+    """What each objective would do to every snapshot of recorded rollouts.
+
+    Parameters
+    ----------
+    rollouts
+        A file opened with `open_rollouts`.
+    objectives
+        What to audit beside PG-IS, which is always the first: objectives, which may be your own, or rows; default:
+        ``rows()``.
+    quantiles
+        Shares q, 0 < q < 1: add rows at the thresholds that drop a share q of the diverging tokens.
+    curves
+        Whether to gather the mean weight by shift, which the plot needs.
+    advance
+        Called with the number of tokens read since the last call.
+    file
+        The report's name of the file; default: its path.
+
+    Returns
+    -------
+    Report
+        Figures by snapshot.
+
+    Raises
+    ------
+    RolloutError
+        If a valid token has a NaN, no token is valid, or the file is damaged.
+    TypeError
+        If an objective's weight or region has not the tokens' shape.
+
+    Examples
+    --------
+    >>> from drpo_core.audit import BUNDLED, audit, open_rollouts
+    >>> report = audit(open_rollouts(BUNDLED, snapshots=["lr2e5_step8"]))
+    >>> round(report.snapshots["lr2e5_step8"].health["binary_tv_mean"], 5)
+    0.21753
+    """
+    table = [Row(PolicyGradient()), *(rows() if objectives is None else map(as_row, objectives))]
+    snapshots = {}
+    for name in rollouts.snapshots:
+        # log-probs far above 0 are reported as such; warnings that their exponentials overflow would add nothing
+        with np.errstate(over="ignore", invalid="ignore"):
+            added, notes = rows_at(rollouts, name, quantiles, advance)
+            snapshots[name] = _snapshot(rollouts, name, [*table, *added], advance, curves=curves)
+        snapshots[name].warnings += notes
+    arrays: dict[str, Any] = {
+        "log_prob": rollouts.snapshots,
+        "behavior_log_prob": rollouts.behavior_log_prob,
+        "advantages": rollouts.advantages,
+        "mask": rollouts.mask,
+    }
+    notes = [*rollouts.notes, *dict.fromkeys(row.warning for row in table if row.warning)]
+    return Report(file or str(rollouts.path), arrays, snapshots, notes)
+
+
+def _snapshot(
+    rollouts: Rollouts, name: str, table: Sequence[Row], advance: Callable[[int], object], *, curves: bool
+) -> Snapshot:
+    arrays = {
+        "log_prob": rollouts.snapshots[name],
+        "behavior_log_prob": rollouts.behavior_log_prob,
+        "advantages": rollouts.advantages,
+    }
+    tally, tolerance = Tally(), rollouts.tolerance(name)
+    merged: list[Diagnostics] = []
+    counts, drawn = np.zeros((2, BINS)), [Curve(row) for row in table if curves]
+    for chunk in rollouts.chunks(name):
+        tally.add(chunk, tolerance)
+        found = ChunkTokens.of(chunk)
+        places = _places(found) if curves else np.empty(0, np.intp)
+        counts += _histogram(places)
+        part = []
+        for i, row in enumerate(table):
+            weight = _checked(row, "weight", row.objective.weight(found.tokens), found)
+            inside = _checked(row, "inside", inside_of(row.objective, found.tokens), found)
+            part.append(diagnostics_of(found.tokens, weight, inside, found.mask))
+            if curves:
+                drawn[i].total += _histogram(places, weight[found.active])
+        part.append(_data_statistics(chunk, found))
+        merged = [merge_diagnostics(*pair) for pair in zip(merged, part, strict=True)] if merged else part
+        advance(len(chunk.mask))
+    tally.refuse_nan(arrays)
+    total = {key: int(share.total) for key, share in merged[-1].items() if isinstance(share, Mean)} if merged else {}
+    if not total.get("valid_fraction"):
+        msg = f"{rollouts.mask or rollouts.path}: no token is valid, there is nothing to audit"
+        raise RolloutError(msg)
+    *figures, own = (summarize(statistics) for statistics in merged)
+    health = {
+        "tokens": tally.tokens,
+        "valid_tokens": total["valid_fraction"],
+        "masked_tokens": tally.tokens - total["valid_fraction"],
+        "active_tokens": total["active_fraction"],
+        "diverging_tokens": total["diverging_fraction"],
+        "masked_nan": tally.masked_nan,
+        "positive_log_prob": {key: n for key, n in tally.by_argument("positive").items() if key != "advantages"},
+        "infinite": tally.by_argument("+inf", "-inf"),
+        **{key: figures[0][key] for key in DATA_FIGURES},
+        "active_fraction": own["active_fraction"],
+        "diverging_fraction": own["diverging_fraction"],
+        "rare_fraction": {f"{p:g}": own[f"rare_{p:g}"] for p in RARE},
+    }
+    audited = [
+        Audited(row, {key: value for key, value in found.items() if key not in DATA_FIGURES})
+        for row, found in zip(table, figures, strict=True)
+    ]
+    return Snapshot(health, audited, tally.warnings(arrays), counts, drawn)
+
+
+def _checked(row: Row, method: str, values: Any, found: ChunkTokens) -> Values:
+    """Refuse what a method of a user's own objective returns if it would be broadcast in silence."""
+    array = np.asarray(values)
+    if array.shape != found.mask.shape:
+        msg = f"{row.name}.{method}: expected an array of the tokens' shape {found.mask.shape}, got shape {array.shape}"
+        raise TypeError(msg)
+    return array
+
+
+def _data_statistics(chunk: Chunk, found: ChunkTokens) -> Diagnostics:
+    """Return shares of valid, active, diverging and rare tokens, which `drpo_core.diagnostics` does not have."""
+
+    def share(condition: Values, of: Values) -> Mean:
+        return Mean(*(np.asarray(np.count_nonzero(where), np.float64) for where in (condition & of, of)))
+
+    return {
+        "valid_fraction": share(chunk.mask, np.ones_like(chunk.mask)),
+        "active_fraction": share(found.active, chunk.mask),
+        "diverging_fraction": share(found.diverging, found.active),
+        **{f"rare_{p:g}": share(chunk.behavior_log_prob <= math.log(p), chunk.mask) for p in RARE},
+    }
+
+
+def _places(found: ChunkTokens) -> Values:
+    """Return each active token's bin in the flattened histogram: by shift, first those with A > 0."""
+    shift, a = found.tokens.shift[found.active], found.tokens.advantages[found.active]
+    # log-probs above 0 can put the shift outside [−1, 1], or make it NaN
+    scaled = np.nan_to_num((shift + 1.0) * (0.5 * BINS), nan=0.5 * BINS)
+    places: Values = np.clip(scaled, 0, BINS - 1).astype(np.intp) + BINS * (a < 0.0)
+    return places
+
+
+def _histogram(places: Values, weights: Values | None = None) -> Values:
+    counts: Values = np.bincount(places, weights=weights, minlength=2 * BINS).reshape(2, BINS)
+    return counts
