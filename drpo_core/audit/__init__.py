@@ -7,8 +7,9 @@ from importlib.resources import files
 
 from drpo_core.audit.readers import CHUNK_TOKENS, Chunk, RolloutError, Rollouts, open_rollouts
 from drpo_core.audit.report import SCHEMA_VERSION, Audited, Curve, Report, Snapshot
-from drpo_core.audit.selection import Row, Threshold, rows
+from drpo_core.audit.selection import Row, rows
 from drpo_core.audit.statistics import audit
+from drpo_core.objectives import Threshold
 
 __all__ = [
     "BUNDLED",

@@ -17,9 +17,9 @@ from drpo_core.audit.palette import colours
 from drpo_core.audit.selection import Row
 from drpo_core.audit.statistics import audit
 from drpo_core.audit.tokens import ChunkTokens
-from drpo_core.objectives_stub import OBJECTIVES, family_of, label
-from drpo_core.ratio import Tokens
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives import OBJECTIVES, VacuousTrustRegionWarning, family_of, label
+from drpo_core.objectives.protocol import loss_of, weight_of
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -142,9 +142,10 @@ def explorer_data(
     points = [grid.pi(mu) for mu in grid.mu]
     plane = np.linspace(0.005, 0.995, 100)
     colour = colours(card.family for card in cards)
+    tokens = [[_tokens(pi, mu, sign) for mu, pi in zip(grid.mu, points, strict=True)] for sign in SIGNS]
     shown = []
     for family, slider, stops in cards:
-        curves = [[[_curve(o, pi, mu, sign) for o in stops] for mu, pi in zip(grid.mu, points, strict=True)] for sign in SIGNS]
+        edges = [[_edge(o, np.concatenate((plane, grid.mu)), sign) for o in stops] for sign in SIGNS]
         shown.append(
             {
                 "family": family,
@@ -152,12 +153,10 @@ def explorer_data(
                 "colour": "currentColor" if colour[family] == "#000000" else colour[family],
                 "slider": slider,
                 "labels": [label(o) for o in stops],
-                "loss": [[[curve[0] for curve in row] for row in side] for side in curves],
-                "weight": [[[curve[1] for curve in row] for row in side] for side in curves],
-                "edge": [[_round(_edge(o, plane, sign)) for o in stops] for sign in SIGNS],
-                "own_edge": [
-                    [_round([float(_edge(o, np.array([mu]), sign)[0]) for o in stops]) for mu in grid.mu] for sign in SIGNS
-                ],
+                "loss": [[[_round(loss_of(o, at_mu)) for o in stops] for at_mu in side] for side in tokens],
+                "weight": [[[_round(weight_of(o, at_mu)) for o in stops] for at_mu in side] for side in tokens],
+                "edge": [[_round(edge[: len(plane)]) for edge in side] for side in edges],
+                "own_edge": [[_round([edge[len(plane) + m] for edge in side]) for m in range(len(grid.mu))] for side in edges],
             }
         )
     first = len(cards) - len(objectives) if objectives else [card.family for card in cards].index(FIRST_SHOWN)
@@ -184,10 +183,9 @@ def explorer_data(
     }
 
 
-def _curve(objective: Objective, pi: Values, mu: float, sign: float) -> tuple[list[float], list[float]]:
-    """Return loss and weight of one token at A = ±1, against π."""
-    tokens = Tokens.of(np.log(pi), np.full_like(pi, np.log(mu)), np.full_like(pi, sign), xp=np)
-    return _round(objective.loss(tokens)), _round(objective.weight(tokens))
+def _tokens(pi: Values, mu: Values | float, sign: float) -> Tokens:
+    """Make tokens with A = ±1."""
+    return Tokens.checked(np.log(pi), np.log(np.broadcast_to(mu, pi.shape)), np.full_like(pi, sign))
 
 
 def _edge(objective: Objective, mu: Values, sign: float) -> Values:
@@ -195,7 +193,7 @@ def _edge(objective: Objective, mu: Values, sign: float) -> Values:
     near, far = mu.copy(), np.full_like(mu, 1.0 if sign > 0 else 1e-12)
 
     def inside(pi: Values) -> Values:
-        return np.asarray(objective.weight(Tokens.of(np.log(pi), np.log(mu), np.full_like(mu, sign), xp=np)) > 0.0)
+        return np.asarray(weight_of(objective, _tokens(pi, mu, sign)) > 0.0)
 
     never = inside(far)
     for _ in range(40):
@@ -258,12 +256,12 @@ def _sample(rollouts: Rollouts, name: str, active: int) -> Tokens:
         seen += len(where)
         kept.append(tuple(array[chosen] for array in chunk[:3]))
     log_pi, log_mu, advantages = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
-    return Tokens.of(log_pi, log_mu, advantages, xp=np)
+    return Tokens.checked(log_pi, log_mu, advantages)
 
 
 def _kinds(objective: Objective, tokens: Tokens) -> str:
     """Return one letter a token: c(orrected), d(ropped), a(ttenuated), k(ept) or m for amplified."""
-    w = objective.weight(tokens)
+    w = weight_of(objective, tokens)
     letters = np.select([w < 0.0, w == 0.0, w < 1.0, w == 1.0], ["c", "d", "a", "k"], "m")
     return "".join(letters.tolist())
 

@@ -59,7 +59,7 @@ class Tally:
     def warnings(self, arrays: Mapping[str, str]) -> list[str]:
         """Return one line for each kind of problem."""
         return [
-            f"{arrays[argument]}: {count} valid tokens hold {MEANING[kind]}"
+            f"{arrays[argument]}: {count} valid tokens hold {MEANING.get(kind, f'a value {kind}')}"
             f"{', and enter no figure' if (argument, kind) in EXCLUDED else ''}"
             f" (first at {self.first[argument, kind]})"
             for (argument, kind), count in self.counts.items()

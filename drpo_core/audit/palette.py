@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from drpo_core.objectives_stub import OBJECTIVES
+from drpo_core.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from drpo_core.audit.palette import MARKERS, colours, line
 from drpo_core.audit.report import BINS
 from drpo_core.audit.selection import Row
-from drpo_core.objectives_stub import OBJECTIVES
-from drpo_core.ratio import Tokens
+from drpo_core.objectives import OBJECTIVES
+from drpo_core.objectives.protocol import weight_of
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,11 +86,11 @@ def weight_figure(
         for axis, mu in zip(axes, behavior_probs, strict=True):
             # log-spaced points around μ besides evenly spaced ones, because the region of a rare token is narrow
             pi = np.unique(np.concatenate((np.linspace(1e-4, 1.0, 2001), mu * np.geomspace(1e-2, min(1e2, 1 / mu), 2001))))
-            tokens = Tokens.of(np.log(pi), np.full_like(pi, np.log(mu)), np.full_like(pi, advantage), xp=np)
+            tokens = Tokens.checked(np.log(pi), np.full_like(pi, np.log(mu)), np.full_like(pi, advantage))
             axis.axvline(mu, color="#bbbbbb", linewidth=1.0, zorder=0)
             axis.annotate("μ", (mu, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points")
             for row, style in zip(rows, styles, strict=True):
-                axis.plot(pi, row.objective.weight(tokens), label=row.label, **style)
+                axis.plot(pi, weight_of(row.objective, tokens), label=row.label, **style)
             _frame(axis, limits)
             axis.set(xlabel="π, probability under the policy being trained", xlim=(0.0, 1.0))
             axis.set_title(f"sampled with μ = {mu:g}", loc="left")
@@ -190,8 +191,8 @@ def _is_function_of_shift(objective: Objective) -> bool:
         log_smaller, log_larger = np.log(smaller), np.log(smaller + distance)
         log_pi, log_mu = np.where(shift < 0, log_smaller, log_larger), np.where(shift < 0, log_larger, log_smaller)
         for a in (1.0, -1.0):
-            tokens = Tokens.of(log_pi, log_mu, np.full_like(shift, a), xp=np)
-            weights.append(np.asarray(objective.weight(tokens)))
+            tokens = Tokens.checked(log_pi, log_mu, np.full_like(shift, a))
+            weights.append(weight_of(objective, tokens))
     return np.allclose(weights[:2], weights[2:], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 

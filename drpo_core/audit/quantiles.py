@@ -9,7 +9,7 @@ import numpy as np
 
 from drpo_core.audit.selection import row_at
 from drpo_core.audit.tokens import ChunkTokens
-from drpo_core.objectives_stub import MEASURES, OBJECTIVES
+from drpo_core.objectives import MEASURES, OBJECTIVES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ def thresholds(
         for chunk in rollouts.chunks(snapshot):
             found = ChunkTokens.of(chunk)
             for measure in _measures():
-                bits = np.asarray(MEASURES[measure](found.tokens)[found.diverging]).view(np.uint64)
+                bits = np.abs(MEASURES[measure](found.tokens)[found.diverging]).view(np.uint64)
                 for q in quantiles:
                     counts[measure, q] += _next_digit(bits, prefix[measure, q], shift)
             advance(len(chunk.mask))

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from drpo_core.objectives import PolicyGradient
-from drpo_core.objectives_stub import OBJECTIVES, family_of, label
-from drpo_core.ratio import Tokens
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives import (
+    OBJECTIVES,
+    PolicyGradient,
+    Threshold,
+    VacuousTrustRegionWarning,
+    family_of,
+    label,
+    parameters_of,
+)
+from drpo_core.objectives.protocol import weight_of
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from drpo_core.objectives import Objective
-    from drpo_core.objectives_stub import Family
+    from drpo_core.objectives import Family, Objective
 
-__all__ = ["SWEEPS", "Row", "Sweep", "Threshold", "as_row", "row_at", "rows", "swept_by"]
+__all__ = ["SWEEPS", "Row", "Sweep", "as_row", "row_at", "rows", "swept_by"]
 
-Threshold: TypeAlias = float | tuple[float, float]
 Sweep: TypeAlias = tuple[str | None, str | None]
 
 SWEEPS: dict[str, Sweep] = {
@@ -49,12 +53,7 @@ class Row:
     @property
     def parameters(self) -> dict[str, Any]:
         """The hyper-parameters that are set: fields of a dataclass, attributes of any other object."""
-        objective: Any = self.objective
-        if dataclasses.is_dataclass(objective):
-            values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
-        else:
-            values = {name: value for name, value in getattr(objective, "__dict__", {}).items() if not name.startswith("_")}
-        return {name: value for name, value in values.items() if value is not None}
+        return parameters_of(self.objective)
 
     @property
     def name(self) -> str:
@@ -160,6 +159,6 @@ def _surrogate_on_a_side(objective: Objective) -> bool:
     certain, hopeless = 0.0, -700.0
     log_prob, behavior_log_prob = np.array([certain, hopeless]), np.array([hopeless, certain])
     for a in (np.ones(2), -np.ones(2)):
-        if np.all(objective.weight(Tokens.of(log_prob, behavior_log_prob, a, xp=np)) == 1.0):
+        if np.all(weight_of(objective, Tokens.checked(log_prob, behavior_log_prob, a)) == 1.0):
             return True
     return False

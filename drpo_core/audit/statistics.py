@@ -18,7 +18,7 @@ from drpo_core.audit.selection import Row, as_row, rows
 from drpo_core.audit.tokens import ChunkTokens
 from drpo_core.diagnostics import Diagnostics, Mean, diagnostics_of, merge_diagnostics, summarize
 from drpo_core.objectives import PolicyGradient
-from drpo_core.objectives_stub import inside_of
+from drpo_core.objectives.protocol import check_objective, inside_of, weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ def audit(
     RolloutError
         If a valid token has a NaN, no token is valid, or the file is damaged.
     TypeError
-        If an objective's weight or region has not the tokens' shape.
+        If an objective lacks a method, or a method returns something else than an array of the tokens' shape.
 
     Examples
     --------
@@ -84,6 +84,8 @@ def audit(
     0.21753
     """
     table = [Row(PolicyGradient()), *(rows() if objectives is None else map(as_row, objectives))]
+    for row in table:
+        check_objective(row.objective)
     snapshots = {}
     for name in rollouts.snapshots:
         # log-probs far above 0 are reported as such; warnings that their exponentials overflow would add nothing
@@ -119,9 +121,8 @@ def _snapshot(
         counts += _histogram(places)
         part = []
         for i, row in enumerate(table):
-            weight = _checked(row, "weight", row.objective.weight(found.tokens), found)
-            inside = _checked(row, "inside", inside_of(row.objective, found.tokens), found)
-            part.append(diagnostics_of(found.tokens, weight, inside, found.mask))
+            weight = weight_of(row.objective, found.tokens)
+            part.append(diagnostics_of(found.tokens, weight, inside_of(row.objective, found.tokens), found.mask))
             if curves:
                 drawn[i].total += _histogram(places, weight[found.active])
         part.append(_data_statistics(chunk, found))
@@ -152,15 +153,6 @@ def _snapshot(
         for row, found in zip(table, figures, strict=True)
     ]
     return Snapshot(health, audited, tally.warnings(arrays), counts, drawn)
-
-
-def _checked(row: Row, method: str, values: Any, found: ChunkTokens) -> Values:
-    """Refuse what a method of a user's own objective returns if it would be broadcast in silence."""
-    array = np.asarray(values)
-    if array.shape != found.mask.shape:
-        msg = f"{row.name}.{method}: expected an array of the tokens' shape {found.mask.shape}, got shape {array.shape}"
-        raise TypeError(msg)
-    return array
 
 
 def _data_statistics(chunk: Chunk, found: ChunkTokens) -> Diagnostics:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from drpo_core.ratio import Tokens
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from drpo_core.audit.readers import Chunk

@@ -5,15 +5,15 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from drpo_core.cli.loading import load, user_line
 from drpo_core.cli.usage import UsageError, literal, one_of
-from drpo_core.objectives import Objective
-from drpo_core.objectives_stub import OBJECTIVES, inside_of
-from drpo_core.ratio import Tokens
+from drpo_core.objectives import OBJECTIVES, Objective
+from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, weight_of
+from drpo_core.tokens import Tokens
 
 __all__ = ["FLAG", "Parsed", "parse_objective", "try_out"]
 
@@ -46,35 +46,36 @@ def parse_objective(text: str) -> Parsed:
             msg = f"{FLAG}: {head} is a {type(found.thing).__name__} and takes no hyper-parameters"
             raise UsageError(msg)
         objective, caught = _made(text, found.thing, _hyper_parameters(text, _call(f"_({rest}")))
-    elif _lacks(found.thing) and callable(found.thing):
+    elif inspect.isclass(found.thing) or (callable(found.thing) and not hasattr(found.thing, "weight")):
         objective, caught = _made(text, found.thing, {})
     else:
         objective, caught = found.thing, ()
-    if lacks := _lacks(objective):
-        msg = f"{FLAG}: {text} is no objective: it has no method {' and no method '.join(lacks)}"
-        raise UsageError(msg)
+    try:
+        check_objective(objective)
+    except TypeError as error:
+        msg = f"{FLAG}: {text}: {error}"
+        raise UsageError(msg) from error
     return Parsed(cast("Objective", objective), caught, found.file)
 
 
 def try_out(parsed: Parsed, text: str) -> None:
     """Call each method with a few tokens, so that a mistake in it is one line that names the user's code."""
-    objective = parsed.objective
-    tokens = Tokens.of(np.log([0.3, 0.2, 0.5]), np.log([0.2, 0.3, 0.5]), np.array([1.0, -1.0, 1.0]), xp=np)
-    methods: dict[str, Callable[[Tokens], Any]] = {
-        "loss": objective.loss,
-        "weight": objective.weight,
-        "inside": lambda tokens: inside_of(objective, tokens),
-    }
-    for name, method in methods.items():
+    tokens = Tokens.checked(np.log([0.3, 0.2, 0.5]), np.log([0.2, 0.3, 0.5]), np.array([1.0, -1.0, 1.0]))
+    for name, checked in {"loss": loss_of, "weight": weight_of, "inside": inside_of}.items():
+        method = getattr(parsed.objective, name, None)
+        if method is None:
+            continue
         try:
-            shape = np.shape(method(tokens))
+            method(tokens)
         except Exception as error:
             where = f" ({user_line(error, parsed.file)})" if parsed.file else ""
             msg = f"{FLAG}: {text}: {name} raised {type(error).__name__}: {error}{where}"
             raise UsageError(msg) from error
-        if shape != tokens.advantages.shape:
-            msg = f"{FLAG}: {text}: {name} returned shape {shape} for tokens of shape {tokens.advantages.shape}"
-            raise UsageError(msg)
+        try:
+            checked(parsed.objective, tokens)
+        except TypeError as error:
+            msg = f"{FLAG}: {text}: {error}"
+            raise UsageError(msg) from error
 
 
 def _of_the_table(text: str) -> Parsed:
@@ -117,8 +118,3 @@ def _made(text: str, make: Callable[..., object], values: dict[str, object]) -> 
         msg = f"{FLAG}: {text}: {reason}"
         raise UsageError(msg) from error
     return objective, tuple(str(warning.message) for warning in caught)
-
-
-def _lacks(thing: object) -> list[str]:
-    """Return which methods of an objective a thing has not; a class has none, because nothing has been made of it."""
-    return [name for name in ("loss", "weight") if inspect.isclass(thing) or not callable(getattr(thing, name, None))]
