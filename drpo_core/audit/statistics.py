@@ -16,7 +16,14 @@ from drpo_core.audit.readers import RolloutError
 from drpo_core.audit.report import BINS, Audited, Curve, Report, Snapshot
 from drpo_core.audit.selection import Row, as_row, rows
 from drpo_core.audit.tokens import ChunkTokens
-from drpo_core.diagnostics import Diagnostics, Mean, diagnostics_of, merge_diagnostics, summarize
+from drpo_core.diagnostics import (
+    Diagnostics,
+    Mean,
+    data_diagnostics,
+    merge_diagnostics,
+    objective_diagnostics,
+    summarize,
+)
 from drpo_core.objectives import PolicyGradient
 from drpo_core.objectives.protocol import check_objective, inside_of, weight_of
 
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["DATA_FIGURES", "audit"]
 
 RARE = (0.1, 0.01, 0.001)
+# so many chunks' statistics are merged in one go, because merging them one by one costs more than the statistics
+MERGED_AT_ONCE = 64
 DATA_FIGURES = (
     "ratio_mean", "ratio_max", "log_ratio_abs_mean", "k1_mean", "k3_mean", "binary_tv_mean", "binary_tv_max",
     "invalid_fraction",
@@ -112,50 +121,49 @@ def _snapshot(
         "advantages": rollouts.advantages,
     }
     tally, tolerance = Tally(), rollouts.tolerance(name)
-    merged: list[Diagnostics] = []
+    merged = _Merged()
     counts, drawn = np.zeros((2, BINS)), [Curve(row) for row in table if curves]
     for chunk in rollouts.chunks(name):
         tally.add(chunk, tolerance)
         found = ChunkTokens.of(chunk)
+        tokens, sets = found.tokens, found.sets
         places = _places(found) if curves else np.empty(0, np.intp)
         counts += _histogram(places)
-        part = []
+        part = [data_diagnostics(tokens, sets) | _shares(chunk, found)]
         for i, row in enumerate(table):
-            weight = weight_of(row.objective, found.tokens)
-            part.append(diagnostics_of(found.tokens, weight, inside_of(row.objective, found.tokens), found.mask))
+            weight = weight_of(row.objective, tokens)
+            part.append(objective_diagnostics(tokens, weight, inside_of(row.objective, tokens), sets))
             if curves:
-                drawn[i].total += _histogram(places, weight[found.active])
-        part.append(_data_statistics(chunk, found))
-        merged = [merge_diagnostics(*pair) for pair in zip(merged, part, strict=True)] if merged else part
+                drawn[i].total += _histogram(places, weight[sets.active.where])
+        merged.add(part)
         advance(len(chunk.mask))
     tally.refuse_nan(arrays)
-    total = {key: int(share.total) for key, share in merged[-1].items() if isinstance(share, Mean)} if merged else {}
-    if not total.get("valid_fraction"):
+    data, *objectives = merged.all() or [{}]
+    if not data or data["valid_fraction"][0] == 0.0:
         msg = f"{rollouts.mask or rollouts.path}: no token is valid, there is nothing to audit"
         raise RolloutError(msg)
-    *figures, own = (summarize(statistics) for statistics in merged)
-    health = {
-        "tokens": tally.tokens,
-        "valid_tokens": total["valid_fraction"],
-        "masked_tokens": tally.tokens - total["valid_fraction"],
-        "active_tokens": total["active_fraction"],
-        "diverging_tokens": total["diverging_fraction"],
-        "masked_nan": tally.masked_nan,
-        "positive_log_prob": {key: n for key, n in tally.by_argument("positive").items() if key != "advantages"},
-        "infinite": tally.by_argument("+inf", "-inf"),
-        **{key: figures[0][key] for key in DATA_FIGURES},
-        "active_fraction": own["active_fraction"],
-        "diverging_fraction": own["diverging_fraction"],
-        "rare_fraction": {f"{p:g}": own[f"rare_{p:g}"] for p in RARE},
-    }
-    audited = [
-        Audited(row, {key: value for key, value in found.items() if key not in DATA_FIGURES})
-        for row, found in zip(table, figures, strict=True)
-    ]
-    return Snapshot(health, audited, tally.warnings(arrays), counts, drawn)
+    audited = [Audited(row, summarize(statistics)) for row, statistics in zip(table, objectives, strict=True)]
+    return Snapshot(_health(tally, data), audited, tally.warnings(arrays), counts, drawn)
 
 
-def _data_statistics(chunk: Chunk, found: ChunkTokens) -> Diagnostics:
+class _Merged:
+    """Statistics of any number of chunks in bounded memory: one list a chunk, merged every so often."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[Diagnostics]] = []
+
+    def add(self, part: list[Diagnostics]) -> None:
+        """Add the statistics of a chunk."""
+        self.parts.append(part)
+        if len(self.parts) == MERGED_AT_ONCE:
+            self.parts = [self.all()]
+
+    def all(self) -> list[Diagnostics]:
+        """Return the statistics of all chunks; an empty list if there was none."""
+        return [merge_diagnostics(*column) for column in zip(*self.parts, strict=True)]
+
+
+def _shares(chunk: Chunk, found: ChunkTokens) -> Diagnostics:
     """Return shares of valid, active, diverging and rare tokens, which `drpo_core.diagnostics` does not have."""
 
     def share(condition: Values, of: Values) -> Mean:
@@ -166,6 +174,26 @@ def _data_statistics(chunk: Chunk, found: ChunkTokens) -> Diagnostics:
         "active_fraction": share(found.active, chunk.mask),
         "diverging_fraction": share(found.diverging, found.active),
         **{f"rare_{p:g}": share(chunk.behavior_log_prob <= math.log(p), chunk.mask) for p in RARE},
+    }
+
+
+def _health(tally: Tally, data: Diagnostics) -> dict[str, Any]:
+    """Return what the report says about the data: counts, figures that no objective enters, and what is wrong."""
+    figures = summarize(data)
+    valid, active, diverging = (int(data[f"{name}_fraction"][0]) for name in ("valid", "active", "diverging"))
+    return {
+        "tokens": tally.tokens,
+        "valid_tokens": valid,
+        "masked_tokens": tally.tokens - valid,
+        "active_tokens": active,
+        "diverging_tokens": diverging,
+        "masked_nan": tally.masked_nan,
+        "positive_log_prob": {key: n for key, n in tally.by_argument("positive").items() if key != "advantages"},
+        "infinite": tally.by_argument("+inf", "-inf"),
+        **{key: figures[key] for key in DATA_FIGURES},
+        "active_fraction": figures["active_fraction"],
+        "diverging_fraction": figures["diverging_fraction"],
+        "rare_fraction": {f"{p:g}": figures[f"rare_{p:g}"] for p in RARE},
     }
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from drpo_core.diagnostics import TokenSets, token_sets
 from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from drpo_core.audit.readers import Chunk
 
     Values = np.ndarray[Any, Any]
@@ -17,18 +18,14 @@ __all__ = ["ChunkTokens"]
 
 
 class ChunkTokens(NamedTuple):
-    """A chunk's tokens: which count, which have a gradient, and which of those the update moves further from μ.
+    """A chunk's tokens and the sets of them that statistics are over.
 
-    ==============  =======================================================================================
-    `tokens`        what objectives are functions of; masked positions hold an inert token
-    `mask`          valid tokens
-    `active`        valid tokens with a finite A ≠ 0 and usable log-probs, as in `drpo_core.diagnostics`
-    `diverging`     active tokens with A·ℓ > 0
-    ==============  =======================================================================================
+    `active` tokens have a gradient: they are valid, A is finite and not 0, the log-probs are usable. The update moves
+    `diverging` tokens, some of the active ones, further from μ.
     """
 
     tokens: Tokens
-    mask: Values
+    sets: TokenSets
     active: Values
     diverging: Values
 
@@ -36,7 +33,6 @@ class ChunkTokens(NamedTuple):
     def of(cls, chunk: Chunk) -> ChunkTokens:
         """Check a chunk and compute its log-ratios, ratios and shifts."""
         tokens = Tokens.checked(*chunk[:3], mask=chunk.mask)
-        a = tokens.advantages
-        finite = np.isfinite(a) & np.isfinite(tokens.behavior_log_prob) & (tokens.log_prob < np.inf)
-        active = chunk.mask & finite & (a != 0.0)
-        return cls(tokens, chunk.mask, active, active & (tokens.along_advantage(tokens.log_ratio) > 0.0))
+        sets = token_sets(tokens, chunk.mask)
+        active = sets.active.where
+        return cls(tokens, sets, active, active & sets.diverging)

@@ -13,11 +13,11 @@ from drpo_core import (
     DRPO,
     VacuousTrustRegionWarning,
     binary_kl,
-    diagnostics,
     expand_advantages,
     importance_ratio,
     probability_shift,
     summarize,
+    token_diagnostics,
 )
 from drpo_core.audit import CHUNK_TOKENS, RolloutError, audit, open_rollouts, rows
 from drpo_core.audit.statistics import DATA_FIGURES
@@ -54,7 +54,7 @@ def test_figures_are_the_core_diagnostics_whatever_the_chunks(npz):
     report = audit(npz(chunk_tokens=17, **data))
     assert len(report.snapshots["log_prob"].objectives) == 11
     for item in report.snapshots["log_prob"].objectives:
-        wanted = summarize(diagnostics(item.row.objective, *(data[name] for name in list(data)[:3]), mask=data["mask"]))
+        wanted = summarize(token_diagnostics(item.row.objective, *(data[name] for name in list(data)[:3]), mask=data["mask"]))
         merged = {**{name: report.snapshots["log_prob"].health[name] for name in DATA_FIGURES}, **item.figures}
         assert merged.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -233,7 +233,7 @@ def test_per_sequence_advantages(npz):
     data = off_policy((30, 11))
     data["advantages"] = data["advantages"][:, 0]
     wide = {**data, "advantages": expand_advantages(data["advantages"], data["mask"])}
-    wanted = summarize(diagnostics(DPPO(delta=0.15), *(wide[k] for k in list(wide)[:3]), mask=wide["mask"]))
+    wanted = summarize(token_diagnostics(DPPO(delta=0.15), *(wide[k] for k in list(wide)[:3]), mask=wide["mask"]))
     found = figures(audit(npz(**data)))["DPPO(delta=0.15, divergence='binary_tv')", None]
     assert found["dropped_fraction"] == pytest.approx(wanted["dropped_fraction"]) != 0.0
     assert math.isclose(found["gradient_mass_kept"], wanted["gradient_mass_kept"])
