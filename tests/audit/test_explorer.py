@@ -8,23 +8,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-import drpo_core
-from drpo_core import cli
-from drpo_core.explorer import Grid, explorer_data, explorer_html
-from drpo_core.objectives import DPPO, DRPO, PPOClip
-from drpo_core.rollouts import open_rollouts
+from drpo_core import cli, token_loss_and_gradient
+from drpo_core.audit import open_rollouts
+from drpo_core.audit.explorer import Grid, explorer_data
+from drpo_core.audit.page import explorer_html
+from drpo_core.objectives import DPPO, DRPO, OBJECTIVES, PPOClip
 
 SMALL = Grid(mu=(0.05, 0.6), delta=(0.15, 12.5), eps=(0.2,))
-FUNCTIONS = {
-    "PG-IS": ("policy_gradient", lambda _: {}),
-    "CISPO": ("cispo", lambda _: {"max_ratio": 5.0}),
-    "PPO-clip": ("ppo_clip", lambda t: {"eps": SMALL.eps[t]}),
-    "SPO": ("spo", lambda t: {"eps": SMALL.eps[t]}),
-    "DPPO-TV": ("dppo", lambda t: {"delta": SMALL.delta[t]}),
-    "DPPO-KL": ("dppo", lambda t: {"delta": 2 * SMALL.delta[t] ** 2, "divergence": "binary_kl"}),
-    "DRPO": ("drpo", lambda t: {"delta": SMALL.delta[t]}),
-    "Mask-DRPO": ("mask_drpo", lambda t: {"delta": SMALL.delta[t]}),
-}
 POISON = "step</script><script>window.stolen=1</script><img src=x onerror='window.stolen=1'>&\"@EXPLORER@"
 
 
@@ -38,19 +28,22 @@ def rollouts(path, snapshot="a", n=60):
 
 
 @pytest.mark.filterwarnings("ignore::drpo_core.VacuousTrustRegionWarning")
-def test_curves_are_those_of_the_functions():
+def test_curves_are_those_of_the_objectives():
     data = explorer_data(grid=SMALL)
-    assert [o["family"] for o in data["objectives"]] == list(FUNCTIONS)
-    for objective in data["objectives"]:
-        name, parameters = FUNCTIONS[objective["family"]]
+    assert [o["family"] for o in data["objectives"]] == [family.name for family in OBJECTIVES]
+    # a threshold on Binary KL follows δ by Pinsker's inequality
+    stops = {"abs(π − μ)": SMALL.delta, "abs(r − 1)": SMALL.eps, "Binary KL": [2 * delta**2 for delta in SMALL.delta]}
+    for family, objective in zip(OBJECTIVES, data["objectives"], strict=True):
+        thresholds = stops.get(family.measure, family.typical or [None])
+        assert len(objective["labels"]) == len(thresholds)
         for i, sign in enumerate((1.0, -1.0)):
             for m, mu in enumerate(data["mu"]):
                 pi = SMALL.pi(mu)
                 arguments = np.log(pi), np.full_like(pi, np.log(mu)), np.full_like(pi, sign)
-                for t in range(len(objective["labels"])):
-                    for what in ("loss", "weight"):
-                        expected = getattr(drpo_core, f"{name}_{what}")(*arguments, **parameters(t))
-                        np.testing.assert_allclose(objective[what][i][m][t], expected, rtol=6e-5, atol=1e-12)
+                for t, threshold in enumerate(thresholds):
+                    expected = token_loss_and_gradient(family.make(threshold), *arguments)
+                    np.testing.assert_allclose(objective["loss"][i][m][t], expected.loss, rtol=6e-5, atol=1e-12)
+                    np.testing.assert_allclose(objective["weight"][i][m][t], expected.weight, rtol=6e-5, atol=1e-12)
 
 
 def test_edges_are_where_the_weight_reaches_zero():

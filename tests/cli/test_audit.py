@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from drpo_core import cli, plots
+from drpo_core import cli
+from drpo_core.audit import plots
 from drpo_core.objectives import DPPO, DRPO
 
 KNOWN = {
@@ -237,7 +238,7 @@ def test_another_missing_module_is_not_hidden(monkeypatch):
     def broken():
         raise ModuleNotFoundError(name="richer")
 
-    monkeypatch.setattr(cli, "_app", broken)
+    monkeypatch.setattr(cli, "app", broken)
     with pytest.raises(ModuleNotFoundError):
         cli.main()
 
@@ -251,7 +252,7 @@ def test_a_plot_that_can_not_be_written(drpo, tmp_path):
 
 def test_importing_the_package_imports_no_cli_library():
     code = (
-        "import sys, drpo_core, drpo_core.cli, drpo_core.audit, drpo_core.rollouts; "
+        "import sys, drpo_core, drpo_core.cli, drpo_core.audit.explorer, drpo_core.audit.page; "
         "print(sorted({'matplotlib', 'pyarrow', 'rich', 'safetensors', 'typer', 'click'} & set(sys.modules)))"
     )
     assert run_python(code).stdout == "[]\n"
@@ -276,7 +277,10 @@ def test_the_installed_command_and_its_help(drpo):
     assert drpo("audit", "--nope")[0] == 2
 
 
-DOCS = Path(__file__).parents[1] / "docs" / "audit.md"
+DOCS = Path(__file__).parents[2] / "docs" / "audit.md"
+OWN_OBJECTIVE = re.search(
+    r"```python\n(.*?)```", (DOCS.parent / "how-to" / "add-an-objective.md").read_text("utf-8"), re.DOTALL
+)[1]
 EXAMPLES = re.findall(r"```console\n\$ drpo (.*)\n((?:.*\n)*?)```", DOCS.read_text("utf-8"))
 
 
@@ -284,6 +288,7 @@ EXAMPLES = re.findall(r"```console\n\$ drpo (.*)\n((?:.*\n)*?)```", DOCS.read_te
 def test_the_examples_of_the_documentation(drpo, monkeypatch, tmp_path, command, shown):
     monkeypatch.chdir(tmp_path)
     rollouts(tmp_path / "rollouts.npz")
+    (tmp_path / "soft_mask.py").write_text(OWN_OBJECTIVE, "utf-8")
     code, out, err = drpo(*shlex.split(command))
     assert code == (2 if shown.startswith("drpo audit:") else 0)
     # columns are as wide as the widest of all tables

@@ -13,8 +13,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
-from drpo_core import rollouts as module
-from drpo_core.rollouts import CHUNK_TOKENS, RolloutError, open_rollouts
+from drpo_core.audit import CHUNK_TOKENS, RolloutError, open_rollouts
 
 RNG = np.random.default_rng(7)
 SHAPE = (5, 7)
@@ -91,13 +90,12 @@ def test_token_advantages_and_an_integer_mask(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 10, 1000])
-def test_chunks_that_cut_sequences_anywhere(tmp_path, monkeypatch, suffix, chunk_tokens):
+def test_chunks_that_cut_sequences_anywhere(tmp_path, suffix, chunk_tokens):
     data = arrays()
     path = write(tmp_path / f"r{suffix}", data)
-    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
-    check_same(read(path), expanded(data))
+    check_same(read(path, chunk_tokens=chunk_tokens), expanded(data))
     start = 0
-    for chunk in open_rollouts(path).chunks("log_prob"):
+    for chunk in open_rollouts(path, chunk_tokens=chunk_tokens).chunks("log_prob"):
         assert 1 <= len(chunk.mask) <= chunk_tokens
         assert chunk.locate(len(chunk.mask) - 1) == divmod(start + len(chunk.mask) - 1, SHAPE[1])
         start += len(chunk.mask)

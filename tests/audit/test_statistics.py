@@ -13,15 +13,14 @@ from drpo_core import (
     DRPO,
     VacuousTrustRegionWarning,
     binary_kl,
-    diagnostics,
     expand_advantages,
     importance_ratio,
     probability_shift,
     summarize,
+    token_diagnostics,
 )
-from drpo_core import rollouts as rollouts_module
-from drpo_core.audit import DATA_FIGURES, audit, rows
-from drpo_core.rollouts import CHUNK_TOKENS, RolloutError, open_rollouts
+from drpo_core.audit import CHUNK_TOKENS, RolloutError, audit, open_rollouts, rows
+from drpo_core.audit.statistics import DATA_FIGURES
 
 
 def off_policy(shape, seed=3):
@@ -39,9 +38,9 @@ def off_policy(shape, seed=3):
 
 @pytest.fixture
 def npz(tmp_path):
-    def write(**data):
+    def write(*, chunk_tokens=CHUNK_TOKENS, **data):
         np.savez(tmp_path / "r.npz", **data)
-        return open_rollouts(tmp_path / "r.npz")
+        return open_rollouts(tmp_path / "r.npz", chunk_tokens=chunk_tokens)
 
     return write
 
@@ -50,13 +49,12 @@ def figures(report, snapshot="log_prob"):
     return {(item.row.name, item.row.quantile): item.figures for item in report.snapshots[snapshot].objectives}
 
 
-def test_figures_are_the_core_diagnostics_whatever_the_chunks(npz, monkeypatch):
+def test_figures_are_the_core_diagnostics_whatever_the_chunks(npz):
     data = off_policy((30, 11))
-    monkeypatch.setattr(rollouts_module, "CHUNK_TOKENS", 17)
-    report = audit(npz(**data))
+    report = audit(npz(chunk_tokens=17, **data))
     assert len(report.snapshots["log_prob"].objectives) == 11
     for item in report.snapshots["log_prob"].objectives:
-        wanted = summarize(diagnostics(item.row.objective, *(data[name] for name in list(data)[:3]), mask=data["mask"]))
+        wanted = summarize(token_diagnostics(item.row.objective, *(data[name] for name in list(data)[:3]), mask=data["mask"]))
         merged = {**{name: report.snapshots["log_prob"].health[name] for name in DATA_FIGURES}, **item.figures}
         assert merged.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -107,14 +105,13 @@ def test_rounding_above_zero_is_no_warning(npz):
 
 
 @pytest.mark.parametrize("name", ["log_prob", "behavior_log_prob", "advantages"])
-def test_nan_at_valid_tokens_is_an_error_with_its_count_and_place(npz, monkeypatch, name):
-    monkeypatch.setattr(rollouts_module, "CHUNK_TOKENS", 7)
+def test_nan_at_valid_tokens_is_an_error_with_its_count_and_place(npz, name):
     data = off_policy((6, 9))
     data["mask"][:] = True
     data["mask"][1, 4] = False
     data[name][[1, 2, 5], [4, 8, 0]] = np.nan
     with pytest.raises(RolloutError, match=rf"{name}: 2 NaN at valid tokens, the first at index \(2, 8\)"):
-        audit(npz(**data))
+        audit(npz(chunk_tokens=7, **data))
 
 
 def test_no_valid_token_is_an_error(npz):
@@ -142,10 +139,9 @@ def measures(data):
 
 
 @pytest.mark.parametrize("q", [1e-9, 0.003, 0.02, 0.31, 0.5, 0.999, 1 - 1e-9])
-def test_at_quantile_drops_that_share_of_the_diverging_tokens(npz, monkeypatch, q):
-    monkeypatch.setattr(rollouts_module, "CHUNK_TOKENS", 999)
+def test_at_quantile_drops_that_share_of_the_diverging_tokens(npz, q):
     data = off_policy((300, 13))
-    report = audit(npz(**data), [], quantiles=[q, 0.1])
+    report = audit(npz(chunk_tokens=999, **data), [], quantiles=[q, 0.1])
     n = len(measures(data)["DPPO"])
     active = int((data["mask"] & (data["advantages"] != 0)).sum())
     assert report.snapshots["log_prob"].health["diverging_tokens"] == n
@@ -201,10 +197,9 @@ def test_default_rows():
     ]  # fmt: skip
 
 
-def test_curves_hold_every_active_token_and_the_mean_weight(npz, monkeypatch):
-    monkeypatch.setattr(rollouts_module, "CHUNK_TOKENS", 50)
+def test_curves_hold_every_active_token_and_the_mean_weight(npz):
     data = off_policy((30, 11))
-    snapshot = audit(npz(**data), rows(delta=[0.15]), curves=True).snapshots["log_prob"]
+    snapshot = audit(npz(chunk_tokens=50, **data), rows(delta=[0.15]), curves=True).snapshots["log_prob"]
     assert snapshot.counts.sum() == snapshot.health["active_tokens"]
     assert snapshot.counts[0].sum() == (data["mask"] & (data["advantages"] > 0)).sum()
     for curve, item in zip(snapshot.curves, snapshot.objectives, strict=True):
@@ -238,7 +233,7 @@ def test_per_sequence_advantages(npz):
     data = off_policy((30, 11))
     data["advantages"] = data["advantages"][:, 0]
     wide = {**data, "advantages": expand_advantages(data["advantages"], data["mask"])}
-    wanted = summarize(diagnostics(DPPO(delta=0.15), *(wide[k] for k in list(wide)[:3]), mask=wide["mask"]))
+    wanted = summarize(token_diagnostics(DPPO(delta=0.15), *(wide[k] for k in list(wide)[:3]), mask=wide["mask"]))
     found = figures(audit(npz(**data)))["DPPO(delta=0.15, divergence='binary_tv')", None]
     assert found["dropped_fraction"] == pytest.approx(wanted["dropped_fraction"]) != 0.0
     assert math.isclose(found["gradient_mass_kept"], wanted["gradient_mass_kept"])
