@@ -3,7 +3,7 @@
 At vocabulary scale, they start from logits or from hidden states and never form a log-softmax of all tokens.
 """
 
-from drpo_torch.loss import policy_loss, token_loss
+from drpo_torch.loss import linear_reduction, policy_loss, token_loss
 from drpo_torch.vocabulary import (
     Divergences,
     FullDivergence,
@@ -27,6 +27,7 @@ __all__ = [
     "VocabularyLoss",
     "full_divergences",
     "linear_policy_loss",
+    "linear_reduction",
     "logits_policy_loss",
     "policy_loss",
     "token_log_prob",

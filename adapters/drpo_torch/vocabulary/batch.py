@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import array_api_compat.torch as xp
 import torch
 
-from drpo_core import diagnostics, token_loss_and_gradient
+from drpo_core import UntraceableError, merge_diagnostics
+from drpo_core.engines.trace import Trace
+from drpo_core.loss import policy_pass
+from drpo_core.objectives import is_known
+from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
-from drpo_torch.vocabulary.checks import check_ids, check_shape, check_tensor, check_untransformed
+from drpo_torch._checks import check_ids, check_shape, check_tensor, check_untransformed
+from drpo_torch.engines import Batch, run_pass
+from drpo_torch.engines.namespace import namespace
 from drpo_torch.vocabulary.divergences import full_divergence_rows, top_k_rows
 from drpo_torch.vocabulary.recorded import (
     FullDivergence,
@@ -28,11 +33,15 @@ if TYPE_CHECKING:
 
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
+    from drpo_core.loss import Engine, PolicyLoss
     from drpo_core.reduction import Reduction
     from drpo_torch.vocabulary.recorded import Divergence
-    from drpo_torch.vocabulary.softmax import Statistics, Tempering
+    from drpo_torch.vocabulary.softmax import Tempering
 
-__all__ = ["Arguments", "TokenBatch", "VocabularyLoss"]
+__all__ = ["CHUNK_BYTES", "Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
+
+# rows whose softmaxes are kept between two passes: few enough for the last-level cache, many for one objective call
+CHUNK_BYTES = 16 << 20
 
 
 class VocabularyLoss(NamedTuple):
@@ -63,9 +72,11 @@ class Arguments:
     divergence: Divergence | None
     diagnostics: bool
     entropy: bool
+    engine: Engine
 
     def check(self, leading: Sequence[int], vocabulary: int, beside: torch.Tensor) -> None:
         """Raise unless everything fits tokens of this shape, over this vocabulary, on the device of `beside`."""
+        check_objective(self.objective)
         kinds = {"tokens": "integral", "mask": "bool", "segment_ids": "integral"}
         for name in ("tokens", "behavior_log_prob", "advantages", "mask", "token_weights", "segment_ids"):
             tensor = getattr(self, name)
@@ -112,39 +123,49 @@ class Arguments:
             check_shape(name, check_tensor(name, behavior, beside=beside), (*leading, vocabulary), "the tokens and V")
 
 
+class Found(NamedTuple):
+    """What is known of a chunk of tokens from their logits: log-probs of `TokenBatch.columns`, and what was measured."""
+
+    rows: Places
+    columns: torch.Tensor
+    log_prob: torch.Tensor
+    entropy: torch.Tensor | None
+    divergence: torch.Tensor | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Found]) -> Found:
+        """Several chunks, in their order, as one."""
+        rows = Places(torch.cat([part.rows.index for part in parts]))
+        columns, log_prob, *optional = zip(*(part[1:] for part in parts), strict=True)
+        entropy, divergence = (None if field[0] is None else torch.cat(field) for field in optional)
+        return cls(rows, torch.cat(columns), torch.cat(log_prob), entropy, divergence)
+
+
 class TokenBatch:
-    """Flat tokens of one call. `step` takes the log-probs of a chunk and gives the final gradient in them."""
+    """Flat tokens of one call. `step` takes what is known of a chunk and gives the final gradient in its log-probs."""
 
     def __init__(self, arguments: Arguments, dtype: torch.dtype) -> None:
         given, mask = arguments, arguments.mask
+        measured = given.divergence if isinstance(given.divergence, torch.Tensor) else None
+        others = (given.behavior_log_prob, given.advantages, *(() if measured is None else (measured,)))
         self.given, self.row_dtype = given, working_dtype(dtype)
-        self.dtype = working_dtype(dtype, given.behavior_log_prob.dtype, given.advantages.dtype)
+        self.dtype = working_dtype(dtype, *(tensor.dtype for tensor in others))
         self.tokens = given.tokens.reshape(-1).to(torch.int64)
-        self.behavior_log_prob = given.behavior_log_prob.detach().reshape(-1)
-        self.advantages = given.advantages.detach().reshape(-1)
-        coefficients = reduction_coefficients(given.reduction, mask, dtype=self.dtype, **self._options, xp=xp)
-        if coefficients is None:
-            msg = f"reduction: expected one of drpo_core's, whose coefficients are known beforehand, got {given.reduction!r}"
-            raise TypeError(msg)
+        self.behavior_log_prob, self.advantages, *rest = (tensor.detach().reshape(-1) for tensor in others)
+        self.measured = rest[0] if rest else None
+        options: dict[str, Any] = {
+            "normalizer": given.normalizer,
+            "token_weights": None if given.token_weights is None else given.token_weights.detach(),
+            "segment_ids": given.segment_ids,
+        }
+        coefficients = reduction_coefficients(given.reduction, mask, dtype=self.dtype, **options, xp=namespace())
         self.coefficients = torch.broadcast_to(coefficients.detach(), mask.shape).reshape(-1)
         # here, where autocast is still as the caller has it
         self.recorded_head = self._recorded_head()
         self.valid = Places.where(mask.reshape(-1))
-        self.losses, self.measured = self._zeros(self.dtype), self._zeros(self.dtype)
-        self.log_prob = self._zeros(self.row_dtype)
-        self.entropy = self._zeros(self.row_dtype) if given.entropy else None
-
-    @property
-    def _options(self) -> dict[str, object]:
-        weights = self.given.token_weights
-        return {
-            "normalizer": self.given.normalizer,
-            "token_weights": None if weights is None else weights.detach(),
-            "segment_ids": self.given.segment_ids,
-        }
-
-    def _zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(self.given.mask.numel(), dtype=dtype, device=self.given.mask.device)
+        self.log_prob = self._zeros()
+        self.entropy = self._zeros() if given.entropy else None
+        self.passes: list[PolicyLoss] = []
 
     def columns(self, rows: Places) -> torch.Tensor:
         """Ids whose log-prob `step` needs: the sampled token, then the recorded top K; (rows, 1 or 1 + K)."""
@@ -154,6 +175,72 @@ class TokenBatch:
             return sampled
         ids = divergence.ids.reshape(-1, divergence.ids.shape[-1])[key]
         return torch.cat((sampled, ids.to(torch.int64)), dim=-1)
+
+    def full_divergence(
+        self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering
+    ) -> torch.Tensor | None:
+        """The full-vocabulary divergence of rows whose logits are at these places; None if none is to be measured."""
+        divergence, head = self.given.divergence, self.recorded_head
+        if not isinstance(divergence, FullDivergence):
+            return None
+        parts, chunk = [], max(1, len(rows))
+        if head is not None:
+            chunk = max(1, CHUNK_BYTES // (logits.shape[-1] * self.row_dtype.itemsize))
+        for start in range(0, max(1, len(rows)), chunk):
+            some = rows[start : start + chunk]
+            if head is None:
+                recorded: torch.Tensor = divergence.behavior.detach().reshape(-1, logits.shape[-1])  # type: ignore[union-attr]
+                at = some
+            else:
+                recorded = head_logits(head.hidden[some.key].to(head.weight.dtype), head.weight, head.bias)
+                at = Places.first(len(some), recorded.device)
+            of_logits = places[start : start + chunk]
+            found = full_divergence_rows(module, logits, of_logits, tempering, recorded, at, divergence.tempering)
+            parts.append(getattr(found, divergence.kind))
+        return torch.cat(parts)
+
+    def step(self, found: Found) -> torch.Tensor:
+        """∂(reduced loss)/∂log π of these tokens; keeps what `result` needs."""
+        key, sampled = found.rows.key, found.log_prob[:, 0]
+        self.log_prob[key] = sampled
+        if self.entropy is not None and found.entropy is not None:
+            self.entropy[key] = found.entropy
+        measured = found.divergence if self.measured is None else self.measured[key]
+        if isinstance(self.given.divergence, TopKDivergence):
+            top_k = self.given.divergence.behavior_log_prob.detach()
+            top_k = top_k.reshape(-1, top_k.shape[-1])[key]
+            both = top_k_rows(found.columns, found.log_prob, self.behavior_log_prob[key], top_k)
+            measured = getattr(both, self.given.divergence.kind)
+        valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
+        batch = Batch(sampled, self.behavior_log_prob[key], self.advantages[key], valid, self.coefficients[key], measured)
+        result = run_pass(
+            self.given.objective,
+            batch,
+            self.given.engine,
+            dtype=self.dtype,
+            gradient_dtype=self.row_dtype,
+            diagnostics=self.given.diagnostics,
+        )
+        # the gradient is as large as a chunk: not for longer than it takes
+        self.passes.append(result._replace(gradient=None))
+        gradient: torch.Tensor = result.gradient
+        return gradient
+
+    def result(self) -> VocabularyLoss:
+        """All that has been learnt, without a backward pass."""
+        if not self.passes:
+            none = self.valid[:0]
+            columns = self.columns(none)
+            empty = torch.empty(columns.shape, dtype=self.row_dtype, device=columns.device)
+            self.step(Found(none, columns, empty, empty[:, 0], empty[:, 0]))
+        losses, _, diagnostics = zip(*self.passes, strict=True)
+        statistics = merge_diagnostics(*diagnostics) if self.given.diagnostics else None
+        shape = self.given.mask.shape
+        entropy = None if self.entropy is None else self.entropy.reshape(shape)
+        return VocabularyLoss(torch.stack(losses).sum(), statistics, self.log_prob.reshape(shape), entropy)
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(self.given.mask.numel(), dtype=self.row_dtype, device=self.given.mask.device)
 
     def _recorded_head(self) -> LinearHead | None:
         """The behaviour policy's head in the dtype of its products, if logits are to be taken from one."""
@@ -165,67 +252,16 @@ class TokenBatch:
         hidden = head.hidden.detach().reshape(-1, head.hidden.shape[-1])
         return LinearHead(hidden, head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach())
 
-    def full_divergence(
-        self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering
-    ) -> torch.Tensor | None:
-        """The full-vocabulary divergence of rows, whose logits are at these places; None if there is none to measure."""
-        divergence = self.given.divergence
-        if not isinstance(divergence, FullDivergence):
-            return None
-        head = self.recorded_head
-        if head is None:
-            recorded: torch.Tensor = divergence.behavior.detach().reshape(-1, logits.shape[-1])  # type: ignore[union-attr]
-            at = rows
-        else:
-            recorded = head_logits(head.hidden[rows.key].to(head.weight.dtype), head.weight, head.bias)
-            at = Places.first(len(rows), recorded.device)
-        found = full_divergence_rows(module, logits, places, tempering, recorded, at, divergence.tempering)
-        result: torch.Tensor = getattr(found, divergence.kind)
-        return result
 
-    def step(
-        self, rows: Places, columns: torch.Tensor, log_prob: torch.Tensor, statistics: Statistics, full: torch.Tensor | None
-    ) -> torch.Tensor:
-        """∂(reduced loss)/∂log π of these tokens, from the log-probs of `columns`; keeps what `result` needs."""
-        key, divergence = rows.key, self.given.divergence
-        sampled, behavior = log_prob[:, 0], self.behavior_log_prob[key]
-        measured = full
-        if isinstance(divergence, torch.Tensor):
-            measured = divergence.detach().reshape(-1)[key]
-        elif isinstance(divergence, TopKDivergence):
-            top_k = divergence.behavior_log_prob.detach()
-            found = top_k_rows(columns, log_prob, behavior, top_k.reshape(-1, top_k.shape[-1])[key])
-            measured = getattr(found, divergence.kind)
-        result = token_loss_and_gradient(
-            self.given.objective, sampled.to(self.dtype), behavior, self.advantages[key], divergence=measured, xp=xp
-        )
-        self.losses[key], self.log_prob[key] = result.loss, sampled
-        if measured is not None:
-            self.measured[key] = measured.to(self.dtype)
-        if self.entropy is not None and statistics.entropy is not None:
-            self.entropy[key] = statistics.entropy
-        gradient: torch.Tensor = result.gradient
-        # by selection: a weight of 0 stops the gradient whatever its coefficient is
-        return torch.where(gradient == 0.0, 0.0, gradient * self.coefficients[key]).to(self.row_dtype)
-
-    def loss(self) -> torch.Tensor:
-        """The reduced loss of what has been stepped through, without a backward pass."""
-        given = self.given
-        loss: torch.Tensor = given.reduction(self.losses.reshape(given.mask.shape), given.mask, **self._options, xp=xp)  # type: ignore[arg-type]
-        return loss
-
-    def result(self) -> VocabularyLoss:
-        """All that has been learnt, without a backward pass."""
-        shape = self.given.mask.shape
-        log_prob = self.log_prob.reshape(shape)
-        statistics = diagnostics(
-            self.given.objective,
-            log_prob,
-            self.behavior_log_prob.reshape(shape),
-            self.advantages.reshape(shape),
-            mask=self.given.mask,
-            divergence=None if self.given.divergence is None else self.measured.reshape(shape),
-            xp=xp,
-        )
-        entropy = None if self.entropy is None else self.entropy.reshape(shape)
-        return VocabularyLoss(self.loss(), statistics if self.given.diagnostics else None, log_prob, entropy)
+def looks_at_one_token(objective: Objective) -> bool:
+    """Whether tokens may come to the objective in chunks: its methods have been seen to do nothing across tokens."""
+    if is_known(objective):
+        return True
+    trace = Trace()
+    kinds = {"mask": "bool"}
+    tokens = [trace.input(name, kinds.get(name, "float")) for name in Batch._fields]
+    try:
+        traced = policy_pass(objective, *tokens, dtype="float", diagnostics=False, select=False, xp=trace.namespace)
+    except (UntraceableError, AttributeError, TypeError, ValueError):
+        return False
+    return not traced.gradient.reduced

@@ -8,16 +8,10 @@ import array_api_compat.torch as xp
 import torch
 
 from drpo_core import sampled_in_top_k
+from drpo_core._checks import check_number
 from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
-from drpo_torch.cotangent import refuse_second_derivative
-from drpo_torch.vocabulary.checks import (
-    check_ids,
-    check_logits,
-    check_number,
-    check_shape,
-    check_tensor,
-    check_untransformed,
-)
+from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_untransformed
+from drpo_torch.autograd import refuse_second_derivative
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents
 from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Tempering, Workspace, working_dtype
@@ -25,7 +19,7 @@ from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Tempering, 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from drpo_torch.vocabulary.engines import Engine
+    from drpo_core.loss import Engine
 
 __all__ = ["Divergences", "full_divergence_rows", "full_divergences", "top_k_divergences", "top_k_rows"]
 

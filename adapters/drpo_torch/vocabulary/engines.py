@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
-from drpo_torch.vocabulary.checks import check_choice
+from drpo_core.loss import check_engine, may_compile
+from drpo_torch.autograd import has_memory
 from drpo_torch.vocabulary.softmax import ArrayRows
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from drpo_core.loss import Engine
     from drpo_torch.vocabulary.softmax import RowKernels, Tempering
 
-__all__ = ["Engine", "loops", "row_kernels"]
-
-Engine: TypeAlias = Literal["auto", "arrays", "compiled"]
+__all__ = ["loops", "row_kernels"]
 
 _COMPILED_FOR = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def loops(engine: str, **matrices: torch.Tensor) -> ModuleType | None:
-    """The module of numba's loops if the engine is to run them over these rows, else None; the keywords name them in errors.
+def loops(engine: Engine, **matrices: torch.Tensor) -> ModuleType | None:
+    """The module of numba's loops if they are to run over these rows, else None; the keywords name them in errors.
 
     ``"auto"`` takes the loops where they exist; ``"compiled"`` raises where they don't.
     """
-    check_choice("engine", engine, ("auto", "arrays", "compiled"))
+    check_engine(engine)
     if engine == "arrays":
         return None
     hindrances = (_hindrance(name, matrix) for name, matrix in matrices.items())
     hindrance = next((h for h in hindrances if h is not None), None)
-    module = _row_loops() if hindrance is None else None
-    if module is None and engine == "compiled":
-        if hindrance is None:
-            msg = "engine: 'compiled' needs numba: pip install 'drpo-core[compiled]'"
-            raise ImportError(msg)
+    if hindrance is None:
+        return _row_loops() if may_compile(engine) else None
+    if engine == "compiled":
         msg = f"engine: 'compiled' {hindrance}; 'auto' runs torch's operations there"
         raise ValueError(msg)
-    return module
+    return None
 
 
 def row_kernels(
@@ -59,17 +55,14 @@ def _hindrance(name: str, matrix: torch.Tensor) -> str | None:
         return f"takes tensors on the CPU, got {name} on {matrix.device}"
     if matrix.dtype not in _COMPILED_FOR:
         return f"takes float32, float64 and bfloat16, got {name} of {matrix.dtype}"
-    if type(matrix) not in (torch.Tensor, torch.nn.Parameter) or matrix.is_neg():
+    if not has_memory(matrix) or matrix.is_neg():
         return f"takes plain tensors, got {name} of type {type(matrix).__name__}"
     if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
         return f"takes rows that are contiguous, got {name} with strides {matrix.stride()}"
     return None
 
 
-@cache
-def _row_loops() -> ModuleType | None:
-    if find_spec("numba") is None:
-        return None
+def _row_loops() -> ModuleType:
     from drpo_torch.vocabulary import row_loops  # noqa: PLC0415 -- numba is an extra, and slow to import
 
     return row_loops

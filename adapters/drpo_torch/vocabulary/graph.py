@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drpo_torch.namespace import is_transformed
+from drpo_torch.autograd import is_transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +24,9 @@ def depends_on_values(function: Callable[P, R]) -> Callable[P, R]:
     return disabled
 
 
-def refuse_transformed_cotangents(*cotangents: torch.Tensor) -> None:
+def refuse_transformed_cotangents(*cotangents: torch.Tensor | None) -> None:
     """Raise in a backward pass over several cotangents at once: which rows are needed differs between them."""
-    if any(is_transformed(cotangent) for cotangent in cotangents):
+    if any(cotangent is not None and is_transformed(cotangent) for cotangent in cotangents):
         msg = (
             "drpo_torch: vectorised cotangents (is_grads_batched, jacobian(vectorize=True), vmap) are not implemented for "
             "log-probs and divergences from logits; pass one cotangent at a time"

@@ -98,9 +98,10 @@ class Head:
         if self.of_weight is not None:
             self._add_weight(self.of_weight[part], gradient, chunk, again=part.start in self.started)
         if self.of_bias is not None:
-            for into, share in zip(self.of_bias[part].split(_WEIGHT_ROWS), gradient.split(_WEIGHT_ROWS, dim=1), strict=True):
+            blocks = torch.split(self.of_bias[part], _WEIGHT_ROWS), torch.split(gradient, _WEIGHT_ROWS, dim=1)
+            for block, share in zip(*blocks, strict=True):
                 exact = share if chunk.unit is None else share * chunk.unit[:, None]
-                into += exact.sum(0, dtype=into.dtype)
+                block.add_(exact.sum(0, dtype=block.dtype))
         self.started.add(part.start)
 
     def end(self, key: slice | torch.Tensor, chunk: Chunk) -> None:
@@ -117,7 +118,7 @@ class Head:
         rounded = total.dtype != gradient.dtype
         # of bfloat16 the product of a transposed matrix takes twice as long as transposing it and their product
         rows = _WEIGHT_ROWS if rounded or gradient.dtype == torch.bfloat16 else max(1, len(total))
-        for block, share in zip(total.split(rows), gradient.split(rows, dim=1), strict=True):
+        for block, share in zip(torch.split(total, rows), torch.split(gradient, rows, dim=1), strict=True):
             transposed = share.mT.contiguous() if share.dtype == torch.bfloat16 else share.mT
             if not rounded:
                 # β = 0 overwrites what uninitialised memory holds, NaN included

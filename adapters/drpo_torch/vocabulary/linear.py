@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from drpo_core import token_mean
-from drpo_torch.cotangent import refuse_second_derivative, scaled
-from drpo_torch.vocabulary.batch import Arguments, TokenBatch, VocabularyLoss
-from drpo_torch.vocabulary.checks import check_count, check_number, check_untransformed
+from drpo_core._checks import check_number
+from drpo_torch._checks import check_untransformed
+from drpo_torch.autograd import refuse_second_derivative, scaled
+from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values
 from drpo_torch.vocabulary.head import Head, HeadInputs
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from drpo_core import Objective
+    from drpo_core.loss import Engine
     from drpo_core.reduction import Reduction
-    from drpo_torch.vocabulary.engines import Engine
     from drpo_torch.vocabulary.recorded import Divergence
 
 __all__ = ["linear_policy_loss"]
@@ -167,15 +168,17 @@ def linear_policy_loss(
         divergence=divergence,
         diagnostics=diagnostics,
         entropy=entropy,
+        engine=engine,
     )
     arguments.check(leading, vocabulary, hidden)
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
     tempering = Tempering(check_number("temperature", temperature, above=0.0), cap)
-    chunk_tokens = check_count("chunk_tokens", chunk_tokens)
-    width = vocabulary if chunk_vocabulary is None else min(check_count("chunk_vocabulary", chunk_vocabulary), vocabulary)
-    if chunk_vocabulary is not None and isinstance(divergence, FullDivergence):
-        msg = "chunk_vocabulary: expected None with a FullDivergence, which needs whole rows of logits, got a number"
-        raise ValueError(msg)
+    chunk_tokens, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), vocabulary
+    if chunk_vocabulary is not None:
+        width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), vocabulary)
+        if isinstance(divergence, FullDivergence):
+            msg = f"chunk_vocabulary: expected None with a FullDivergence, which needs whole rows of logits, got {width}"
+            raise ValueError(msg)
     dtype = product_dtype(hidden, weight)
     module = loops(engine, products=products_like(hidden, dtype), **arguments.matrices())
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in inputs.named())
@@ -188,6 +191,20 @@ def linear_policy_loss(
     if not needed:
         return result
     return result._replace(loss=_WithGradients.apply(*inputs, result.loss, *head.gradients))  # type: ignore[no-untyped-call]
+
+
+class _Kept(NamedTuple):
+    """What the gradient of a chunk needs of its forward pass: statistics of each part of the vocabulary, and its share."""
+
+    rows: Places
+    sampled: torch.Tensor
+    statistics: list[Statistics]
+    shares: torch.Tensor
+
+    def at(self, alive: torch.Tensor) -> _Kept:
+        """The same of some of the tokens."""
+        statistics = [of_part.at(alive) for of_part in self.statistics]
+        return _Kept(Places(self.rows.index[alive]), self.sampled[alive], statistics, self.shares[:, alive])
 
 
 class _Sweep:
@@ -210,30 +227,33 @@ class _Sweep:
         self.every = Places.first(rows, device)
         widths = {part.stop - part.start for part in self.parts}
         self.kernels = {size: row_kernels(module, tempering, size, head.dtype, device) for size in widths}
-        self.recompute = len(self.parts) > 1
+        self.at_once = rows == len(batch.valid) or looks_at_one_token(batch.given.objective)
+        # whether logits are gone when the gradient in them is known
+        self.recompute = len(self.parts) > 1 or not self.at_once
         # softmaxes wait in the logits' place for their coefficient, if neither rounding nor a derivative forbids it
         exact = head.dtype == batch.row_dtype and tempering.softcap is None
         keeps = all(kernels.keeps for kernels in self.kernels.values())
         self.kept = exact and keeps and head.needed and not self.recompute
 
     def run(self) -> None:
-        for rows in self.batch.valid.chunks(self.chunk_tokens):
-            hidden, columns = self.head.rows(rows), self.batch.columns(rows)
-            slope, shares, statistics = self._forward(rows, hidden, columns)
-            if not self.head.needed:
-                continue
-            alive = (slope != 0.0).nonzero()[:, 0]
-            if len(alive):
-                self._backward(rows, hidden, columns[:, 0], slope, shares, statistics, alive)
+        chunks = self.batch.valid.chunks(self.chunk_tokens)
+        if self.at_once:
+            for rows in chunks:
+                found, kept = self._forward(rows)
+                self._backward(kept, self.batch.step(found))
+        else:
+            # the objective has to see all tokens before the first gradient
+            every = [self._forward(rows) for rows in chunks]
+            slope = self.batch.step(Found.joined([found for found, _ in every]))
+            for (_, kept), part in zip(every, torch.split(slope, self.chunk_tokens), strict=True):
+                self._backward(kept, part)
         self.head.finish()
 
-    def _forward(
-        self, rows: Places, hidden: torch.Tensor, columns: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[Statistics]]:
-        """∂(reduced loss)/∂log π of a chunk's tokens, and the share and statistics of each part of the vocabulary."""
-        batch, every, found = self.batch, self.every[: len(rows)], []
+    def _forward(self, rows: Places) -> tuple[Found, _Kept]:
+        """What is known of a chunk of tokens from its logits, for the objective and for the gradient."""
+        batch, every, statistics = self.batch, self.every[: len(rows)], []
+        hidden, columns, full = self.head.rows(rows), batch.columns(rows), None
         picked = torch.zeros(columns.shape, dtype=batch.row_dtype, device=hidden.device)
-        full = None
         for part in self.parts:
             z = self._view(len(rows), part)
             self.head.logits(hidden, part, z)
@@ -241,48 +261,37 @@ class _Sweep:
             picked = torch.where(inside, self.tempering(z.gather(-1, index)), picked)
             full = batch.full_divergence(self.module, rows, z, every, self.tempering)
             kernels = self.kernels[z.shape[1]]
-            found.append(kernels.statistics(z, every, entropy=batch.given.entropy, keep=z if self.kept else None))
-        whole, shares = _merge(found)
-        return batch.step(rows, columns, whole.log_prob(picked), whole, full), shares, found
+            statistics.append(kernels.statistics(z, every, entropy=batch.given.entropy, keep=z if self.kept else None))
+        whole, shares = _merge(statistics)
+        found = Found(rows, columns, whole.log_prob(picked), whole.entropy, full)
+        return found, _Kept(rows, columns[:, 0], statistics, shares)
 
-    def _backward(
-        self,
-        rows: Places,
-        hidden: torch.Tensor,
-        sampled: torch.Tensor,
-        slope: torch.Tensor,
-        shares: torch.Tensor,
-        statistics: list[Statistics],
-        alive: torch.Tensor,
-    ) -> None:
-        """Add the gradients of the tokens of a chunk that have one."""
-        key = rows.key
-        if len(alive) < len(rows):
-            key, hidden, sampled, slope, shares = (
-                rows.index[alive],
-                hidden[alive],
-                sampled[alive],
-                slope[alive],
-                shares[:, alive],
-            )
-            statistics = [of_part.at(alive) for of_part in statistics]
+    def _backward(self, kept: _Kept, slope: torch.Tensor) -> None:
+        """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂log π."""
+        if not self.head.needed:
+            return
+        alive = (slope != 0.0).nonzero()[:, 0]
+        if len(alive) == 0:
+            return
+        if len(alive) < len(slope):
             if not self.recompute:
-                self._close_up(alive, len(rows))
-        every, share_of = self.every[: len(alive)], zip(self.parts, shares, statistics, strict=True)
+                self._close_up(alive, len(slope))
+            kept, slope = kept.at(alive), slope[alive]
+        hidden, every = self.head.rows(kept.rows), self.every[: len(alive)]
         slope, chunk = self.head.begin(hidden, slope, self.tempering.temperature)
-        for part, share, of_part in share_of:
+        for part, share, statistics in zip(self.parts, kept.shares, kept.statistics, strict=True):
             gradient = self._view(len(alive), part)
             if self.recompute:
                 self.head.logits(hidden, part, gradient)
-            index, inside = _within(sampled, part)
+            index, inside = _within(kept.sampled, part)
             pull = Pull(index, torch.where(inside, slope, 0.0), -slope * share)
             kernels = self.kernels[gradient.shape[1]]
-            kernels.gradients(gradient, every, pull, statistics=of_part, out=gradient, kept=self.kept)
+            kernels.gradients(gradient, every, pull, statistics=statistics, out=gradient, kept=self.kept)
             if self.recompute:
                 # in a part where every logit is −inf, softmax is NaN
                 gradient.masked_fill_((pull.scale == 0.0)[:, None], 0.0)
             self.head.add(gradient, part, chunk)
-        self.head.end(key, chunk)
+        self.head.end(kept.rows.key, chunk)
 
     def _close_up(self, alive: torch.Tensor, rows: int) -> None:
         """Move the rows of logits that are alive to the first places, in this order."""

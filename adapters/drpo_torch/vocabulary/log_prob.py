@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from drpo_torch.cotangent import refuse_second_derivative
-from drpo_torch.vocabulary.checks import check_ids, check_logits, check_number, check_shape, check_tensor, check_untransformed
+from drpo_core._checks import check_number
+from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_untransformed
+from drpo_torch.autograd import refuse_second_derivative
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, may_be_overwritten, refuse_transformed_cotangents
 from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, Tempering
@@ -15,7 +16,7 @@ from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, Tempering
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from drpo_torch.vocabulary.engines import Engine
+    from drpo_core.loss import Engine
 
 __all__ = ["TokenLogProb", "token_log_prob"]
 
@@ -126,16 +127,22 @@ class _TokenLogProb(torch.autograd.Function):
         return log_prob.reshape(tokens.shape).clone(), entropies, found.log_normalizer.reshape(tokens.shape).clone()
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        of_log_prob: torch.Tensor,
+        of_entropy: torch.Tensor | None,
+        of_normalizer: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
         """∂log π/∂x = 1[token] − π, ∂log Z/∂x = π, ∂H/∂x = −π (log π + H)."""
         refuse_second_derivative()
-        refuse_transformed_cotangents(*(c for c in cotangents if c is not None))
+        refuse_transformed_cotangents(of_log_prob, of_entropy, of_normalizer)
         logits, index, maximum, log_sum, *rest = ctx.saved_tensors
         statistics = Statistics(maximum, log_sum, rest[0] if ctx.entropy else None, rest[-1])
-        of_log_prob, of_entropy, of_normalizer = (None if c is None else c.reshape(-1) for c in cotangents)
+        of_log_prob, of_normalizer = of_log_prob.reshape(-1), of_normalizer.reshape(-1)
         reached = (of_log_prob != 0.0) | (of_normalizer != 0.0)
-        if of_entropy is not None and ctx.entropy:
-            reached |= of_entropy != 0.0
+        if of_entropy is not None:
+            of_entropy = of_entropy.reshape(-1)
+            reached = reached | (of_entropy != 0.0)
         rows = Places.where(reached)
         at, of_log_prob, of_normalizer = statistics.at(rows.index), of_log_prob[rows.index], of_normalizer[rows.index]
         pull = Pull(index[rows.index], of_log_prob, of_normalizer - of_log_prob)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drpo_core import token_mean
-from drpo_torch.cotangent import refuse_second_derivative, scaled
-from drpo_torch.vocabulary.batch import Arguments, TokenBatch, VocabularyLoss
-from drpo_torch.vocabulary.checks import check_logits, check_number, check_untransformed
+from drpo_core._checks import check_number
+from drpo_torch._checks import check_logits, check_untransformed
+from drpo_torch.autograd import refuse_second_derivative, scaled
+from drpo_torch.vocabulary.batch import CHUNK_BYTES, Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, may_be_overwritten
 from drpo_torch.vocabulary.softmax import Places, Pull, Tempering, power_of_two_below
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
 
     from drpo_core import Objective
     from drpo_core.reduction import Reduction
-    from drpo_torch.vocabulary.engines import Engine
+    from drpo_core.loss import Engine
     from drpo_torch.vocabulary.recorded import Divergence
 
 __all__ = ["logits_policy_loss"]
 
-# rows whose softmaxes are kept between the two passes: few enough for the last-level cache, many for one objective call
-_CHUNK_BYTES = 16 << 20
 # the largest power of two below float16's largest number
 _FLOAT16_BITS = 15
 
@@ -140,6 +139,7 @@ def logits_policy_loss(
         divergence=divergence,
         diagnostics=diagnostics,
         entropy=entropy,
+        engine=engine,
     )
     arguments.check(logits.shape[:-1], logits.shape[-1], logits)
     tempering = Tempering(check_number("temperature", temperature, above=0.0))
@@ -152,8 +152,7 @@ def logits_policy_loss(
             sweep.run(flat.detach(), None)
             return sweep.batch.result()
     loss = _LogitsPolicyLoss.apply(flat, sweep, overwrite_logits and may_be_overwritten(flat))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        return sweep.batch.result()._replace(loss=loss)
+    return sweep.result._replace(loss=loss)
 
 
 class _Sweep:
@@ -161,6 +160,7 @@ class _Sweep:
 
     def __init__(self, batch: TokenBatch, tempering: Tempering, module: ModuleType | None) -> None:
         self.batch, self.tempering, self.module = batch, tempering, module
+        self.result: VocabularyLoss
 
     def run(self, logits: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """∂loss/∂logits to `gradient`, which may be the logits; of float16, times powers of two whose inverses it returns."""
@@ -170,16 +170,16 @@ class _Sweep:
         kept = gradient is not None and kernels.keeps and logits.dtype == batch.row_dtype
         in_float16 = gradient is not None and logits.dtype == torch.float16
         unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device) if in_float16 else None
-        chunk = _CHUNK_BYTES // (vocabulary * batch.row_dtype.itemsize)
-        if self.module is not None and batch.recorded_head is None:
-            # nothing waits, and nothing of the size of a chunk is needed
+        chunk = CHUNK_BYTES // (vocabulary * batch.row_dtype.itemsize)
+        if not kernels.keeps or not looks_at_one_token(batch.given.objective):
+            # nothing waits in a cache, or all tokens have to be known before the first gradient
             chunk = len(batch.valid)
         for rows in batch.valid.chunks(max(1, chunk)):
             columns = batch.columns(rows)
             picked = self.tempering(logits[rows.index[:, None], columns])
             full = batch.full_divergence(self.module, rows, logits, rows, self.tempering)
             found = kernels.statistics(logits, rows, entropy=batch.given.entropy, keep=gradient if kept else None)
-            slope = batch.step(rows, columns, found.log_prob(picked), found, full)
+            slope = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, full))
             if gradient is None:
                 continue
             # a dropped token's row may hold a NaN, which 0 does not silence
@@ -204,7 +204,8 @@ class _LogitsPolicyLoss(torch.autograd.Function):
         logits = logits.detach()
         gradient = logits if overwrite else torch.empty_like(logits)
         ctx.save_for_backward(gradient, sweep.run(logits, gradient))
-        return sweep.batch.loss()
+        sweep.result = sweep.batch.result()
+        return sweep.result.loss
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drpo_torch.vocabulary.checks import check_choice, check_number, check_shape, check_tensor
+from drpo_core._checks import check_number
+from drpo_torch._checks import check_shape, check_tensor
 from drpo_torch.vocabulary.softmax import Tempering
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class TopKDivergence:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the tokens."""
-        check_choice("kind", self.kind, ("tv", "kl"))
+        _check_kind(self.kind)
         check_tensor("ids", self.ids, "integral")
         check_tensor("behavior_log_prob", self.behavior_log_prob, beside=self.ids)
         if self.ids.ndim == 0:
@@ -139,7 +140,7 @@ class FullDivergence:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the tokens."""
-        check_choice("kind", self.kind, ("tv", "kl"))
+        _check_kind(self.kind)
         if not isinstance(self.behavior, LinearHead):
             check_tensor("behavior", self.behavior)
         object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
@@ -168,6 +169,12 @@ def check_head(hidden: object, weight: object, bias: object | None) -> None:
     check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]), "the vocabulary and hidden, (V, H)")
     if bias is not None:
         check_shape("bias", check_tensor("bias", bias, beside=hidden), weight.shape[:1], "the vocabulary, (V,)")
+
+
+def _check_kind(kind: object) -> None:
+    if not isinstance(kind, str) or kind not in ("tv", "kl"):
+        msg = f"kind: expected 'tv' or 'kl', got {kind!r}"
+        raise ValueError(msg)
 
 
 def product_dtype(hidden: torch.Tensor, weight: torch.Tensor, name: str = "") -> torch.dtype:

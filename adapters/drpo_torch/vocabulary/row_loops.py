@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from drpo_core.elementary import functions, wide_vectors
-from drpo_torch.threads import in_threads
+from drpo_core.engines.elementary import functions, wide_vectors
+from drpo_torch.engines.threads import in_threads
 from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Pull, Statistics, Tempering, working_dtype
 
 if TYPE_CHECKING:
