@@ -32,7 +32,7 @@ def loops(engine: Engine, **matrices: torch.Tensor) -> ModuleType | None:
     hindrances = (_hindrance(name, matrix) for name, matrix in matrices.items())
     hindrance = next((h for h in hindrances if h is not None), None)
     if hindrance is None:
-        return _row_loops() if may_compile(engine) else None
+        return _rows() if may_compile(engine) else None
     if engine == "compiled":
         msg = f"engine: 'compiled' {hindrance}; 'auto' runs torch's operations there"
         raise ValueError(msg)
@@ -62,7 +62,7 @@ def _hindrance(name: str, matrix: torch.Tensor) -> str | None:
     return None
 
 
-def _row_loops() -> ModuleType:
-    from drpo_torch.vocabulary import row_loops  # noqa: PLC0415 -- numba is an extra, and slow to import
+def _rows() -> ModuleType:
+    from drpo_torch.vocabulary import rows  # noqa: PLC0415 -- numba is an extra, and slow to import
 
-    return row_loops
+    return rows

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     R = TypeVar("R")
 
-__all__ = ["depends_on_values", "may_be_overwritten", "refuse_transformed_cotangents"]
+__all__ = ["depends_on_values", "gradient_like", "may_be_overwritten", "refuse_transformed_cotangents"]
 
 
 def depends_on_values(function: Callable[P, R]) -> Callable[P, R]:
@@ -32,6 +32,14 @@ def refuse_transformed_cotangents(*cotangents: torch.Tensor | None) -> None:
             "log-probs and divergences from logits; pass one cotangent at a time"
         )
         raise RuntimeError(msg)
+
+
+def gradient_like(matrix: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory for the gradient in a matrix, with contiguous rows if those of the matrix are."""
+    # empty_like has its own idea of what overlapping memory is like
+    return (
+        torch.empty_like(matrix) if matrix.stride(-1) != 1 else torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    )
 
 
 def may_be_overwritten(matrix: torch.Tensor) -> bool:

@@ -289,7 +289,7 @@ class _Sweep:
             kernels.gradients(gradient, every, pull, statistics=statistics, out=gradient, kept=self.kept)
             if self.recompute:
                 # in a part where every logit is −inf, softmax is NaN
-                gradient.masked_fill_((pull.scale == 0.0)[:, None], 0.0)
+                gradient.masked_fill_((statistics.maximum == -torch.inf)[:, None], 0.0)
             self.head.add(gradient, part, chunk)
         self.head.end(kept.rows.key, chunk)
 

@@ -10,7 +10,12 @@ from drpo_core._checks import check_number
 from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative
 from drpo_torch.vocabulary.engines import loops, row_kernels
-from drpo_torch.vocabulary.graph import depends_on_values, may_be_overwritten, refuse_transformed_cotangents
+from drpo_torch.vocabulary.graph import (
+    depends_on_values,
+    gradient_like,
+    may_be_overwritten,
+    refuse_transformed_cotangents,
+)
 from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, Tempering
 
 if TYPE_CHECKING:
@@ -149,7 +154,7 @@ class _TokenLogProb(torch.autograd.Function):
         if of_entropy is not None and at.entropy is not None:
             slope = of_entropy[rows.index]
             pull = pull._replace(scale=pull.scale + slope * (at.log_sum - at.entropy), slope=slope)
-        gradient = logits.detach() if ctx.overwrite else torch.empty_like(logits)
+        gradient = logits.detach() if ctx.overwrite else gradient_like(logits)
         kernels = row_kernels(ctx.module, ctx.tempering, logits.shape[-1], logits.dtype, logits.device)
         kernels.gradients(logits, rows, pull, statistics=at, out=gradient)
         gradient.index_fill_(0, Places.where(~reached).index, 0.0)

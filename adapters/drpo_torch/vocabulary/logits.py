@@ -12,15 +12,15 @@ from drpo_torch._checks import check_logits, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import CHUNK_BYTES, Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
 from drpo_torch.vocabulary.engines import loops, row_kernels
-from drpo_torch.vocabulary.graph import depends_on_values, may_be_overwritten
+from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten
 from drpo_torch.vocabulary.softmax import Places, Pull, Tempering, power_of_two_below
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from drpo_core import Objective
-    from drpo_core.reduction import Reduction
     from drpo_core.loss import Engine
+    from drpo_core.reduction import Reduction
     from drpo_torch.vocabulary.recorded import Divergence
 
 __all__ = ["logits_policy_loss"]
@@ -202,7 +202,7 @@ class _LogitsPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, sweep: _Sweep, overwrite: bool) -> torch.Tensor:  # noqa: ANN401, FBT001
         logits = logits.detach()
-        gradient = logits if overwrite else torch.empty_like(logits)
+        gradient = logits if overwrite else gradient_like(logits)
         ctx.save_for_backward(gradient, sweep.run(logits, gradient))
         sweep.result = sweep.batch.result()
         return sweep.result.loss

@@ -1,4 +1,4 @@
-"""What a rollout has recorded of the behaviour policy μ beside the sampled token: a few log-probs, all of them, or its head."""
+"""What a rollout has recorded of the behaviour policy μ: log-probs of K tokens, those of all, or its head."""
 
 from __future__ import annotations
 

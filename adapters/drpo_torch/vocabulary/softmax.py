@@ -89,10 +89,10 @@ class Statistics(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + at_index at the column `index`; one entry a row."""
+    """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + at_column at one column; one entry a row."""
 
-    index: torch.Tensor
-    at_index: torch.Tensor
+    column: torch.Tensor
+    at_column: torch.Tensor
     scale: torch.Tensor
     slope: torch.Tensor | None = None
 
@@ -116,9 +116,11 @@ class Places:
         return cls(condition.nonzero()[:, 0])
 
     def __len__(self) -> int:
+        """How many rows."""
         return len(self.on_host)
 
     def __getitem__(self, step: slice) -> Places:
+        """Some of the rows, by their number among these."""
         part = object.__new__(Places)
         part.index, part.on_host = self.index[step], self.on_host[step]
         return part
@@ -229,7 +231,7 @@ class ArrayRows:
                 else:
                     x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
                     p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
-            p.scatter_add_(-1, pull.index[step, None], pull.at_index[step, None])
+            p.scatter_add_(-1, pull.column[step, None], pull.at_column[step, None])
             self.tempering.pull_back_(p, z[key] if self.tempering.softcap is not None else p)
             if not (kept and isinstance(key, slice)):
                 out[key] = p.to(out.dtype)

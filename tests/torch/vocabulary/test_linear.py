@@ -344,14 +344,14 @@ def test_memory_is_that_of_a_chunk(tokens, mode, dtype, monkeypatch):
         ({"hidden": None}, TypeError, r"hidden: expected a torch\.Tensor"),
         ({"tokens": torch.full((4, 6), V)}, ValueError, "tokens: expected ids in"),
         ({"mask": torch.ones(4, 6)}, TypeError, "mask: expected a bool dtype"),
-        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected 1 or more"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected a finite number, 1 or more"),
         ({"logit_softcap": -1.0}, ValueError, "logit_softcap: expected a finite number"),
         (
             {"chunk_vocabulary": 8, "divergence": FullDivergence(kind="tv", behavior=torch.zeros(4, 6, V))},
             ValueError,
             "chunk_vocabulary: expected None with a FullDivergence",
         ),
-        ({"reduction": functools.partial(sum)}, TypeError, "reduction: expected one of"),
+        ({"reduction": functools.partial(sum)}, TypeError, "reduction: expected token_mean"),
     ],
     ids=str,
 )

@@ -94,7 +94,9 @@ def test_loops_over_any_strides_and_blocks_of_impossible_tokens(rows):
     wide[:, :4100] = -torch.inf
     wide[1] = -torch.inf
     tokens = torch.tensor([4200, 4100, 8000, 8900, 5000])[slice(*rows)]
-    for logits in (wide[slice(*rows), 3:8990], wide.T.contiguous().T[slice(*rows), 3:8990]):
-        ours = [token_log_prob(logits=logits, tokens=tokens, entropy=True, engine=e) for e in ("arrays", "compiled")]
-        for eager, jit in zip(*ours, strict=True):
-            torch.testing.assert_close(jit, eager, rtol=1e-12, atol=1e-12, equal_nan=True)
+    logits, strided = wide[slice(*rows), 3:8990], wide.T.contiguous().T[slice(*rows), 3:8990]
+    given = [(logits, "arrays"), (logits, "compiled"), (strided, "arrays"), (strided, "auto")]
+    expected, *others = (token_log_prob(logits=z, tokens=tokens, entropy=True, engine=engine) for z, engine in given)
+    for other in others:
+        for actual, wanted in zip(other, expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)

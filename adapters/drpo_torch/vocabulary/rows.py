@@ -67,9 +67,9 @@ class LoopRows:
         """See `RowKernels`; where `pull` is 0 so is the result, whatever the row holds."""
         rows, into = _Rows.of(z, places), _Rows.of(out, places)
         slope = torch.zeros_like(pull.scale) if pull.slope is None else pull.slope
-        every = (statistics.maximum, statistics.total, pull.scale, slope, pull.at_index)
+        every = (statistics.maximum, statistics.total, pull.scale, slope, pull.at_column)
         coefficients = np.stack([field.detach().to(self.dtype).numpy() for field in every])
-        columns = pull.index.numpy()
+        columns = pull.column.numpy()
         _in_threads(
             lambda first, last: self.kernels.gradients(
                 *rows, into.data, into.stride, self.numbers, first, last, coefficients, columns
@@ -232,8 +232,8 @@ def _statistics(tools: _Tools, load: Callable[..., None]) -> Callable[..., None]
     return statistics
 
 
-def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., None]) -> Callable[..., None]:
-    """(p (scale − slope (x − max x)) + at_index at a column) ∂x/∂z, in the rows of another matrix or the same."""
+def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., None]) -> Callable[..., None]:  # noqa: C901 -- the steps of one pass
+    """(p (scale − slope (x − max x)) + at_column at a column) ∂x/∂z, in the rows of another matrix or the same."""
     dtype, tempered = tools.dtype, _tempered(tools, load)
     decay, select = functions(dtype).decay, functions(dtype).select
     number, least, one, block = dtype.type, _least(dtype), dtype.type(1), _BLOCK
