@@ -18,8 +18,8 @@ from typing import Any
 import sympy
 import z3
 
-from drpo_core.tokens import Tokens
 from drpo_core.objectives.thresholds import Bounds
+from drpo_core.tokens import Tokens
 
 SECONDS = 30
 
@@ -55,7 +55,7 @@ def same(x: Any, y: Any) -> None:
 
 
 def symbolic(kind: type, **fields: Any) -> Any:
-    """An objective whose thresholds are symbols, made without the checks that only numbers pass; `Bounds` are two thresholds."""
+    """An objective whose thresholds are symbols, without the checks that only numbers pass; `Bounds` are two of them."""
     objective = object.__new__(kind)
     values = {field.name: field.default for field in dataclasses.fields(kind)}
     for name, value in fields.items():
