@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from drpo_core._checks import check_arrays, check_dtype, check_mask, check_number, check_segment_ids, check_shape, compute_dtype
+from drpo_core._checks import (
+    check_arrays,
+    check_dtype,
+    check_mask,
+    check_number,
+    check_segment_ids,
+    check_shape,
+    compute_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

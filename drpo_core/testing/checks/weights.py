@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip
+from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import BoolArray, TokenBatch, unit_roundoff
 from drpo_core.testing.checks._base import (
@@ -35,7 +36,6 @@ from drpo_core.testing.checks._base import (
 from drpo_core.testing.checks.gradient import reference_of
 from drpo_core.testing.implementation import describe
 from drpo_core.testing.oracle import SATURATION, references
-from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
