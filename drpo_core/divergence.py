@@ -83,7 +83,7 @@ def binary_kl(
     Returns
     -------
     array
-        KL in nats, ≥ 0; infinite where π = 0 < μ or μ < 1 = π.
+        KL in nats, ≥ 0; infinite where π = 0 < μ. A log π of 0 counts as a π half a unit in the last place below 1.
 
     Raises
     ------

@@ -524,11 +524,15 @@ def _number_or_array(
 
     An array's value may be on a device, and unknown while a compiler traces, so that nothing can be raised.
     """
-    if isinstance(value, (numbers.Real, np.ndarray, str)) or not hasattr(value, "shape"):
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic, str)) or not hasattr(value, "shape"):
         return check_number(name, value, above=above, at_least=at_least)
     if tuple(value.shape):
         msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    number = xp.astype(xp.asarray(value), like.dtype)
+    number = xp.asarray(value)
+    if not xp.isdtype(number.dtype, ("integral", "real floating")):
+        msg = f"{name}: expected a real number, got a 0-d array of {number.dtype}"
+        raise TypeError(msg)
+    number = xp.astype(number, like.dtype)
     right = number > above if at_least is None else number >= at_least
     return xp.where(right & (number < xp.inf), number, xp.nan)
