@@ -516,11 +516,14 @@ def _number_or_array(name: str, value: float | Array, *, like: Array, xp: Namesp
 
     An array's value may be on a device, and unknown while a compiler traces, so that nothing can be raised.
     """
-    if isinstance(value, (numbers.Real, np.ndarray, str)) or not hasattr(value, "shape"):
+    if isinstance(value, (numbers.Real, np.bool_, np.ndarray, str)) or not hasattr(value, "shape"):
         return check_number(name, value, **bounds)
     if tuple(value.shape):
         msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
+    if not xp.isdtype(value.dtype, ("real floating", "integral")):
+        msg = f"{name}: expected a real number, got dtype {value.dtype}"
+        raise TypeError(msg)
     number = xp.astype(xp.asarray(value), like.dtype)
     low = bounds.get("above", bounds.get("at_least"))
     right = (number > low) if "above" in bounds else (number >= low)
