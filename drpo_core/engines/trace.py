@@ -6,7 +6,6 @@ compiles. So a formula stays where it is written, and any objective can be compi
 
 from __future__ import annotations
 
-import builtins
 import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -197,7 +196,7 @@ class TracedNamespace:
         """Of the floats that the recording will be run with."""
         return FloatInfo(self._epsilon)
 
-    def isdtype(self, dtype: str, kind: str) -> builtins.bool:  # `bool` is a dtype here
+    def isdtype(self, dtype: str, kind: str) -> bool:
         """Whether a dtype is of the kind ``"bool"`` or ``"real floating"``."""
         return kind == {FLOAT: "real floating", BOOL: "bool"}[dtype]
 
