@@ -81,14 +81,14 @@ def check_number(
     """
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
-    kind: Any = numbers.Integral if whole else numbers.Real
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind):
+    number: Any = value
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         expected = "a whole number" if whole else "a real number"
         got = f"{type(value).__name__} {value!r}" if isinstance(value, numbers.Real) else _described(value)
         msg = f"{name}: expected {expected}, got {got}"
         raise TypeError(msg)
     try:
-        number = int(value) if whole else float(value)  # type: ignore[call-overload]
+        number = int(number) if whole else float(number)
         finite = math.isfinite(number)
     except OverflowError:
         finite = False

@@ -189,9 +189,10 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
         msg = "parts: expected at least one dict of diagnostics, got none"
         raise ValueError(msg)
     for part in parts:
-        if not isinstance(part, dict):
-            msg = f"parts: expected dicts of diagnostics, got {type(part).__name__}"
-            raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(part, (list, tuple)) else ""))
+        given: object = part
+        if not isinstance(given, dict):
+            msg = f"parts: expected dicts of diagnostics, got {type(given).__name__}"
+            raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(given, (list, tuple)) else ""))
         if part.keys() != parts[0].keys():
             differing = sorted(part.keys() ^ parts[0].keys())
             msg = f"parts: expected the same names in every dict of diagnostics, got {differing} in some only"
@@ -211,8 +212,8 @@ def combine_diagnostics(stacked: Diagnostics, *, xp: Namespace) -> Diagnostics:
 
     def combined(statistic: Statistic) -> Statistic:
         first, *others = statistic
-        extreme = {Maximum: xp.max, Minimum: xp.min}.get(type(statistic), xp.sum)
-        return type(statistic)(extreme(first), *(xp.sum(field) for field in others))
+        combine = xp.max if isinstance(statistic, Maximum) else xp.min if isinstance(statistic, Minimum) else xp.sum
+        return type(statistic)(combine(first), *(xp.sum(field) for field in others))
 
     return {name: combined(statistic) for name, statistic in stacked.items()}
 
@@ -245,16 +246,17 @@ def map_diagnostics(function: Callable[..., Any], *diagnostics: Diagnostics) -> 
     {'ratio_mean': Mean(total=6.0, count=4.0)}
     """
     first, *others = diagnostics
-    return {name: statistic._make(map(function, statistic, *(o[name] for o in others))) for name, statistic in first.items()}
+    return {name: type(s)(*map(function, s, *(other[name] for other in others))) for name, s in first.items()}
 
 
-def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
+def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:
     """Diagnostics as plain floats, with a single transfer from the device: call it once, at the end of a step.
 
     Parameters
     ----------
     statistics
-        A result of `token_diagnostics` or `merge_diagnostics`, or of a policy loss.
+        A result of `token_diagnostics` or `merge_diagnostics`, or of a policy loss; None, as a policy loss gives where they
+        were not asked for, has no numbers.
 
     Returns
     -------

@@ -582,7 +582,7 @@ def top_k_outcomes(
         return xp.concat((xp.astype(top, dtype, copy=False), sampled[..., None]), axis=-1)
 
     appended = append(b, top_b)
-    return Tokens.of(append(x, top_x), appended, appended, xp=xp)
+    return Tokens.of(append(x, top_x), appended, appended, dtype=dtype, xp=xp)
 
 
 def _rest(log_p: Array, *, xp: Namespace) -> tuple[Array, Array]:

@@ -214,8 +214,8 @@ def policy_loss_and_gradient(
         threads = int(check_number("threads", threads, at_least=1, whole=True))
     log_prob, behavior_log_prob, advantages = map(constant, (log_prob, behavior_log_prob, advantages))
     xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
-    options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
     numpy = is_numpy_namespace(xp)
     if engine == "compiled" and not numpy:
@@ -313,7 +313,8 @@ def chunked_pass(objective: Objective, *arrays: Array, dtype: Any, diagnostics: 
         return policy_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     flat = [None if a is None else xp.reshape(xp.broadcast_to(a, mask.shape), (-1,)) for a in arrays]
     gradient = xp.empty_like(flat[0], dtype=dtype)
-    losses, parts = [], []
+    losses: list[Array] = []
+    parts: list[Any] = []
     for start in range(0, size, CHUNK):
         chunk = slice(start, start + CHUNK)
         result = policy_pass(

@@ -190,7 +190,7 @@ def policy_loss(
         coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
         # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
         kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
-        batch = Batch(*tensors.values(), mask, coefficients, divergence)
+        batch = Batch(log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
         result = run_pass(objective, batch, engine, dtype=dtype, gradient_dtype=kept, diagnostics=diagnostics)
     return with_gradient(log_prob, result.loss, result.gradient), result.diagnostics
 
@@ -215,7 +215,7 @@ def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tens
     Raises
     ------
     TypeError
-        If the function is not callable; when used, if it does not return a 0-d tensor that depends on the values.
+        When used, if the function does not return a 0-d tensor that depends on the values.
     ValueError
         When used, if its value at 0 is not 0 (known on a CPU only), or `normalizer` or `segment_ids` are given.
 
@@ -237,16 +237,13 @@ def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tens
     >>> log_prob.grad
     tensor([-0.2500,  0.2500])
     """
-    if not callable(function):
-        msg = f"function: expected a function of values and mask, got {type(function).__name__}"
-        raise TypeError(msg)
     return _Linear(function)
 
 
 class _Linear:
     """A linear function of values and mask, as `drpo_core.reduction.LinearReduction`."""
 
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
         self._function = function
 
     def coefficients(
@@ -254,9 +251,9 @@ class _Linear:
         mask: torch.Tensor,
         *,
         dtype: torch.dtype,
-        normalizer: object = None,
-        token_weights: torch.Tensor | None = None,
-        segment_ids: object = None,
+        normalizer: Any = None,  # noqa: ANN401
+        token_weights: Any = None,  # noqa: ANN401
+        segment_ids: Any = None,  # noqa: ANN401
         xp: Any = None,  # noqa: ANN401, ARG002
     ) -> torch.Tensor:
         """∂function/∂values at 0, times `token_weights`."""

@@ -108,7 +108,8 @@ class Program:
         """See the module's `run`."""
         n, dtype = gradient.size, self._dtype
         row = max(1, n // max(1, arrays[4].size))  # type: ignore[union-attr]
-        segment = BLOCK * max(1, -(-(-(-n // BLOCK)) // SEGMENTS))
+        blocks = -(-n // BLOCK)
+        segment = BLOCK * max(1, -(-blocks // SEGMENTS))
         segments = -(-n // segment)
         totals = np.zeros((segments, len(self._sums)))
         most = np.full((segments, len(self._maxima)), self._lowest, _integer(dtype))
@@ -136,9 +137,7 @@ class Program:
 _programs: dict[tuple[Any, ...], Program] = {}
 
 
-def program_of(
-    policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, measured: bool
-) -> Program:
+def program_of(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, measured: bool) -> Program:
     """The objective's loop, compiled unless one of the same source was before.
 
     The library's objectives are known by their class and what is not a threshold. Any other is traced at every call,
@@ -175,9 +174,7 @@ def _trace(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, dia
     return Program(trace, result, dtype)
 
 
-def _source(
-    per_token: list[str], uniforms: list[Symbol], gradient: Symbol, sums: list[Symbol], maxima: list[Symbol]
-) -> str:
+def _source(per_token: list[str], uniforms: list[Symbol], gradient: Symbol, sums: list[Symbol], maxima: list[Symbol]) -> str:
     def lines(indent: int, statements: Iterable[str]) -> str:
         return ("\n" + " " * indent).join(statements) or "pass"
 
@@ -214,14 +211,18 @@ def loop({", ".join(f"all_{name}" for name in ARRAYS)}, uniforms, all_gradient, 
 
 
 @lru_cache(maxsize=256)
-def _compile(
-    source: str, constants: tuple[tuple[str, float], ...], dtype: np.dtype[Any]
-) -> Callable[..., None]:
+def _compile(source: str, constants: tuple[tuple[str, float], ...], dtype: np.dtype[Any]) -> Callable[..., None]:
     namespace: dict[str, Any] = {
         **functions(dtype)._asdict(),
         **{name: dtype.type(value) for name, value in constants},
-        **{"zero": dtype.type(0), "one": dtype.type(1), "infinity": dtype.type(np.inf), "dtype": dtype},
-        **{"empty": np.empty, "sqrt": np.sqrt, "tanh": np.tanh, "wide_vectors": wide_vectors},
+        "zero": dtype.type(0),
+        "one": dtype.type(1),
+        "infinity": dtype.type(np.inf),
+        "dtype": dtype,
+        "empty": np.empty,
+        "sqrt": np.sqrt,
+        "tanh": np.tanh,
+        "wide_vectors": wide_vectors,
     }
     exec(source, namespace)  # noqa: S102
     number, index = numba.from_dtype(dtype), numba.types.intp

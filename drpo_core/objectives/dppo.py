@@ -75,8 +75,9 @@ class DPPO:
     def __post_init__(self) -> None:
         """Check the hyper-parameters and keep the numbers as Python floats."""
         set_thresholds(self, "delta")
-        if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
-            given = repr(self.divergence) if isinstance(self.divergence, str) else type(self.divergence).__name__
+        given: object = self.divergence
+        if not isinstance(given, str) or given not in DIVERGENCES:
+            given = repr(given) if isinstance(given, str) else type(given).__name__
             msg = f"divergence: expected 'binary_tv', 'binary_kl' or 'per_token', got {given}"
             raise ValueError(msg)
         if self.max_ratio is not None:
