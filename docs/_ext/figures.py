@@ -69,7 +69,7 @@ def alternatives() -> str:
         figure, axes = _panels(2)
         for axis, mu in zip(axes, (0.01, 0.5), strict=True):
             pi = np.unique(np.concatenate((np.linspace(0.001, 1, 800), np.geomspace(0.001, 1, 800))))
-            tokens = Tokens.checked(np.log(pi), np.full_like(pi, np.log(mu)), np.ones_like(pi))
+            tokens = Tokens.of(np.log(pi), np.full_like(pi, np.log(mu)), np.ones_like(pi), xp=np)
             for name, (objective, colour) in penalties.items():
                 w = objective.weight(tokens)
                 axis.plot(pi, w, label=name, color=colour, linewidth=2.4 if name == "DRPO" else 1.4)
