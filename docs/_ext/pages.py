@@ -76,7 +76,7 @@ class Objectives(SphinxDirective):
         self.env.note_reread()
         lines = families.table()
         if self.arguments:
-            documented = [f".. autoclass:: {name}\n   :members:\n" for name in families.classes()]
+            documented = [f".. autoclass:: {name}\n   :members:\n   :inherited-members:\n" for name in families.classes()]
             lines = ["```{eval-rst}", *documented, "```"]
         return self.parse_text_to_nodes("\n".join(lines))
 
