@@ -13,6 +13,8 @@ from drpo_core.objectives import OBJECTIVES, Family
 
 ROOT = Path(__file__).parent.parent
 DERIVATIONS, PROOFS = ROOT / "docs" / "derivations", ROOT / "tests" / "proofs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMED = re.compile(r"(?<![\w/.-])(?:drpo_core|adapters|tests|benchmarks|studies)/[\w./-]*[\w/](?![\w*<-])")
 CLASSES = list(dict.fromkeys(family.objective.__name__ for family in OBJECTIVES))
 
 
@@ -20,6 +22,12 @@ def rows(page):
     """The rows of a page's tables: cells, by line."""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page):
+    named = set(NAMED.findall(page.read_text(encoding="utf-8")))
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []
 
 
 @pytest.mark.parametrize("family", OBJECTIVES, ids=lambda family: family.name)
