@@ -12,7 +12,7 @@ from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
 from drpo_torch._checks import check_float, check_tensors
-from drpo_torch.autograd import with_gradient
+from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines.namespace import namespace
 
@@ -261,19 +261,24 @@ class _Linear:
             if value is not None:
                 msg = f"{name}: expected None, because a linear_reduction does its own normalising, got {type(value).__name__}"
                 raise ValueError(msg)
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            values = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=True)
-            total = self._function(values, mask)
-            if not isinstance(total, torch.Tensor) or total.ndim:
-                got = f"shape {tuple(total.shape)}" if isinstance(total, torch.Tensor) else type(total).__name__
+
+        def total(values: torch.Tensor) -> torch.Tensor:
+            result = self._function(values, mask)
+            if not isinstance(result, torch.Tensor) or result.ndim:
+                got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
                 msg = f"reduction: expected a function to a 0-d tensor, got {got}"
                 raise TypeError(msg)
-            if not total.requires_grad:
-                msg = "reduction: expected a differentiable function of its first argument, got one that does not depend on it"
+            if not result.requires_grad:
+                msg = "reduction: expected a differentiable function of the values, got one that does not depend on them"
                 raise TypeError(msg)
-            (coefficients,) = torch.autograd.grad(total, values)
-        if total.device.type == "cpu" and type(total) is torch.Tensor and total.item() != 0.0:
-            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {total.item():g}"
+            return result
+
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        coefficients: torch.Tensor
+        coefficients, at_zero = torch.func.grad_and_value(total)(zeros)
+        known = not torch.compiler.is_compiling() and has_memory(at_zero) and at_zero.device.type == "cpu"
+        if known and at_zero.item() != 0.0:
+            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
             raise ValueError(msg)
         if token_weights is None:
             return coefficients

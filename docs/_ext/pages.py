@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from typing import TYPE_CHECKING, Any
 
 import claims
@@ -11,9 +11,9 @@ import figures
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from drpo_core.cli import BUNDLED
-from drpo_core.explorer import explorer_data, explorer_html
-from drpo_core.rollouts import open_rollouts
+from drpo_core.audit import BUNDLED, open_rollouts
+from drpo_core.audit.explorer import explorer_data
+from drpo_core.audit.page import explorer_html
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -41,7 +41,7 @@ class Explorer(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Compute and embed."""
         self.env.note_reread()
-        with as_file(files("drpo_core") / "data" / BUNDLED) as path:
+        with as_file(BUNDLED) as path:
             data = explorer_data(open_rollouts(path))
         return [nodes.raw("", explorer_html(data), format="html")]
 
