@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from drpo_torch import FullDivergence, LinearHead, TopKDivergence, linear_policy_loss, logits_policy_loss
-from test_torch_vocabulary import OBJECTIVES, REDUCTIONS, Largest, assert_close, budget, plain, through_the_kit
+from vocabulary_batches import OBJECTIVES, REDUCTIONS, Largest, assert_close, budget, plain, small_steps, through_the_kit
 
 from drpo_core import DPPO, DRPO, sequence_mean_token_mean
 from drpo_core.testing import parametrize_with_checks
@@ -17,8 +17,8 @@ MODES = {
     "chunks": {"chunk_tokens": 5},
     "one chunk": {},
     "low memory": {"chunk_tokens": 7, "chunk_vocabulary": 10},
-    "jit": {"chunk_tokens": 5, "engine": "jit"},
-    "jit, low memory": {"chunk_tokens": 7, "chunk_vocabulary": 10, "engine": "jit"},
+    "compiled": {"chunk_tokens": 5, "engine": "compiled"},
+    "compiled, low memory": {"chunk_tokens": 7, "chunk_vocabulary": 10, "engine": "compiled"},
 }
 
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -28,8 +28,8 @@ each_dtype = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch):
     """Several steps even for the few tokens of a test."""
-    budget(monkeypatch, linear_policy_loss, 3 * V * 8)
-    monkeypatch.setitem(inspect.unwrap(linear_policy_loss).__globals__, "_WEIGHT_ROWS", 16)
+    small_steps(monkeypatch)
+    monkeypatch.setitem(inspect.unwrap(linear_policy_loss).__globals__["Head"].__init__.__globals__, "_WEIGHT_ROWS", 16)
 
 
 def batch(shape=(4, 6), dtype=torch.float64, seed=0):
@@ -323,7 +323,7 @@ def test_a_compiled_model_may_call_it(from_logits):
 @pytest.mark.parametrize("tokens", [64, 256])
 @pytest.mark.parametrize("mode", [{"chunk_tokens": 16}, {"chunk_tokens": 32, "chunk_vocabulary": 12}], ids=str)
 def test_memory_is_that_of_a_chunk(tokens, mode, dtype, monkeypatch):
-    budget(monkeypatch, linear_policy_loss, 1)
+    budget(monkeypatch, 1)
     data, _ = batch((tokens,), dtype=dtype)
     data = {name: torch.nan_to_num(x) if x.is_floating_point() else x.clamp(min=0) for name, x in data.items()}
     data["mask"] = torch.ones(tokens, dtype=torch.bool)
@@ -344,14 +344,14 @@ def test_memory_is_that_of_a_chunk(tokens, mode, dtype, monkeypatch):
         ({"hidden": None}, TypeError, r"hidden: expected a torch\.Tensor"),
         ({"tokens": torch.full((4, 6), V)}, ValueError, "tokens: expected ids in"),
         ({"mask": torch.ones(4, 6)}, TypeError, "mask: expected a bool dtype"),
-        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected 1 or more"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected a finite number, 1 or more"),
         ({"logit_softcap": -1.0}, ValueError, "logit_softcap: expected a finite number"),
         (
             {"chunk_vocabulary": 8, "divergence": FullDivergence(kind="tv", behavior=torch.zeros(4, 6, V))},
             ValueError,
             "chunk_vocabulary: expected None with a FullDivergence",
         ),
-        ({"reduction": functools.partial(sum)}, TypeError, "reduction: expected one of"),
+        ({"reduction": functools.partial(sum)}, TypeError, "reduction: expected token_mean"),
     ],
     ids=str,
 )
