@@ -370,9 +370,7 @@ def measure(
         behavior_logits = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
         both = _full_divergences(logits, behavior_logits, temperature, divergence.temperature)
     elif isinstance(divergence, TopKDivergence):
-        both = _top_k_divergences(
-            logits, log_normalizer, tokens, behavior_log_prob, divergence, temperature=temperature
-        )
+        both = _top_k_divergences(logits, log_normalizer, tokens, behavior_log_prob, divergence, temperature=temperature)
     else:
         return divergence
     return both.tv if divergence.kind == "tv" else both.kl

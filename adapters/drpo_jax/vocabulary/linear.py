@@ -143,9 +143,7 @@ def linear_policy_loss(
     dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
-    step = _Step(
-        objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size))
-    )
+    step = _Step(objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
 
     def run(
         hidden: jax.Array,
@@ -161,9 +159,7 @@ def linear_policy_loss(
         if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
             behavior_head = divergence.behavior
             divergence = replace(divergence, behavior=behavior_head.hidden)
-        flat_rows = jax.tree.map(
-            lambda a: a.reshape(-1, *a.shape[len(leading) :]), rows | {"divergence": divergence}
-        )
+        flat_rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(leading) :]), rows | {"divergence": divergence})
         flat = hidden.reshape(-1, hidden.shape[-1])
         loss, statistics, per_token = _with_gradients(
             step,
@@ -245,9 +241,7 @@ class _Step(NamedTuple):
             measured["entropy"] = entropy_of(logits / self.temperature, log_normalizer, probability)
         return found, measured, probability, logits
 
-    def in_pass(
-        self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None
-    ) -> PolicyLoss:
+    def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
         """The kernel of drpo_core."""
         return policy_pass(
             self.objective,
