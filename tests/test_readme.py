@@ -27,6 +27,10 @@ def test_code_stands_within_the_first_ten_lines():
     assert README.splitlines().index("```python") < 10
 
 
+def test_no_line_is_wider_than_120_characters():
+    assert [line for line in README.splitlines() if len(line) > 120] == []
+
+
 def test_relative_links_lead_somewhere():
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", README)
     assert targets

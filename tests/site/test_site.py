@@ -127,13 +127,13 @@ def test_mathematics_is_drawn_in_its_own_fonts(address, tab):
 
 def test_search_finds_a_function(address, tab):
     tab.goto(f"{address}/index.html")
-    tab.locator("input[name=q]").first.fill("drpo_weight")
+    tab.locator("input[name=q]").first.fill("token_diagnostics")
     tab.keyboard.press("Enter")
-    found = tab.locator("ul.search li a", has_text="drpo_core.drpo_weight").first
+    found = tab.locator("ul.search li a", has_text="drpo_core.token_diagnostics").first
     found.wait_for(timeout=10_000)
     found.click()
     tab.wait_for_url("**/reference/core.html*")
-    assert tab.locator("[id='drpo_core.drpo_weight']").is_visible()
+    assert tab.locator("[id='drpo_core.token_diagnostics']").is_visible()
 
 
 def test_it_is_light_or_dark_as_the_reader_likes(address, tab):
