@@ -218,8 +218,7 @@ class _Step(NamedTuple):
         """Loss, c ∂L/∂log π and diagnostics; what is measured per token; the softmax; the logits before the temperature."""
         logits = head.logits(working_dtype(head.hidden, head.weight))
         log_normalizer, probability = normalize(logits / self.temperature)
-        ids = inside_vocabulary(rows["tokens"], logits.shape[-1])
-        log_prob = select(logits, ids) / self.temperature - log_normalizer
+        log_prob = select(logits, rows["tokens"]) / self.temperature - log_normalizer
         divergence = rows["divergence"]
         broken = broken_tokens(rows["tokens"], divergence, logits.shape[-1])
         if behavior_head is not None:
@@ -265,7 +264,8 @@ class _Step(NamedTuple):
 
     def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, probability: jax.Array, logits: jax.Array) -> jax.Array:
         """∂loss/∂(h Wᵀ + b): slope (1[v = token] − π(v)) / T, times the derivative of the soft-cap."""
-        difference = jnp.where(one_hot(ids, logits), 1.0, 0.0) - probability
+        here = one_hot(inside_vocabulary(ids, logits.shape[-1]), logits)
+        difference = jnp.where(here, 1.0, 0.0) - probability
         if self.logit_softcap is not None:
             difference = difference * (1.0 - jnp.square(logits / self.logit_softcap))
         # by selection: a dropped token's row may hold a NaN
@@ -354,8 +354,7 @@ def _sweep(
         }
         if any(needed):
             slope = found.gradient.astype(dtype)
-            ids = inside_vocabulary(chunk_rows["tokens"], logits.shape[-1])
-            of_logits = step.gradient_of_logits(ids, slope, probability, logits)
+            of_logits = step.gradient_of_logits(chunk_rows["tokens"], slope, probability, logits)
             # a dropped token's hidden state may hold a NaN too
             h = jnp.where(slope[:, None] == 0.0, jnp.zeros((), h.dtype), h)
             gradients = _accumulate(gradients, of_logits, h, weight, start)
