@@ -189,14 +189,7 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
         msg = "parts: expected at least one dict of diagnostics, got none"
         raise ValueError(msg)
     for part in parts:
-        given: object = part
-        if not isinstance(given, dict):
-            msg = f"parts: expected dicts of diagnostics, got {type(given).__name__}"
-            raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(given, (list, tuple)) else ""))
-        if part.keys() != parts[0].keys():
-            differing = sorted(part.keys() ^ parts[0].keys())
-            msg = f"parts: expected the same names in every dict of diagnostics, got {differing} in some only"
-            raise ValueError(msg)
+        _check_part(part, parts[0])
     if not parts[0]:
         return {}
     xp = array_namespace(next(iter(parts[0].values())).count)
@@ -207,13 +200,25 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
     return combine_diagnostics(map_diagnostics(stacked, *parts), xp=xp)
 
 
+def _check_part(part: object, first: Diagnostics) -> None:
+    if not isinstance(part, dict):
+        msg = f"parts: expected dicts of diagnostics, got {type(part).__name__}"
+        raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(part, (list, tuple)) else ""))
+    if part.keys() != first.keys():
+        differing = sorted(part.keys() ^ first.keys())
+        msg = f"parts: expected the same names in every dict of diagnostics, got {differing} in some only"
+        raise ValueError(msg)
+
+
 def combine_diagnostics(stacked: Diagnostics, *, xp: Namespace) -> Diagnostics:
     """One batch's statistics from those whose fields are 1-D arrays with an element a part."""
 
+    extremes: Mapping[type, Callable[[Array], Array]] = {Maximum: xp.max, Minimum: xp.min}
+
     def combined(statistic: Statistic) -> Statistic:
         first, *others = statistic
-        combine = xp.max if isinstance(statistic, Maximum) else xp.min if isinstance(statistic, Minimum) else xp.sum
-        return type(statistic)(combine(first), *(xp.sum(field) for field in others))
+        first = extremes.get(type(statistic), xp.sum)(first)
+        return type(statistic)(first, *map(xp.sum, others))
 
     return {name: combined(statistic) for name, statistic in stacked.items()}
 
@@ -246,7 +251,10 @@ def map_diagnostics(function: Callable[..., Any], *diagnostics: Diagnostics) -> 
     {'ratio_mean': Mean(total=6.0, count=4.0)}
     """
     first, *others = diagnostics
-    return {name: type(s)(*map(function, s, *(other[name] for other in others))) for name, s in first.items()}
+    return {
+        name: type(statistic)(*map(function, statistic, *(other[name] for other in others)))
+        for name, statistic in first.items()
+    }
 
 
 def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from drpo_core.loss import check_engine
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
-from drpo_torch._checks import check_float, check_tensors
+from drpo_torch._checks import check_float, check_same_shape, check_tensors
 from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines.namespace import namespace
@@ -215,7 +215,7 @@ def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tens
     Raises
     ------
     TypeError
-        When used, if the function does not return a 0-d tensor that depends on the values.
+        When used, if the function does not return a 0-d tensor that depends on the values, or is seen not to be linear.
     ValueError
         When used, if its value at 0 is not 0 (known on a CPU only), or `normalizer` or `segment_ids` are given.
 
@@ -273,14 +273,21 @@ class _Linear:
                 raise TypeError(msg)
             return result
 
-        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        coefficients: torch.Tensor
-        coefficients, at_zero = torch.func.grad_and_value(total)(zeros)
-        known = not torch.compiler.is_compiling() and has_memory(at_zero) and at_zero.device.type == "cpu"
-        if known and at_zero.item() != 0.0:
+        compiling = torch.compiler.is_compiling()
+        # a graph through the derivative shows whether it depends on the values; it can't hold tensors of inference mode
+        graph = not compiling and not mask.is_inference()
+        with torch.enable_grad():
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=graph)
+            coefficients, at_zero = torch.func.grad_and_value(total)(zeros)
+        if coefficients.requires_grad:
+            msg = "reduction: expected a linear function of the values, got one whose derivative depends on them"
+            raise TypeError(msg)
+        # NaN is 0/0, of a batch without a valid token, where no coefficient is used
+        if not compiling and has_memory(at_zero) and at_zero.device.type == "cpu" and abs(at_zero.item()) > 0.0:
             msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
             raise ValueError(msg)
         if token_weights is None:
             return coefficients
         check_float(token_weights=token_weights)
+        check_same_shape("token_weights", token_weights, "mask", mask)
         return coefficients * torch.where(mask, token_weights.detach().to(dtype), 0.0)

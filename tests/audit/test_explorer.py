@@ -46,6 +46,30 @@ def test_curves_are_those_of_the_objectives():
                     np.testing.assert_allclose(objective["weight"][i][m][t], expected.weight, rtol=6e-5, atol=1e-12)
 
 
+class Mine:
+    """An objective of the user's own, without a trust region."""
+
+    def loss(self, tokens):  # noqa: D102
+        return -tokens.advantages * tokens.ratio
+
+    def weight(self, tokens):  # noqa: D102
+        return 1.0 / (1.0 + tokens.ratio)
+
+
+def test_other_objectives_have_a_card_each_and_the_first_is_shown(tmp_path):
+    rollouts_of = open_rollouts(rollouts(tmp_path / "r.npz"))
+    data = explorer_data(rollouts_of, SMALL, [Mine(), PPOClip(eps=0.2, dual_clip=3.0)])
+    mine, clip = data["objectives"][-2:]
+    assert (mine["family"], mine["slider"], mine["labels"]) == ("Mine", None, ["Mine"])
+    assert (clip["family"], clip["labels"]) == ("PPO-clip", ["PPO-clip ε=0.2 dual_clip=3"])
+    at_mu = data["pi"][0].index(data["mu"][0])
+    assert mine["weight"][0][0][0][at_mu] == 0.5
+    assert data["start"]["objective"] == len(OBJECTIVES)
+    assert len({card["colour"] for card in data["objectives"]}) == len(OBJECTIVES) + 1
+    assert set(data["snapshots"][0]["kinds"][-2][0]) == {"a"}
+    assert explorer_data(grid=SMALL)["start"]["objective"] == [family.name for family in OBJECTIVES].index("DRPO")
+
+
 def test_edges_are_where_the_weight_reaches_zero():
     data = explorer_data(grid=SMALL)
     edge = {o["family"]: o["edge"] for o in data["objectives"]}

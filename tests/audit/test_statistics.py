@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import tracemalloc
 import warnings
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from drpo_core import (
     DPPO,
     DRPO,
+    Tokens,
     VacuousTrustRegionWarning,
     binary_kl,
     expand_advantages,
@@ -19,7 +22,7 @@ from drpo_core import (
     summarize,
     token_diagnostics,
 )
-from drpo_core.audit import CHUNK_TOKENS, RolloutError, audit, open_rollouts, rows
+from drpo_core.audit import CHUNK_TOKENS, RolloutError, audit, open_rollouts, rows, statistics
 from drpo_core.audit.statistics import DATA_FIGURES
 
 
@@ -86,6 +89,17 @@ def test_health(npz):
         f"log_prob: 1 valid tokens hold a value above 0, which no log-prob has (first at {tuple(map(int, valid[3]))})",
         f"behavior_log_prob: 1 valid tokens hold -inf, and enter no figure (first at {tuple(map(int, valid[7]))})",
     ]
+
+
+def test_sentinels_and_zeros_in_place_of_log_probs_are_warned_about(npz):
+    data = off_policy((4, 5))
+    data["mask"][:] = True
+    data["log_prob"][1, 2] = -9999.0
+    data["behavior_log_prob"][2, 3], data["log_prob"][2, 3] = 0.0, -4.0
+    sentinel, zero = audit(npz(**data)).snapshots["log_prob"].warnings
+    assert sentinel.startswith("log_prob: 1 valid tokens hold a value below -1000")
+    assert zero.startswith("behavior_log_prob: 1 valid tokens hold a value exactly 0 where the other policy's is below -1")
+    assert zero.endswith("(first at (2, 3))")
 
 
 def test_log_probs_far_above_zero_are_a_warning_and_no_overflow(npz):
@@ -195,6 +209,91 @@ def test_default_rows():
         "CISPO c=5", "PPO-clip ε=0.2", "PPO-clip ε=0.2/0.28", "SPO ε=0.2", "SPO ε=0.2/0.28", "DPPO-TV δ=0.15",
         "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15",
     ]  # fmt: skip
+
+
+@dataclass
+class Mine:
+    """An objective of the user's own: neither frozen nor with a trust region."""
+
+    tau: float = 0.5
+    table: dict = field(default_factory=dict)
+
+    def loss(self, tokens):  # noqa: D102
+        return -tokens.advantages * tokens.ratio
+
+    def weight(self, tokens):  # noqa: D102
+        return tokens.xp.exp(-self.tau * tokens.xp.abs(tokens.log_ratio))
+
+
+class Plain:
+    """With attributes instead of fields."""
+
+    loss, weight = Mine.loss, Mine.weight
+
+    def __init__(self):
+        self.tau = math.inf
+
+
+class Shapeless(Mine):
+    """Its weight would be broadcast."""
+
+    def weight(self, tokens):  # noqa: ARG002, D102
+        return np.ones(1)
+
+
+def test_objectives_of_the_users_own(npz):
+    data = off_policy((30, 11))
+    report = audit(npz(**data), [Mine(), *rows(delta=[0.2], delta_kl=[], eps=[], max_ratio=[]), DRPO(delta=0.1)])
+    found = report.snapshots["log_prob"].objectives
+    assert [item.row.label for item in found] == [
+        "PG-IS", "Mine tau=0.5 table={}", "DPPO-TV δ=0.2", "DRPO δ=0.2", "Mask-DRPO δ=0.2", "DRPO δ=0.1",
+    ]  # fmt: skip
+    wanted = summarize(token_diagnostics(Mine(), *(data[name] for name in list(data)[:3]), mask=data["mask"]))
+    assert {name: found[1].figures[name] for name in found[1].figures} == pytest.approx(
+        {name: wanted[name] for name in found[1].figures}
+    )
+    assert found[1].figures["outside_fraction"] == 0.0
+
+
+def test_the_report_of_an_objective_of_the_users_own_is_strict_json(npz):
+    report = audit(npz(**off_policy((3, 4))), [Mine(table={"a": [np.float64("nan"), object, (1, True)]}), Plain()]).as_dict()
+    mine, plain = json.loads(json.dumps(report, allow_nan=False))["snapshots"]["log_prob"]["objectives"][1:]
+    assert mine["objective"] == "Mine"
+    assert mine["parameters"] == {"tau": 0.5, "table": {"a": [None, "<class 'object'>", [1, True]]}}
+    assert (plain["name"], plain["parameters"]) == ("Plain(tau=inf)", {"tau": None})
+
+
+@pytest.mark.parametrize(
+    ("objective", "line"),
+    [
+        (DRPO, "expected an instance such as DRPO(delta=0.15), got the class DRPO"),
+        (object(), "expected methods loss and weight, got object without loss and weight"),
+        (Shapeless(), r"Shapeless.weight: expected an array of the tokens' shape, (12,), got shape (1,)"),
+    ],
+    ids=["class", "object", "shape"],
+)
+def test_what_is_no_objective_is_refused(npz, objective, line):
+    with pytest.raises(TypeError, match=re.escape(line)):
+        audit(npz(**off_policy((3, 4))), [objective])
+
+
+def test_tokens_are_made_once_a_chunk(npz, monkeypatch):
+    made, of = [], Tokens.of
+    monkeypatch.setattr(Tokens, "of", lambda *arrays, **options: made.append(1) or of(*arrays, **options))
+    table = rows(delta=[0.15], delta_kl=[0.05], eps=[0.2], max_ratio=[5.0])
+    made.clear()
+    audit(npz(chunk_tokens=40, **off_policy((20, 10))), [*table, Mine()], curves=True)
+    assert len(made) == 5
+
+
+def test_any_number_of_chunks_gives_the_same_figures(npz, monkeypatch):
+    data = off_policy((40, 10))
+    whole = figures(audit(npz(**data)))
+    monkeypatch.setattr(statistics, "MERGED_AT_ONCE", 3)
+    chunked = figures(audit(npz(chunk_tokens=7, **data)))
+    assert list(whole) == list(chunked)
+    for row, found in whole.items():
+        assert found == pytest.approx(chunked[row], rel=1e-12)
 
 
 def test_curves_hold_every_active_token_and_the_mean_weight(npz):

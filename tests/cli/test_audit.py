@@ -150,6 +150,115 @@ def test_bad_input_is_one_line_and_exit_code_2(drpo, monkeypatch, tmp_path, opti
     assert list(tmp_path.iterdir()) == []
 
 
+MINE = """
+class Mine:
+    def __init__(self, tau=1.0):
+        self.tau = tau
+
+    def loss(self, tokens):
+        print("a user's print")
+        return -tokens.advantages * tokens.ratio
+
+    def weight(self, tokens):
+        return 1.0 / (1.0 + self.tau * tokens.ratio)
+
+
+class Needs(Mine):
+    def __init__(self, tau):
+        super().__init__(tau)
+
+
+class NoWeight:
+    def loss(self, tokens):
+        return tokens.ratio
+
+
+class Raises(Mine):
+    def weight(self, tokens):
+        return tokens.ratios
+
+
+class Shapeless(Mine):
+    def weight(self, tokens):
+        return 1.0
+
+
+mine = Mine(tau=3.0)
+not_one = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The folder of a user who has objectives of their own."""
+    (tmp_path / "own_objectives.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name in ("own_objectives", "_drpo_check_own_objectives"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("own_objectives.py:Mine", "Mine tau=1"),
+        ("own_objectives:Mine(tau=2.5)", "Mine tau=2.5"),
+        ("own_objectives:mine", "Mine tau=3"),
+        ("own_objectives:Needs(tau=4)", "Needs tau=4"),
+        ("PPOClip(eps=0.2, dual_clip=3.0)", "PPO-clip ε=0.2 dual_clip=3"),
+        (" DRPO( delta = 20 ) ", "DRPO δ=20 [2]"),
+    ],
+)
+def test_an_objective_of_ones_own(drpo, own, text, label):
+    rollouts(own / "r.npz")
+    code, out, err = drpo("audit", "r.npz", "--objective", text, "--objective", text, "--html", "a.html", "--plot", "a.png")
+    assert code == 0
+    assert "print" not in out
+    assert set(err.splitlines()) <= {"a user's print"}
+    last = out.splitlines()[[i for i, line in enumerate(out.splitlines()) if "Mask-DRPO" in line][-1] + 1]
+    assert last.strip().startswith(label)
+    assert label.partition(" [")[0] in (own / "a.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Mine()", "expected one of CISPO, DPPO, DRPO, MaskDRPO, PPOClip, PolicyGradient, SPO, got 'Mine'"),
+        ("DRPO", "with its hyper-parameters, such as \"DRPO(delta=0.15)\", or module:NAME, got 'DRPO'"),
+        ("DRPO(delta=0)", "DRPO(delta=0): delta: expected a finite number greater than 0"),
+        ("DPPO(delta=0.1, divergence='per_token')", "loss raised TypeError: divergence: expected an array, because this"),
+        ("own_objectives:Minee", "own_objectives has no Minee; did you mean Mine?"),
+        ("own_objectives:", "expected package.module:NAME or path/to/file.py:NAME, got 'own_objectives:'"),
+        ("nowhere.py:Mine", "no file nowhere.py"),
+        ("own_objectives:Mine(3)", "hyper-parameters are given by name"),
+        ("own_objectives:Mine(tau=open('x'))", "expected a Python literal"),
+        ("own_objectives:Mine(tau=", "hyper-parameters are given by name"),
+        ("own_objectives:Mine(sigma=1)", "own_objectives:Mine(sigma=1): got an unexpected keyword argument 'sigma'"),
+        ("own_objectives:mine(tau=1)", "own_objectives:mine is a Mine and takes no hyper-parameters"),
+        ("own_objectives:Needs", "own_objectives:Needs: missing 1 required positional argument: 'tau'"),
+        ("own_objectives:not_one", "objective: expected methods loss and weight, got int without loss and weight"),
+        ("own_objectives:NoWeight", "got NoWeight without weight"),
+        ("own_objectives.py:Raises", "(own_objectives.py, line 26, in weight: return tokens.ratios)"),
+        ("own_objectives:Shapeless", "Shapeless.weight: expected an array of the tokens' shape, (3,), got float"),
+    ],
+)  # fmt: skip
+def test_what_is_no_objective_is_one_line(drpo, own, text, message):
+    rollouts(own / "r.npz")
+    code, out, err = drpo("audit", "r.npz", "--objective", text)
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line != "a user's print"]
+    assert line.startswith("drpo audit: ")
+    assert message in line
+
+
+def test_help_shows_whose_thresholds_a_flag_sets_and_the_defaults(drpo):
+    shown = re.sub(r"[│\s]+", " ", drpo("audit", "--help")[1])
+    assert "δ of DPPO-TV, DRPO, Mask-DRPO (default: 0.15,12.5)" in shown
+    assert "ε of PPO-clip, SPO (default: 0.2,0.2/0.28)" in shown
+    assert "c of CISPO (default: 5)" in shown
+
+
 def test_nan_at_a_valid_token(drpo, tmp_path):
     path = rollouts(tmp_path / "r.npz", log_prob=np.full((6, 8), np.nan))
     code, out, err = drpo("audit", path)

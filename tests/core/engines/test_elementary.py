@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from drpo_core.elementary import functions
+from drpo_core.engines.elementary import functions
 
 DTYPES = [np.float32, np.float64]
 ULP = {"exp": 1.0, "expm1": 2.0, "log": 1.0, "log1p": 1.5}

@@ -13,7 +13,7 @@ from drpo_jax import (
     full_divergences,
     logits_policy_loss,
     policy_loss,
-    selective_log_prob,
+    token_log_prob,
     top_k_divergences,
 )
 
@@ -83,7 +83,7 @@ def close(found, expected, rtol=1e-10, atol=1e-13):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_selective_log_prob_and_each_of_its_derivatives(temperature):
+def test_token_log_prob_and_each_of_its_derivatives(temperature):
     data = make()
     ids = data["tokens"][..., None]
 
@@ -94,7 +94,7 @@ def test_selective_log_prob_and_each_of_its_derivatives(temperature):
         return jnp.take_along_axis(log_probs, ids, axis=-1)[..., 0], entropy, lse
 
     found, pull = jax.vjp(
-        lambda x: selective_log_prob(logits=x, tokens=data["tokens"], temperature=temperature, entropy=True), data["logits"]
+        lambda x: token_log_prob(logits=x, tokens=data["tokens"], temperature=temperature, entropy=True), data["logits"]
     )
     expected, pull_expected = jax.vjp(naive, data["logits"])
     zero = jnp.zeros_like(expected[0])
@@ -109,7 +109,7 @@ def test_minus_infinity_is_a_probability_of_zero():
     logits = jnp.asarray([[0.0, -jnp.inf, 1.0]])
 
     def total(logits):
-        selected = selective_log_prob(logits=logits, tokens=jnp.asarray([0]), entropy=True)
+        selected = token_log_prob(logits=logits, tokens=jnp.asarray([0]), entropy=True)
         return jnp.sum(selected.log_prob + selected.entropy)
 
     def without(logits):
@@ -125,12 +125,12 @@ def test_minus_infinity_is_a_probability_of_zero():
 def test_low_precision_logits_are_accumulated_in_float32(dtype, rtol):
     data = make((64,))
     low = data["logits"].astype(dtype)
-    selected = selective_log_prob(logits=low, tokens=data["tokens"], entropy=True)
-    exact = selective_log_prob(logits=low.astype(jnp.float64), tokens=data["tokens"], entropy=True)
+    selected = token_log_prob(logits=low, tokens=data["tokens"], entropy=True)
+    exact = token_log_prob(logits=low.astype(jnp.float64), tokens=data["tokens"], entropy=True)
     for found, expected in zip(selected, exact, strict=True):
         assert found.dtype == jnp.float32
         close(found, expected, rtol=rtol, atol=1e-6)
-    gradient = jax.grad(lambda x: selective_log_prob(logits=x, tokens=data["tokens"]).log_prob.sum())(low)
+    gradient = jax.grad(lambda x: token_log_prob(logits=x, tokens=data["tokens"]).log_prob.sum())(low)
     assert gradient.dtype == dtype
 
 
@@ -140,7 +140,7 @@ def test_divergences_are_the_cores():
     found = full_divergences(logits=data["logits"], behavior_logits=data["behavior_logits"], temperature=0.7)
     close(found.tv, full_tv(x, b))
     close(found.kl, full_kl(x, b))
-    selected = selective_log_prob(logits=data["logits"], tokens=data["tokens"], temperature=0.7)
+    selected = token_log_prob(logits=data["logits"], tokens=data["tokens"], temperature=0.7)
     recorded = {"top_k_log_prob": jnp.take_along_axis(x, data["ids"], -1), "top_k_behavior_log_prob": data["top_k"]}
     found = top_k_divergences(
         logits=data["logits"],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from drpo_jax import loss as loss_module
 from drpo_jax import policy_loss, token_loss
-from drpo_jax.elementary import xp
+from drpo_jax._namespace import xp
 
 from drpo_core import (
     CISPO,
@@ -21,9 +21,9 @@ from drpo_core import (
     MaskDRPO,
     PolicyGradient,
     PPOClip,
-    diagnostics,
     sequence_mean_token_mean,
     sequence_mean_token_sum,
+    token_diagnostics,
     token_loss_and_gradient,
     token_mean,
 )
@@ -167,19 +167,19 @@ def test_hessian_of_the_scalar_is_symmetric():
     assert jnp.abs(hessian).max() > 0.0
 
 
-# large batches, a block at a time on a CPU
+# large batches, a chunk at a time on a CPU
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of 7 tokens: 24 tokens are three and a remainder; 21 are three."""
-    monkeypatch.setattr(loss_module, "_BLOCK", 7)
+def small_chunks(monkeypatch):
+    """Chunks of 7 tokens: 24 tokens are three and a remainder; 21 are three."""
+    monkeypatch.setattr(loss_module, "_CHUNK", 7)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @each_objective
 @pytest.mark.parametrize("shape", [(4, 6), (24,), (3, 7), (2, 4)])
-def test_blocks_add_up_to_the_whole(objective, shape):
+def test_chunks_add_up_to_the_whole(objective, shape):
     data = batch(shape)
     expected = core(objective, data)
     count = float(data["mask"].sum())
@@ -188,39 +188,39 @@ def test_blocks_add_up_to_the_whole(objective, shape):
     np.testing.assert_allclose(gradient, expected.gradient / count, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @each_objective
 @pytest.mark.parametrize("shape", [(4, 6), (21,)])
-def test_diagnostics_of_blocks_add_up(objective, shape):
+def test_diagnostics_of_chunks_add_up(objective, shape):
     data = batch(shape)
     data["advantages"] = data["advantages"].at[..., 2].set(0.0).at[..., 3].set(jnp.nan)
     _, statistics = jax.jit(functools.partial(policy_loss, objective))(**data)
-    expected = diagnostics(objective, **data)
+    expected = token_diagnostics(objective, **data)
     assert jax.tree.structure(statistics) == jax.tree.structure(expected)
     for name, statistic in expected.items():
         np.testing.assert_allclose(statistics[name], statistic, rtol=1e-12, err_msg=name)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @each_reduction
-def test_blocks_have_their_own_coefficients(reduction):
+def test_chunks_have_their_own_coefficients(reduction):
     data = batch()
     dirty = data | {name: jnp.where(data["mask"], data[name], jnp.nan) for name in ("log_prob", "advantages")}
     options = {"reduction": reduction, "token_weights": jnp.linspace(0.5, 2.0, 24).reshape(4, 6)}
     value, gradient = jax.value_and_grad(in_log_prob(DRPO(delta=0.15), dirty, **options))(dirty["log_prob"])
 
-    def foreign(*args, **kwargs):
-        return reduction(*args, **kwargs)
+    @jax.jit
+    def by_token(log_prob):
+        losses = token_loss(DRPO(delta=0.15), **data | {"log_prob": log_prob})
+        return reduction(losses, data["mask"], token_weights=options["token_weights"])
 
-    options["reduction"] = foreign
-    plain = in_log_prob(DRPO(delta=0.15), data, **options)
-    expected, expected_gradient = jax.value_and_grad(plain)(data["log_prob"])
+    expected, expected_gradient = jax.value_and_grad(by_token)(data["log_prob"])
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_blocks_under_other_transformations():
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_under_other_transformations():
     data = batch((4, 10))
     loss = in_log_prob(DRPO(delta=0.15), data)
     hessian = jax.hessian(loss)(data["log_prob"]).reshape(40, 40)
@@ -235,7 +235,7 @@ def test_blocks_under_other_transformations():
         np.testing.assert_allclose(rows[i], expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 def test_the_derivative_of_value_and_gradient_is_that_of_the_rule():
     # of a loss in score form, automatic differentiation of the value would be something else
     data = batch()
@@ -370,7 +370,7 @@ import jax.numpy as jnp
 import numpy as np
 from drpo_core import DPPO, DRPO, PPOClip, sequence_mean_token_mean
 from drpo_jax import loss as loss_module
-from drpo_jax import policy_loss, token_loss
+from drpo_jax import linear_reduction, policy_loss, token_loss
 rng = np.random.default_rng(0)
 behavior = -3.0 * rng.random((16, 6)) - 0.01
 data = {{
@@ -415,14 +415,15 @@ def summed(log_prob, data, normalizer):
 outside = jax.shard_map(summed, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P())
 np.testing.assert_allclose(jax.jit(jax.grad(outside))(data["log_prob"], data, count), gradient, rtol=1e-13, atol=0)
 
-def mean_over_devices(values, mask, *, normalizer=None, token_weights=None, segment_ids=None, xp=None):
-    return jax.lax.psum(xp.sum(xp.where(mask, values, 0.0)), "data") / jax.lax.psum(xp.sum(mask), "data")
+@linear_reduction
+def mean_over_devices(values, mask):
+    return jax.lax.psum(jnp.sum(jnp.where(mask, values, 0.0)), "data") / jax.lax.psum(jnp.sum(mask), "data")
 
 import drpo_jax.loss
-drpo_jax.loss._BLOCK = 5
-in_blocks, by_blocks, _ = jax.jit(jax.shard_map(lambda *args: inside(*args), mesh=mesh, **specs))(data, count)
-np.testing.assert_allclose(in_blocks, expected, rtol=1e-13)
-np.testing.assert_allclose(by_blocks, gradient, rtol=1e-13, atol=0)
+drpo_jax.loss._CHUNK = 5
+in_chunks, by_chunks, _ = jax.jit(jax.shard_map(lambda *args: inside(*args), mesh=mesh, **specs))(data, count)
+np.testing.assert_allclose(in_chunks, expected, rtol=1e-13)
+np.testing.assert_allclose(by_chunks, gradient, rtol=1e-13, atol=0)
 
 whole = jax.jit(jax.grad(lambda x: policy_loss(objective, **data | {"log_prob": x})[0]))(data["log_prob"])
 collective = jax.shard_map(
@@ -439,7 +440,7 @@ def test_the_gradient_of_a_sharded_batch_stays_where_its_tokens_are():
         PREAMBLE.format(x64=True)
         + """
 from jax.sharding import NamedSharding, PartitionSpec as P
-loss_module._BLOCK = 5
+loss_module._CHUNK = 5
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 placed = jax.device_put(data, NamedSharding(mesh, P("data")))
 

@@ -1,6 +1,6 @@
 """The shapes in the signatures hold at run time: jaxtyping and beartype, in a process of their own.
 
-`drpo_core.types` uses jaxtyping only if something imported it first, and the annotations' names are imported under
+`drpo_core._arrays` uses jaxtyping only if something imported it first, and the annotations' names are imported under
 `TYPE_CHECKING` only, so the process imports jaxtyping, turns `TYPE_CHECKING` on, and hooks the import of the core.
 """
 
@@ -87,12 +87,12 @@ check(torch.as_tensor, array_api_compat.torch)
 """
 BREAKS = {
     "the sum of two shapes": """
-from drpo_core.ratio import Tokens
+from drpo_core.tokens import Tokens
 with caught():
     Tokens.of(x, b, a[:, :1], xp=array_api_compat.numpy)  # broadcasts silently without the check
 """,
     "a dtype": """
-from drpo_core.ratio import Tokens
+from drpo_core.tokens import Tokens
 with caught():
     Tokens.of(x, b, mask, xp=array_api_compat.numpy)
 """,
@@ -109,12 +109,12 @@ with caught():
     token_mean(a[0], mask[0], segment_ids=a[0])
 """,
     "a dtype inside a kernel": """
-import drpo_core.spo as spo
-from drpo_core.ratio import Tokens
+import drpo_core.objectives.spo as spo
+from drpo_core.tokens import Tokens
 tokens = Tokens.of(x, b, a, xp=array_api_compat.numpy)
 spo.loss(tokens, spo.Bounds(0.2, 0.2))
 with caught():
-    drpo_core.thresholds.within(mask, spo.Bounds(0.2, 0.2))
+    drpo_core.objectives.thresholds.within(mask, spo.Bounds(0.2, 0.2))
 """,
     "a torch shape": """
 with caught():

@@ -28,7 +28,7 @@ from drpo_core import (
     log_ratio,
     probability_shift,
 )
-from drpo_core.ratio import Tokens
+from drpo_core.tokens import Tokens
 
 mpf = mpmath.mpf
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}

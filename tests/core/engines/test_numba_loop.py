@@ -12,8 +12,8 @@ import pytest
 
 from drpo_core import DPPO, DRPO, diagnostics, policy_loss_and_gradient, summarize, token_loss_and_gradient
 from drpo_core import jit as compiler
-from drpo_core.jit import fused
-from drpo_core.trace import UntraceableError
+from drpo_core.engines.numba_loop import fused
+from drpo_core.engines.trace import UntraceableError
 
 DELTA = DRPO(delta_low=0.3, delta_high=0.1)
 KULLBACK_LEIBLER = DPPO(delta_low=0.02, delta_high=0.2, divergence="binary_kl", max_ratio=3.0)
@@ -79,7 +79,7 @@ def test_no_threads():
 def test_threads_survive_a_fork():
     code = (
         "import os, signal, time, numpy as np\n"
-        "from drpo_core.threads import in_threads\n"
+        "from drpo_core.engines.threads import in_threads\n"
         "done = np.zeros(8)\n"
         "def run(first, last):\n"
         "    time.sleep(0.05)\n"  # or one thread of the pool would do for all, and a pool with room for another starts it
@@ -204,7 +204,7 @@ def test_equal_objectives_share_a_kernel():
 
 
 def test_without_numba(monkeypatch):
-    monkeypatch.setitem(sys.modules, "drpo_core.jit", None)
+    monkeypatch.setitem(sys.modules, "drpo_core.engines.numba_loop", None)
     log_prob, behavior, advantages, mask = tokens(5, np.float64)
     with pytest.raises(ImportError, match=r"engine: 'jit' needs numba: pip install 'drpo-core\[jit\]'"):
         policy_loss_and_gradient(DELTA, log_prob, behavior, advantages, mask=mask, engine="jit")

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drpo_jax import FullDivergence, LinearHead, TopKDivergence, linear, linear_policy_loss, logits_policy_loss, policy_loss
+from drpo_jax import FullDivergence, LinearHead, TopKDivergence, linear_policy_loss, logits_policy_loss, policy_loss
+from drpo_jax.vocabulary import linear
 
 from drpo_core import (
     CISPO,

@@ -1,6 +1,6 @@
 """The same batch over four host devices, under jit with a sharded mesh and under shard_map: the same loss and gradient.
 
-The devices exist in one process that does everything (sharding_jax.py); the tests judge what it measured, in units of the
+The devices exist in one process that does everything (sharding.py); the tests judge what it measured, in units of the
 dtype's precision relative to the loss or to the largest element of the gradient.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from drpo_jax.distributed import all_reduce_diagnostics, global_coefficients, global_normalizer
 
-from drpo_core import DRPO, diagnostics, merge_diagnostics, summarize
+from drpo_core import DRPO, merge_diagnostics, summarize, token_diagnostics
 
 REDUCTIONS = ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"]
 WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 units in the last place
@@ -24,7 +24,7 @@ WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 un
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding") / "results.json"
-    script = Path(__file__).with_name("sharding_jax.py")
+    script = Path(__file__).with_name("sharding.py")
     # compiling takes all the time, so compile without optimisation
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -56,7 +56,7 @@ def test_a_nan_on_one_device_is_seen_on_all():
     x = jnp.log(jnp.array([[0.5, 0.2], [0.3, 0.4]]))
     b = jnp.log(jnp.array([[0.25, 0.3], [0.3, 0.1]]))
     a = jnp.array([[1.0, -1.0], [2.0, 1.0]])
-    parts = [diagnostics(DRPO(delta=0.1), x[i], b[i], a[i]) for i in range(2)]
+    parts = [token_diagnostics(DRPO(delta=0.1), x[i], b[i], a[i]) for i in range(2)]
     parts[1]["ratio_max"] = parts[1]["ratio_max"]._replace(value=jnp.asarray(jnp.nan))
     spread = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     merged = jax.vmap(lambda d: all_reduce_diagnostics(d, axis_name="data"), axis_name="data")(spread)
@@ -70,7 +70,7 @@ def test_a_nan_on_one_device_is_seen_on_all():
 @pytest.mark.parametrize("helper", [global_normalizer, global_coefficients])
 def test_unknown_reduction_is_refused(helper):
     names = {"axis_name": "data"} if helper is global_normalizer else {"shard_axis_name": "data", "normalizer": 1}
-    with pytest.raises(TypeError, match="reduction: expected one of drpo_core"):
+    with pytest.raises(TypeError, match="reduction: expected token_mean"):
         jax.vmap(lambda m: helper(lambda values, mask: (values * mask).sum(), m, **names), axis_name="data")(
             jnp.ones((2, 3), bool)
         )

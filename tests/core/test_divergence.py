@@ -3,8 +3,12 @@
 import math
 from math import log
 
+import jax
+import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
+import torch
 from backends import Backend
 
 from drpo_core import (
@@ -151,13 +155,67 @@ def test_binary_kl_beside_certainty(backend):
     exact = mu * log(mu / (1 - rest)) + (1 - mu) * (log(1 - mu) - log(rest))
     result = backend.run(binary_kl, np.array([math.log1p(-rest)]), np.log([mu]))
     np.testing.assert_allclose(result, [exact], rtol=1e-12)
-    assert backend.run(binary_kl, np.array([0.0]), np.log([mu])) == math.inf
 
 
-def test_k3_saturates_with_the_ratio(backend):
-    result = backend.run(k3, np.zeros(4), np.array([-19.0, -20.0, -20.5, -700.0]))
-    expected = [math.exp(19) - 1 - 19, *[math.exp(20) - 1 - 20] * 3]
-    np.testing.assert_allclose(result, expected, rtol=1e-14)
+CERTAIN = {"float32": 2.0**-25, "float64": 2.0**-54}  # half a unit in the last place below 1
+
+
+@pytest.mark.parametrize("log_pi", [0.0, -0.0, 1e-7])
+@pytest.mark.parametrize("dtype", CERTAIN)
+def test_a_log_prob_of_0_is_the_probability_nearest_mu_that_rounds_to_1(backend, dtype, log_pi):
+    """Not infinitely far: one rounding below certainty under μ would have dropped the token (fault 34)."""
+    half = CERTAIN[dtype]
+    mu_rest = np.concatenate((half * np.array([0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 1e3]), 10.0 ** np.arange(-12.0, 0.0), [0.9]))
+    behavior = np.log1p(-mu_rest).astype(dtype)
+    result = backend.run(binary_kl, np.full_like(behavior, log_pi), behavior)
+    with mpmath.workdps(50):
+        for got, b in zip(result.tolist(), behavior.tolist(), strict=True):
+            mu = mpmath.exp(mpmath.mpf(b))
+            pi = 1 - min(mpmath.mpf(half), 1 - mu)
+            rest = (1 - mu) * mpmath.log((1 - mu) / (1 - pi)) if mu < 1 else mpmath.mpf(0)
+            exact = mu * mpmath.log(mu / pi) + rest
+            assert got >= 0.0
+            # a log π above 0, and the difference of that π from 1, are within rounding
+            assert abs(got - exact) <= 4.0 * np.finfo(dtype).eps * (1.0 + exact) + max(log_pi, 0.0), (b, got, float(exact))
+
+
+def test_a_token_that_is_certain_under_both_policies_has_a_binary_kl_of_0(backend):
+    certain = np.array([0.0, -0.0, 0.0, -0.0])
+    assert (backend.run(binary_kl, certain, certain[::-1].copy()) == 0.0).all()
+
+
+def test_binary_kl_is_not_negative_near_certainty(backend):
+    """Every pair of log-probs within a thousand roundings of 0, both signs."""
+    for dtype in CERTAIN:
+        eps = np.finfo(dtype).eps
+        near = np.array([0.0, *(sign * eps * step for sign in (1, -1) for step in (1e-3, 0.1, 0.5, 1.0, 2.0, 100.0))])
+        x, b = (array.ravel().astype(dtype) for array in np.meshgrid(near, near))
+        kl = backend.run(binary_kl, x, b)
+        assert (kl >= 0.0).all()
+        assert (kl < 2e3 * eps).all()
+
+
+def test_k3_goes_on_along_its_tangent_where_the_ratio_saturates(backend):
+    ell = np.array([-700.0, 0.0, 19.0, 20.0, 20.5, 40.0, 100.0, 700.0])
+    log_prob = np.minimum(ell, 0.0)
+    slope = math.expm1(20.0)
+    expected = [math.expm1(min(t, 20.0)) - min(t, 20.0) + slope * max(t - 20.0, 0.0) for t in ell.tolist()]
+    for dtype in ("float64", "float32"):
+        result = backend.run(k3, log_prob.astype(dtype), (log_prob - ell).astype(dtype))
+        np.testing.assert_allclose(result, expected, rtol=80 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("of", ["torch", "jax"])
+def test_k3_keeps_its_gradient_beyond_20_nats(of):
+    """It was 0: as a penalty k3 let go of exactly those tokens that had moved the furthest."""
+    ell = [-30.0, -1.0, 0.0, 1.0, 19.9, 20.1, 30.0, 100.0]
+    if of == "torch":
+        x = torch.tensor(ell, dtype=torch.float64, requires_grad=True)
+        k3(x, torch.zeros_like(x)).sum().backward()
+        gradient = x.grad.numpy()
+    else:
+        gradient = jax.grad(lambda x: k3(x, jnp.zeros_like(x)).sum())(jnp.asarray(ell))
+    np.testing.assert_allclose(gradient, [math.expm1(min(t, 20.0)) for t in ell], rtol=1e-12, atol=1e-15)
 
 
 def test_nan_is_not_hidden(backend):
@@ -172,7 +230,8 @@ def test_rounding_above_certainty_is_no_nan(backend):
     """A log-softmax in float32 can round a log-prob to just above 0."""
     x, b = np.array([1e-7, 1e-7, 1e-7], dtype=np.float32), np.array([-0.1, 1e-7, 0.0], dtype=np.float32)
     divergence = backend.run(binary_kl, x, b)
-    assert divergence[0] == math.inf
+    exact = math.exp(-0.1) * -0.1 + -math.expm1(-0.1) * (math.log(-math.expm1(-0.1)) + 25 * log(2))
+    np.testing.assert_allclose(divergence[0], exact, rtol=1e-6)
     assert np.isfinite(divergence[1])
     assert 0.0 <= divergence[2] < 1e-6
     assert np.isfinite(backend.run(binary_tv, x, b)).all()

@@ -1,4 +1,4 @@
-"""Loss and gradient of one batch, whole and in every way of spreading it over four devices; run by test_jax_distributed.py."""
+"""Loss and gradient of one batch, whole and in every way of spreading it over four devices; run by test_distributed.py."""
 
 import json
 import sys
