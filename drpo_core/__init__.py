@@ -5,16 +5,7 @@ Ratio clipping (PPO, GRPO, CISPO, SPO), divergence masks (DPPO) and the divergen
 """
 
 from drpo_core.advantages import expand_advantages, group_advantages
-from drpo_core.cispo import cispo_loss, cispo_weight
-from drpo_core.diagnostics import (
-    EffectiveSampleSize,
-    Maximum,
-    Mean,
-    Minimum,
-    diagnostics,
-    merge_diagnostics,
-    summarize,
-)
+from drpo_core.diagnostics import merge_diagnostics, summarize, token_diagnostics
 from drpo_core.divergence import (
     binary_kl,
     binary_tv,
@@ -27,23 +18,21 @@ from drpo_core.divergence import (
     top_k_kl,
     top_k_tv,
 )
-from drpo_core.dppo import dppo_loss, dppo_weight
-from drpo_core.drpo import drpo_loss, drpo_weight, mask_drpo_loss, mask_drpo_weight
-from drpo_core.gradient import TokenLoss, token_loss_and_gradient
-from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, Objective, PolicyGradient, PPOClip
-from drpo_core.policy_gradient import policy_gradient_loss, policy_gradient_weight
-from drpo_core.policy_loss import PolicyLoss, policy_loss_and_gradient
-from drpo_core.ppo import ppo_clip_loss, ppo_clip_weight
-from drpo_core.ratio import Tokens, importance_ratio, log_ratio, probability_shift
-from drpo_core.reduction import (
-    MaskedSum,
-    masked_sum,
-    sequence_mean_token_mean,
-    sequence_mean_token_sum,
-    token_mean,
+from drpo_core.engines import UntraceableError
+from drpo_core.loss import PolicyLoss, SlowEngineWarning, TokenLoss, policy_loss_and_gradient, token_loss_and_gradient
+from drpo_core.objectives import (
+    CISPO,
+    DPPO,
+    DRPO,
+    SPO,
+    MaskDRPO,
+    Objective,
+    PolicyGradient,
+    PPOClip,
+    VacuousTrustRegionWarning,
 )
-from drpo_core.spo import spo_loss, spo_weight
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core.reduction import sequence_mean_token_mean, sequence_mean_token_sum, token_mean
+from drpo_core.tokens import Tokens, importance_ratio, log_ratio, probability_shift
 from drpo_core.validation import BehaviorPolicyWarning, validate
 
 __version__ = "0.1.0"
@@ -54,29 +43,19 @@ __all__ = [
     "DRPO",
     "SPO",
     "BehaviorPolicyWarning",
-    "EffectiveSampleSize",
     "MaskDRPO",
-    "MaskedSum",
-    "Maximum",
-    "Mean",
-    "Minimum",
     "Objective",
     "PPOClip",
     "PolicyGradient",
     "PolicyLoss",
+    "SlowEngineWarning",
     "TokenLoss",
     "Tokens",
+    "UntraceableError",
     "VacuousTrustRegionWarning",
     "__version__",
     "binary_kl",
     "binary_tv",
-    "cispo_loss",
-    "cispo_weight",
-    "diagnostics",
-    "dppo_loss",
-    "dppo_weight",
-    "drpo_loss",
-    "drpo_weight",
     "expand_advantages",
     "full_kl",
     "full_tv",
@@ -86,22 +65,14 @@ __all__ = [
     "k2",
     "k3",
     "log_ratio",
-    "mask_drpo_loss",
-    "mask_drpo_weight",
-    "masked_sum",
     "merge_diagnostics",
-    "policy_gradient_loss",
-    "policy_gradient_weight",
     "policy_loss_and_gradient",
-    "ppo_clip_loss",
-    "ppo_clip_weight",
     "probability_shift",
     "sampled_in_top_k",
     "sequence_mean_token_mean",
     "sequence_mean_token_sum",
-    "spo_loss",
-    "spo_weight",
     "summarize",
+    "token_diagnostics",
     "token_loss_and_gradient",
     "token_mean",
     "top_k_kl",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drpo_core.checks import check_arrays, check_dtype, check_shape
+from array_api_compat import is_numpy_namespace
+
+from drpo_core._checks import check_arrays, check_dtype, check_number, check_segment_ids, check_shape, compute_dtype
 
 if TYPE_CHECKING:
-    from drpo_core.types import Array, Bool, Float, Int, Namespace
+    from collections.abc import Callable
+
+    from drpo_core._arrays import Array, Bool, Float, Int, Namespace
 
 __all__ = ["expand_advantages", "group_advantages"]
 
@@ -32,7 +36,7 @@ def group_advantages(
     divide_by_std
         A = (R − mean) / (std + `std_offset`), with the sample standard deviation (n − 1).
     std_offset
-        Added to the standard deviation, in units of the reward.
+        Added to the standard deviation, in units of the reward; 0 or more.
     leave_one_out
         Use the mean of the *other* sequences of the group: A = n/(n − 1)·(R − mean).
     xp
@@ -41,14 +45,14 @@ def group_advantages(
     Returns
     -------
     array
-        A per sequence, of the shape and dtype of `rewards`. Exactly 0 in a group of equal rewards or of one sequence.
+        A per sequence, of the shape and dtype of `rewards`, computed in float32 at least. Exactly 0 in a group of equal rewards or of one sequence.
 
     Raises
     ------
     TypeError
         If a dtype is wrong.
     ValueError
-        If the shapes differ, or `rewards` with `group_ids` is not 1-D.
+        If the shapes differ, `rewards` with `group_ids` is not 1-D, or `std_offset` is negative or not finite.
 
     References
     ----------
@@ -66,34 +70,60 @@ def group_advantages(
     array([ 1.,  0., -1.,  0.])
     """
     xp = check_arrays(xp=xp, rewards=rewards)
+    std_offset = check_number("std_offset", std_offset, at_least=0.0)
     if rewards.ndim == 0:
         msg = "rewards: expected at least one axis, got a 0-d array"
         raise ValueError(msg)
-    if group_ids is None:
-        # (…, samples) → members of each sequence's group along a new last axis
-        members, same = rewards[..., None, :], xp.ones_like(rewards[..., None, :])
-    else:
+    if group_ids is not None:
         check_dtype("group_ids", group_ids, "integral", xp=xp)
         check_shape("group_ids", group_ids, "rewards", rewards)
         if rewards.ndim != 1:
             msg = f"rewards: expected 1-D with group_ids, got shape {tuple(rewards.shape)}"
             raise ValueError(msg)
-        members, same = rewards[None, :], xp.astype(group_ids[:, None] == group_ids[None, :], rewards.dtype)
     if 0 in rewards.shape:
         return rewards
-    in_group = same == 1.0
-    n = xp.sum(same, axis=-1)
-    mean = xp.sum(xp.where(in_group, members, 0.0), axis=-1) / n
-    centred = rewards - mean
+    r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
+    over_group = _over_rows(xp) if group_ids is None else _over_ids(group_ids, xp)
+    n = over_group(xp.ones_like(r), xp.sum, xp.add)
+    centred = r - over_group(r, xp.sum, xp.add) / n
     others = xp.where(n > 1.0, n - 1.0, 1.0)
     # equal rewards can differ from their rounded mean; dividing that by a tiny spread would be noise of size 1
-    largest = xp.max(xp.where(in_group, members, -xp.inf), axis=-1)
-    constant = largest == xp.min(xp.where(in_group, members, xp.inf), axis=-1)
+    constant = over_group(r, xp.max, xp.maximum) == over_group(r, xp.min, xp.minimum)
     advantages = centred * n / others if leave_one_out else centred
     if divide_by_std:
-        squares = xp.sum(xp.where(in_group, (members - mean[..., None]) ** 2, 0.0), axis=-1)
+        squares = over_group(centred * centred, xp.sum, xp.add)
         advantages = advantages / xp.where(constant, 1.0, xp.sqrt(squares / others) + std_offset)
-    return xp.where(constant, 0.0, advantages)
+    return xp.astype(xp.where(constant, 0.0, advantages), rewards.dtype, copy=False)
+
+
+def _over_rows(xp: Namespace) -> Callable[..., Array]:
+    """A reduction over the last axis, given to each of its elements."""
+
+    def over_row(x: Array, reduce: Callable[..., Array], combine: Callable[..., Array]) -> Array:  # noqa: ARG001
+        return xp.broadcast_to(reduce(x, axis=-1, keepdims=True), x.shape)
+
+    return over_row
+
+
+def _over_ids(group_ids: Array, xp: Namespace) -> Callable[..., Array]:
+    """A reduction over the elements with the same id, given to each of them, in memory that grows with their number.
+
+    Along sorted ids, each step combines an element with the one 1, 2, 4 … places before it, if that is of its group. The
+    last element of a group then has combined all of it, in the order of a pairwise sum.
+    """
+    order = xp.argsort(group_ids, stable=True)
+    ordered = xp.take(group_ids, order)
+    last = xp.searchsorted(ordered, group_ids, side="right") - 1
+
+    def over_ids(x: Array, reduce: Callable[..., Array], combine: Callable[..., Array]) -> Array:  # noqa: ARG001
+        x, distance = xp.take(x, order), 1
+        while distance < x.shape[0]:
+            combined = combine(x[distance:], x[:-distance])
+            x = xp.concat((x[:distance], xp.where(ordered[distance:] == ordered[:-distance], combined, x[distance:])))
+            distance *= 2
+        return xp.take(x, last)
+
+    return over_ids
 
 
 def expand_advantages(
@@ -112,7 +142,8 @@ def expand_advantages(
     mask
         True at tokens that count: (sequences, tokens) padded, or (tokens,) packed.
     segment_ids
-        Of packed tokens: the index of each token's sequence in `advantages`.
+        Of packed tokens: the index of each token's sequence in `advantages`. One outside it at a valid token is an error
+        in NumPy; elsewhere, where a value may be on a device or unknown, it gives NaN, which `drpo_core.validate` reports.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -126,7 +157,7 @@ def expand_advantages(
     TypeError
         If a dtype is wrong.
     ValueError
-        If the mask is not (sequences, tokens), or not (tokens,) with `segment_ids`.
+        If the mask is not (sequences, tokens), or not (tokens,) with `segment_ids`, or an id has no advantage.
 
     Examples
     --------
@@ -144,12 +175,19 @@ def expand_advantages(
         msg = f"advantages: expected one per sequence, 1-D, got shape {tuple(advantages.shape)}"
         raise ValueError(msg)
     if segment_ids is not None:
-        check_dtype("segment_ids", segment_ids, "integral", xp=xp)
-        check_shape("segment_ids", segment_ids, "mask", mask)
-        if mask.ndim != 1:
-            msg = f"segment_ids: expected packed 1-D tokens, got shape {tuple(mask.shape)}; padded rows need none"
+        check_segment_ids(segment_ids, mask, xp=xp)
+        count = advantages.shape[0]
+        wrong = mask & ((segment_ids < 0) | (segment_ids >= count))
+        if is_numpy_namespace(xp) and wrong.any():
+            first = int(wrong.argmax())
+            msg = f"segment_ids: expected ids in [0, {count}) at valid tokens, got {int(segment_ids[first])} at index {first}"
             raise ValueError(msg)
-        return xp.where(mask, xp.take(advantages, xp.where(mask, segment_ids, 0), axis=0), 0.0)
+        if count == 0:
+            advantages = xp.full_like(mask, xp.nan, dtype=advantages.dtype)[:1]
+        if 0 in mask.shape:
+            return xp.astype(mask, advantages.dtype)
+        chosen = xp.take(advantages, xp.where(mask & ~wrong, segment_ids, 0), axis=0)
+        return xp.where(mask, xp.where(wrong, xp.nan, chosen), 0.0)
     if mask.ndim != 2 or mask.shape[0] != advantages.shape[0]:
         msg = f"mask: expected ({advantages.shape[0]}, tokens), one row per advantage, got {tuple(mask.shape)}"
         raise ValueError(msg)

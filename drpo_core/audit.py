@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from drpo_core.diagnostics import Diagnostics, Mean, diagnostics, merge_diagnostics, summarize
+from drpo_core.diagnostics import Diagnostics, Mean, merge_diagnostics, summarize, token_diagnostics
 from drpo_core.divergence import binary_kl_of
 from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip
-from drpo_core.ratio import Tokens
+from drpo_core.tokens import Tokens
 from drpo_core.rollouts import RolloutError
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.validation import find_problems
 
 if TYPE_CHECKING:
@@ -350,7 +350,7 @@ def _snapshot(rollouts: Rollouts, name: str, table: Sequence[Row], advance: Adva
     counts, drawn = np.zeros((2, BINS)), [Curve(row) for row in table if curves]
     for chunk in rollouts.chunks(name):
         tally.add(chunk, tolerance)
-        part = [diagnostics(row.objective, *chunk[:3], mask=chunk.mask) for row in table] + [_own_statistics(chunk)]
+        part = [token_diagnostics(row.objective, *chunk[:3], mask=chunk.mask) for row in table] + [_own_statistics(chunk)]
         merged = [merge_diagnostics(*pair) for pair in zip(merged, part, strict=True)] if merged else part
         if curves:
             _add_to_curves(chunk, counts, drawn)

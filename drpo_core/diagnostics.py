@@ -1,24 +1,25 @@
 """Trust-region telemetry: what an objective does to a batch, and two figures that reveal plumbing bugs.
 
 Every statistic is a small tuple of 0-d arrays that stays on the device, adds up over micro-batches and shards
-(`merge`), and becomes a number once, at the end of a step (`summarize`).
+(`merge_diagnostics`), and becomes a number once, at the end of a step (`summarize`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_api_compat import array_namespace, to_device
 
 from drpo_core.divergence import k3_of
-from drpo_core.ratio import Tokens
+from drpo_core.objectives.protocol import check_objective, inside_of, weight_of
 from drpo_core.reduction import count_true
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from drpo_core._arrays import Array, Bool, Float, Namespace
     from drpo_core.objectives import Objective
-    from drpo_core.types import Array, Bool, Float, Namespace
 
 __all__ = [
     "Diagnostics",
@@ -26,9 +27,11 @@ __all__ = [
     "Maximum",
     "Mean",
     "Minimum",
-    "diagnostics",
+    "diagnostics_of",
+    "map_diagnostics",
     "merge_diagnostics",
     "summarize",
+    "token_diagnostics",
 ]
 
 
@@ -43,10 +46,6 @@ class Mean(NamedTuple):
         """The mean; NaN if nothing was counted."""
         return _quotient(self.total, self.count)
 
-    def merge(self, other: Mean) -> Mean:
-        """The mean over both."""
-        return Mean(self.total + other.total, self.count + other.count)
-
 
 class Maximum(NamedTuple):
     """The largest of `count` values; −inf if there is none."""
@@ -54,20 +53,12 @@ class Maximum(NamedTuple):
     value: Array
     count: Array
 
-    def merge(self, other: Maximum) -> Maximum:
-        """The maximum over both."""
-        return Maximum(_extreme(self.value, other.value, self.value > other.value), self.count + other.count)
-
 
 class Minimum(NamedTuple):
     """The smallest of `count` values; +inf if there is none."""
 
     value: Array
     count: Array
-
-    def merge(self, other: Minimum) -> Minimum:
-        """The minimum over both."""
-        return Minimum(_extreme(self.value, other.value, self.value < other.value), self.count + other.count)
 
 
 class EffectiveSampleSize(NamedTuple):
@@ -82,16 +73,12 @@ class EffectiveSampleSize(NamedTuple):
         """The effective share; NaN if nothing was counted or every weight is 0."""
         return _quotient(self.total * self.total, self.total_of_squares * self.count)
 
-    def merge(self, other: EffectiveSampleSize) -> EffectiveSampleSize:
-        """The effective share over both."""
-        return EffectiveSampleSize(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
 
 Statistic = Mean | Maximum | Minimum | EffectiveSampleSize
 Diagnostics = dict[str, Statistic]
 
 
-def diagnostics(
+def token_diagnostics(
     objective: Objective,
     log_prob: Float[Array, "*tokens"],
     behavior_log_prob: Float[Array, "*tokens"],
@@ -158,14 +145,15 @@ def diagnostics(
     Examples
     --------
     >>> import numpy as np
-    >>> from drpo_core import DPPO, diagnostics, summarize
+    >>> from drpo_core import DPPO, summarize, token_diagnostics
     >>> log_prob, behavior = np.log([0.5, 0.2, 0.3]), np.log([0.25, 0.2, 0.6])
-    >>> figures = summarize(diagnostics(DPPO(delta=0.2), log_prob, behavior, np.array([1.0, 1.0, -1.0])))
+    >>> figures = summarize(token_diagnostics(DPPO(delta=0.2), log_prob, behavior, np.array([1.0, 1.0, -1.0])))
     >>> round(figures["dropped_fraction"], 6), round(figures["gradient_mass_kept"], 6)
     (0.666667, 0.285714)
     """
+    check_objective(objective)
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
-    return diagnostics_of(tokens, objective.weight(tokens), objective.inside(tokens), mask)
+    return separated(diagnostics_of(tokens, weight_of(objective, tokens), inside_of(objective, tokens), mask), xp=tokens.xp)
 
 
 def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
@@ -174,7 +162,7 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
     Parameters
     ----------
     *parts
-        Results of `diagnostics`, at least one, all with the same names.
+        Results of `token_diagnostics` or of a policy loss, at least one, all with the same names.
 
     Returns
     -------
@@ -183,28 +171,81 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
 
     Raises
     ------
+    TypeError
+        If a part is not a dict of diagnostics.
     ValueError
         If there is no part or the names differ.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from drpo_core import DRPO, diagnostics, merge_diagnostics, summarize
+    >>> from drpo_core import DRPO, merge_diagnostics, summarize, token_diagnostics
     >>> x, b, a = np.log([0.5, 0.2]), np.log([0.25, 0.4]), np.array([1.0, 1.0])
-    >>> parts = [diagnostics(DRPO(delta=0.5), x[i:], b[i:], a[i:]) for i in (0, 1)]
+    >>> parts = [token_diagnostics(DRPO(delta=0.5), x[i:], b[i:], a[i:]) for i in (0, 1)]
     >>> round(summarize(merge_diagnostics(*parts))["binary_tv_mean"], 6)
     0.216667
     """
     if not parts:
-        msg = "expected at least one dict of diagnostics, got none"
+        msg = "parts: expected at least one dict of diagnostics, got none"
         raise ValueError(msg)
-    merged, *rest = parts
-    for part in rest:
-        if part.keys() != merged.keys():
-            msg = f"diagnostics: expected the same names in every part, got {sorted(part.keys() ^ merged.keys())} in some only"
+    for part in parts:
+        if not isinstance(part, dict):
+            msg = f"parts: expected dicts of diagnostics, got {type(part).__name__}"
+            raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(part, (list, tuple)) else ""))
+        if part.keys() != parts[0].keys():
+            differing = sorted(part.keys() ^ parts[0].keys())
+            msg = f"parts: expected the same names in every dict of diagnostics, got {differing} in some only"
             raise ValueError(msg)
-        merged = {name: statistic.merge(part[name]) for name, statistic in merged.items()}  # type: ignore[arg-type]
-    return merged
+    if not parts[0]:
+        return {}
+    xp = array_namespace(next(iter(parts[0].values())).count)
+
+    def stacked(*fields: Array) -> Array:
+        return xp.stack([xp.asarray(field) for field in fields])
+
+    return combine_diagnostics(map_diagnostics(stacked, *parts), xp=xp)
+
+
+def combine_diagnostics(stacked: Diagnostics, *, xp: Namespace) -> Diagnostics:
+    """One batch's statistics from those whose fields are 1-D arrays with an element a part."""
+
+    def combined(statistic: Statistic) -> Statistic:
+        first, *others = statistic
+        extreme = {Maximum: xp.max, Minimum: xp.min}.get(type(statistic), xp.sum)
+        return type(statistic)(extreme(first), *(xp.sum(field) for field in others))
+
+    return {name: combined(statistic) for name, statistic in stacked.items()}
+
+
+def separated(diagnostics: Diagnostics, *, xp: Namespace) -> Diagnostics:
+    """The same diagnostics with no memory in common, so that a field can be reduced over ranks in place."""
+    fields = iter(xp.stack([field for statistic in diagnostics.values() for field in statistic]))
+    return map_diagnostics(lambda _: next(fields), diagnostics)
+
+
+def map_diagnostics(function: Callable[..., Any], *diagnostics: Diagnostics) -> Diagnostics:
+    """The statistics whose fields are the function of the fields of these, by the first one's names.
+
+    Parameters
+    ----------
+    function
+        Called for each field, with that of each of the diagnostics.
+    *diagnostics
+        At least one; all have the same names.
+
+    Returns
+    -------
+    dict
+        Statistics of the same classes.
+
+    Examples
+    --------
+    >>> from drpo_core.diagnostics import Mean, map_diagnostics
+    >>> map_diagnostics(lambda field: 2 * field, {"ratio_mean": Mean(3.0, 2.0)})
+    {'ratio_mean': Mean(total=6.0, count=4.0)}
+    """
+    first, *others = diagnostics
+    return {name: statistic._make(map(function, statistic, *(o[name] for o in others))) for name, statistic in first.items()}
 
 
 def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
@@ -213,7 +254,7 @@ def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
     Parameters
     ----------
     statistics
-        A result of `diagnostics` or `merge_diagnostics`.
+        A result of `token_diagnostics` or `merge_diagnostics`, or of a policy loss.
 
     Returns
     -------
@@ -223,9 +264,9 @@ def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
     Examples
     --------
     >>> import numpy as np
-    >>> from drpo_core import PolicyGradient, diagnostics, summarize
+    >>> from drpo_core import PolicyGradient, summarize, token_diagnostics
     >>> x = np.log([0.5, 0.2])
-    >>> summarize(diagnostics(PolicyGradient(), x, x, np.array([1.0, -1.0])))["ratio_mean"]
+    >>> summarize(token_diagnostics(PolicyGradient(), x, x, np.array([1.0, -1.0])))["ratio_mean"]
     1.0
     """
     if not statistics:
@@ -238,7 +279,7 @@ def summarize(statistics: Mapping[str, Statistic]) -> dict[str, float]:
 
 
 def diagnostics_of(tokens: Tokens, weight: Array, inside: Array, mask: Array | None) -> Diagnostics:
-    """`diagnostics` of tokens whose weight and trust region are known."""
+    """`token_diagnostics` of tokens whose weight and trust region are known."""
     xp, a, ell, r = tokens.xp, tokens.advantages, tokens.log_ratio, tokens.ratio
 
     def total(x: Array, over: _Subset) -> Array:
@@ -308,9 +349,3 @@ def _quotient(numerator: Array, denominator: Array) -> Array:
     xp = array_namespace(numerator)
     empty = denominator == 0.0
     return xp.where(empty, xp.nan, numerator / xp.where(empty, 1.0, denominator))
-
-
-def _extreme(mine: Array, theirs: Array, mine_wins: Array) -> Array:
-    """The winner; NaN if either is NaN."""
-    xp = array_namespace(mine)
-    return xp.where(mine_wins | (mine != mine), mine, theirs)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
-from drpo_core.ratio import Tokens, log_ratio, probability_shift, saturated
+from drpo_core._checks import check_arrays, check_dtype, check_shape, compute_dtype
+from drpo_core.tokens import Tokens, log_ratio, probability_shift, saturated
 
 if TYPE_CHECKING:
-    from drpo_core.types import Array, Bool, Float, Int, Namespace
+    from drpo_core._arrays import Array, Bool, Float, Int, Namespace
 
 __all__ = [
     "binary_kl",
@@ -110,7 +110,10 @@ def binary_kl_of(tokens: Tokens) -> Float[Array, "*tokens"]:
     """Binary KL(μ‖π) of tokens whose ℓ and d are known."""
     xp, d, b = tokens.xp, tokens.shift, tokens.behavior_log_prob
     sampled = _kl_term(xp.exp(b), tokens.log_ratio, d, xp=xp)
-    return sampled + _kl_of_rest(_complement(tokens.log_prob, xp=xp), _complement(b, xp=xp), -d, xp=xp)
+    # log π = 0 is a rounded number: it says that π is within half a unit in the last place of 1, not that KL is infinite
+    half_unit = 2.0**-54 if _is_double(d, xp=xp) else 2.0**-25
+    pi_rest = xp.where(tokens.log_prob < 0.0, _complement(tokens.log_prob, xp=xp), half_unit)
+    return sampled + _kl_of_rest(pi_rest, _complement(b, xp=xp), -d, xp=xp)
 
 
 def top_k_tv(
@@ -445,7 +448,8 @@ def k3(
 ) -> Float[Array, "*tokens"]:
     """Estimator k3 = r − 1 − ℓ of KL(μ‖π) from tokens sampled by μ: unbiased, never negative.
 
-    Beyond ℓ = 20 it saturates with the ratio. Near ℓ = 0 it is a series: the difference would lose every digit.
+    Beyond ℓ = 20 it continues along its tangent, with the derivative e²⁰ − 1, rather than overflow.
+    Near ℓ = 0 it is a series: the difference would lose every digit.
 
     Parameters
     ----------
@@ -482,8 +486,10 @@ def k3(
 
 def k3_of(tokens: Tokens) -> Float[Array, "*tokens"]:
     """k3 of tokens whose ℓ and r − 1 are known."""
-    xp, one = tokens.xp, tokens.xp.ones_like(tokens.log_ratio)
-    return _kl_term(one, saturated(tokens.log_ratio, xp=xp), tokens.ratio_minus_one, xp=xp)
+    xp, ell = tokens.xp, tokens.log_ratio
+    within_cap = _kl_term(xp.ones_like(ell), saturated(ell, xp=xp), tokens.ratio_minus_one, xp=xp)
+    # the tangent at ℓ = 20, so that the derivative stays e²⁰ − 1 where it would vanish with the saturated ratio's
+    return within_cap + 485165194.4097903 * xp.where(ell > 20.0, ell - 20.0, 0.0)
 
 
 def _kl_term(mass: Array, ell: Array, shift: Array, *, xp: Namespace) -> Array:

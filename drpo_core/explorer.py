@@ -19,8 +19,8 @@ import numpy as np
 
 from drpo_core.audit import AnyObjective, Row, active_tokens, audit
 from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip
-from drpo_core.ratio import Tokens
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core.tokens import Tokens
+from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from drpo_core.audit import BINS, Row
 from drpo_core.explorer import COLOURS
 from drpo_core.objectives import DPPO, DRPO, SPO, MaskDRPO, PPOClip
-from drpo_core.ratio import Tokens
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

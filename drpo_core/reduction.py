@@ -9,16 +9,18 @@ the denominator of the whole batch as `normalizer` and sum the results.
 
 from __future__ import annotations
 
-import math
+import numbers
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
+import numpy as np
+
+from drpo_core._checks import check_arrays, check_dtype, check_mask, check_number, check_segment_ids, check_shape, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from drpo_core.types import Array, Bool, Float, Int, Namespace
+    from drpo_core._arrays import Array, Bool, Float, Int, Namespace
 
 __all__ = [
     "MaskedSum",
@@ -32,21 +34,29 @@ __all__ = [
 ]
 
 
-class Reduction(Protocol):
-    """A function of per-token values and a mask to a scalar, such as `token_mean`."""
+class LinearReduction(Protocol):
+    """A reduction of per-token values to the scalar Σ m c v, known by its coefficients c.
 
-    def __call__(
+    The adapters' `linear_reduction` makes one of any linear function of the values.
+    """
+
+    def coefficients(
         self,
-        values: Array,
         mask: Array,
         *,
+        dtype: object,
         normalizer: float | Array | None = None,
         token_weights: Array | None = None,
         segment_ids: Array | None = None,
-        xp: Namespace | None = None,
+        xp: Namespace,
     ) -> Array:
-        """Reduce."""
+        """Factor c of each token's value, an array that broadcasts to the mask's shape."""
         ...
+
+
+Reduction: TypeAlias = "Callable[..., Array] | LinearReduction"
+"""`token_mean`, `sequence_mean_token_mean`, `sequence_mean_token_sum`, each also with arguments bound by
+`functools.partial`, or a `LinearReduction`."""
 
 
 class MaskedSum(NamedTuple):
@@ -285,36 +295,36 @@ def reduction_coefficients(
     token_weights: Float[Array, "*tokens"] | None = None,
     segment_ids: Int[Array, " tokens"] | None = None,
     xp: Namespace | None = None,
-) -> Array | None:
-    """C in reduction(v) = Σ m c v: what each valid token's value, and so its gradient, is multiplied with.
+) -> Array:
+    """Factors c in reduction(v) = Σ m c v: what each valid token's value, and so its gradient, is multiplied with.
 
     Known before any value is, so that a loss and its final gradient can be formed in one pass.
 
     Parameters
     ----------
     reduction
-        A reduction of this module; `sequence_mean_token_sum` may have its horizon bound by `functools.partial`.
+        A reduction of this module, which may have arguments bound by `functools.partial`, or a `LinearReduction`.
     mask
         m: True at tokens that count.
     dtype
         Of the arithmetic.
     normalizer, token_weights, segment_ids
-        As for the reduction.
+        As for the reduction; None leaves what `functools.partial` has bound.
     xp
         Namespace of the arrays; inferred when omitted.
 
     Returns
     -------
-    array or None
+    array
         Of a shape that broadcasts to the mask's: 0-d, one a row, or (with `token_weights` or packed sequences) one a
-        token, where it may be anything at masked tokens. None for any other function: nothing is known of it.
+        token, where it may be anything at masked tokens.
 
     Raises
     ------
     TypeError
-        If a dtype is wrong.
+        If nothing is known of the reduction, or a dtype is wrong.
     ValueError
-        If the shapes differ, or the normalizer is negative or not finite.
+        If the shapes differ, or a number is out of its range.
 
     Examples
     --------
@@ -326,10 +336,13 @@ def reduction_coefficients(
     array([[0.25],
            [0.5 ]])
     """
-    known = _divisor_and_count(reduction, mask, segment_ids, dtype, xp=xp)
-    if known is None:
-        return None
-    divisor, count, xp = known
+    xp = check_arrays(xp=xp, kind="bool", mask=mask)
+    given = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    if callable(getattr(reduction, "coefficients", None)):
+        return reduction.coefficients(mask, dtype=dtype, **given, xp=xp)  # type: ignore[union-attr]
+    divisors, options = _known(reduction, given)
+    normalizer, token_weights = options.pop("normalizer"), options.pop("token_weights")
+    divisor, count = divisors(mask, options.pop("segment_ids"), dtype, xp=xp, **options)
     coefficients = xp.ones_like(count) / divisor / _denominator(normalizer, count, xp=xp)
     return coefficients if token_weights is None else coefficients * _weights(token_weights, mask, dtype, xp=xp)
 
@@ -341,15 +354,15 @@ def reduction_count(
     dtype: object,
     segment_ids: Int[Array, " tokens"] | None = None,
     xp: Namespace | None = None,
-) -> Float[Array, ""] | None:
-    """Denominator of a reduction: the number of valid tokens, or of sequences that have one.
+) -> Float[Array, ""]:
+    """Denominator of a reduction of this module: the number of valid tokens, or of sequences that have one.
 
     Add those of micro-batches and shards to get the `normalizer` of the whole batch.
 
     Parameters
     ----------
     reduction
-        A reduction of this module; `sequence_mean_token_sum` may have its horizon bound by `functools.partial`.
+        A reduction of this module, which may have arguments bound by `functools.partial`.
     mask
         True at tokens that count.
     dtype
@@ -361,13 +374,13 @@ def reduction_count(
 
     Returns
     -------
-    array or None
-        0-d. None for any other function: nothing is known of it.
+    array
+        0-d.
 
     Raises
     ------
     TypeError
-        If a dtype is wrong.
+        If it is another reduction, or a dtype is wrong.
     ValueError
         If the shapes differ.
 
@@ -380,38 +393,36 @@ def reduction_count(
     >>> [float(reduction_count(mean, mask, dtype=np.float64)) for mean in (token_mean, sequence_mean_token_mean)]
     [3.0, 2.0]
     """
-    known = _divisor_and_count(reduction, mask, segment_ids, dtype, xp=xp)
-    return None if known is None else known[1]
-
-
-def has_coefficients(reduction: Reduction) -> bool:
-    """Whether `reduction_coefficients` knows the reduction."""
-    return _divisors(reduction) is not None
-
-
-def _divisors(reduction: Reduction) -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    function, options = (reduction.func, reduction.keywords) if isinstance(reduction, partial) else (reduction, {})
-    # compared rather than looked up: a reduction need not be hashable
-    divisors = next((divisors for known, divisors in _DIVISORS if function is known), None)
-    return None if divisors is None or not options.keys() <= {"horizon"} else (divisors, options)
-
-
-def _divisor_and_count(
-    reduction: Reduction, mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace | None
-) -> tuple[Array | float, Array, Namespace] | None:
-    known = _divisors(reduction)
-    if known is None:
-        return None
-    divisors, options = known
     xp = check_arrays(xp=xp, kind="bool", mask=mask)
-    return *divisors(mask, segment_ids, dtype, xp=xp, **options), xp
+    divisors, options = _known(reduction, {"segment_ids": segment_ids})
+    for unused in ("normalizer", "token_weights"):
+        options.pop(unused, None)
+    _, count = divisors(mask, options.pop("segment_ids"), dtype, xp=xp, **options)
+    return count
+
+
+def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function to a reduction's divisors and count, and its options: what was given, else what `partial` has bound."""
+    function, bound = (reduction.func, reduction.keywords) if isinstance(reduction, partial) else (reduction, {})
+    divisors = _DIVISORS.get(function) if callable(function) and getattr(function, "__hash__", None) else None
+    if divisors is None or (isinstance(reduction, partial) and reduction.args):
+        msg = (
+            "reduction: expected token_mean, sequence_mean_token_mean, sequence_mean_token_sum (arguments may be bound by "
+            f"functools.partial) or a linear_reduction, whose coefficients are known beforehand, got {reduction!r}"
+        )
+        raise TypeError(msg)
+    options = {name: value for name, value in bound.items() if name != "xp"}
+    unknown = options.keys() - {"normalizer", "token_weights", "segment_ids", "horizon"}
+    if unknown or ("horizon" in options and function is not sequence_mean_token_sum):
+        msg = f"reduction: {function.__name__} has no argument {', '.join(sorted(unknown)) or 'horizon'}"
+        raise TypeError(msg)
+    return divisors, given | {name: value for name, value in options.items() if given.get(name) is None}
 
 
 def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
     """m·u·v, by selection: what masked positions hold is never multiplied."""
     xp = check_arrays(xp=xp, values=values)
-    check_dtype("mask", mask, "bool", xp=xp)
-    check_shape("mask", mask, "values", values)
+    check_mask(mask, "values", values, xp=xp)
     dtype = compute_dtype(values, xp=xp)
     selected = xp.where(mask, xp.astype(values, dtype, copy=False), 0.0)
     if token_weights is not None:
@@ -427,7 +438,8 @@ def _weights(token_weights: Array, mask: Array, dtype: object, *, xp: Namespace)
 
 def _per_token(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[float, Array]:
     """Divisor of each token, and what is counted for the denominator: tokens."""
-    _check_segments(segment_ids, mask, xp=xp)
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, mask, xp=xp)
     return 1.0, count_true(mask, dtype, xp=xp)
 
 
@@ -441,23 +453,21 @@ def _per_horizon(
     mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace, horizon: float | Array = 1.0
 ) -> tuple[float | Array, Array]:
     """Divisor of each token, the horizon, and what is counted: sequences."""
-    if isinstance(horizon, (int, float)) and not 0.0 < horizon < math.inf:
-        msg = f"horizon: expected a finite number greater than 0, got {horizon!r}"
-        raise ValueError(msg)
     _, sequences = _sequences(mask, segment_ids, dtype, xp=xp)
-    return horizon, sequences
+    return _number_or_array("horizon", horizon, above=0.0, like=sequences, xp=xp), sequences
 
 
-_DIVISORS = (
-    (token_mean, _per_token),
-    (sequence_mean_token_mean, _per_sequence),
-    (sequence_mean_token_sum, _per_horizon),
-)
+_DIVISORS: dict[Any, Callable[..., Any]] = {
+    token_mean: _per_token,
+    sequence_mean_token_mean: _per_sequence,
+    sequence_mean_token_sum: _per_horizon,
+}
 
 
 def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[Array, Array]:
     """Number of valid tokens of each token's own sequence, and number of sequences that have a valid token."""
-    _check_segments(segment_ids, mask, xp=xp)
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, mask, xp=xp)
     if segment_ids is None:
         length = xp.sum(xp.astype(mask, xp.int32), axis=-1, keepdims=True)
         return xp.astype(length, dtype), count_true(length > 0, dtype, xp=xp)
@@ -473,16 +483,6 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     return xp.astype(length, dtype), count_true(starts & (valid != n), dtype, xp=xp)
 
 
-def _check_segments(segment_ids: Array | None, mask: Array, *, xp: Namespace) -> None:
-    if segment_ids is None:
-        return
-    check_dtype("segment_ids", segment_ids, "integral", xp=xp)
-    check_shape("segment_ids", segment_ids, "mask", mask)
-    if mask.ndim != 1:
-        msg = f"segment_ids: expected packed 1-D tokens, got shape {tuple(mask.shape)}; padded rows need none"
-        raise ValueError(msg)
-
-
 def count_true(condition: Bool[Array, "*tokens"], dtype: object, *, xp: Namespace) -> Float[Array, ""]:
     """Number of True elements, counted in integers, as a 0-d array of a floating dtype."""
     return xp.astype(xp.count_nonzero(condition), dtype)
@@ -496,13 +496,23 @@ def _denominator(normalizer: float | Array | None, count: Array, *, xp: Namespac
     """The caller's denominator, else the local count; 1 where it is 0, because then nothing was summed."""
     if normalizer is None:
         return _nonzero(count, xp=xp)
-    if isinstance(normalizer, (int, float)):
-        if not 0.0 <= normalizer < math.inf:
-            msg = f"normalizer: expected a finite number, 0 or more, got {normalizer!r}"
-            raise ValueError(msg)
-        return normalizer if normalizer > 0.0 else 1.0
-    if not hasattr(normalizer, "shape") or tuple(normalizer.shape):
-        got = tuple(normalizer.shape) if hasattr(normalizer, "shape") else type(normalizer).__name__
-        msg = f"normalizer: expected a number or a 0-d array, got {got}"
+    number = _number_or_array("normalizer", normalizer, at_least=0.0, like=count, xp=xp)
+    if isinstance(number, float):
+        return number if number > 0.0 else 1.0
+    return _nonzero(number, xp=xp)
+
+
+def _number_or_array(name: str, value: float | Array, *, like: Array, xp: Namespace, **bounds: float) -> float | Array:
+    """A number within its bounds, as a Python float; or a 0-d array, in the dtype of another, NaN where it is outside them.
+
+    An array's value may be on a device, and unknown while a compiler traces, so that nothing can be raised.
+    """
+    if isinstance(value, (numbers.Real, np.ndarray, str)) or not hasattr(value, "shape"):
+        return check_number(name, value, **bounds)
+    if tuple(value.shape):
+        msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    return _nonzero(xp.astype(xp.asarray(normalizer), count.dtype), xp=xp)
+    number = xp.astype(xp.asarray(value), like.dtype)
+    low = bounds.get("above", bounds.get("at_least"))
+    right = (number > low) if "above" in bounds else (number >= low)
+    return xp.where(right & (number < xp.inf), number, xp.nan)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from drpo_core.checks import check_arrays, check_dtype, check_shape
+from drpo_core._checks import check_arrays, check_mask, check_number
 
 if TYPE_CHECKING:
-    from drpo_core.types import Array, Bool, Float, Namespace
+    from drpo_core._arrays import Array, Bool, Float, Namespace
 
 __all__ = ["BehaviorPolicyWarning", "Problem", "find_problems", "validate"]
+
+
+LOWEST, UNLIKELY = -1000.0, -1.0
+SENTINEL = f"below {LOWEST:g} (a sentinel, such as -9999, for a log-prob that is missing?)"
+PLACEHOLDER = f"exactly 0 where the other policy's is below {UNLIKELY:g} (a missing log-prob filled with 0?)"
 
 
 class BehaviorPolicyWarning(UserWarning):
@@ -39,7 +44,10 @@ def validate(
     tolerance: float | None = None,
     xp: Namespace | None = None,
 ) -> None:
-    """Raise if a valid token has a NaN, an infinity or a log-prob above 0; eagerly, so not inside jit or compile.
+    """Raise if a valid token has a number that no policy gives; eagerly, so not inside jit or compile.
+
+    A NaN, an infinity, a log-prob above 0, one below −1000 nats (a sentinel such as −9999, with which the ratio has no
+    meaning), or one of exactly 0 where the other policy's is below −1 nat (a missing log-prob filled with 0).
 
     Parameters
     ----------
@@ -48,7 +56,8 @@ def validate(
     mask
         True at tokens that count; other positions may hold anything. None: every token counts.
     tolerance
-        Nats by which rounding may leave a log-prob above 0; default: 16 machine epsilons of its dtype, 1e-5 at least.
+        Nats, 0 or more, by which rounding may leave a log-prob above 0; default: 16 machine epsilons of its dtype, 1e-5 at
+        least.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -85,14 +94,20 @@ def find_problems(
     """What `validate` would raise about, as a list."""
     xp = check_arrays(xp=xp, log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages)
     if mask is not None:
-        check_dtype("mask", mask, "bool", xp=xp)
-        check_shape("mask", mask, "log_prob", log_prob)
+        check_mask(mask, "log_prob", log_prob, xp=xp)
+    if tolerance is not None:
+        tolerance = check_number("tolerance", tolerance, at_least=0.0)
+    others = {"log_prob": behavior_log_prob, "behavior_log_prob": log_prob, "advantages": None}
     problems = []
     for name, array in (("log_prob", log_prob), ("behavior_log_prob", behavior_log_prob), ("advantages", advantages)):
         kinds = [("NaN", array != array), ("+inf", array == xp.inf), ("-inf", array == -xp.inf)]
-        if name != "advantages":
+        if (other := others[name]) is not None:
             slack = max(1e-5, 16.0 * float(xp.finfo(array.dtype).eps)) if tolerance is None else tolerance
-            kinds.append((f"above {slack:g}", (array > slack) & (array != xp.inf)))
+            kinds += [
+                (f"above {slack:g}", (array > slack) & (array != xp.inf)),
+                (SENTINEL, (array < LOWEST) & (array != -xp.inf)),
+                (PLACEHOLDER, (array == 0.0) & (other < UNLIKELY)),
+            ]
         for kind, bad in kinds:
             problem = _first(name, kind, bad if mask is None else bad & mask, xp=xp)
             if problem is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from drpo_core.checks import check_dtype, compute_dtype
+from drpo_core._checks import check_dtype, compute_dtype
 
 __all__ = ["check_float", "check_integers", "check_jax_arrays", "check_positive", "check_shape", "working_dtype"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from drpo_core import Maximum, Minimum
+from drpo_core.diagnostics import Maximum, Minimum
 from drpo_core.reduction import reduction_coefficients, reduction_count
 
 if TYPE_CHECKING:

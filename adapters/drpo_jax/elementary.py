@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from drpo_core import series
+from drpo_core import _series as series
 
 if TYPE_CHECKING:
-    from drpo_core.types import Namespace
+    from drpo_core._arrays import Namespace
 
 __all__ = ["xp"]
 

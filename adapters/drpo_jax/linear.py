@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from drpo_core import diagnostics, token_loss_and_gradient, token_mean
+from drpo_core import token_diagnostics, token_loss_and_gradient, token_mean
 from drpo_jax.checks import check_float, check_jax_arrays, check_positive, check_shape, working_dtype
 from drpo_jax.divergence import FullDivergence, LinearHead, TopKDivergence, check_divergence, measure
 from drpo_jax.loss import coefficients_of
@@ -154,7 +154,7 @@ def linear_policy_loss(
         jax.lax.stop_gradient(behavior_head),
     )
     per_token = {name: jax.lax.stop_gradient(array).reshape(leading) for name, array in measured.items()}
-    statistics = diagnostics(
+    statistics = token_diagnostics(
         objective,
         per_token["log_prob"],
         *(jax.lax.stop_gradient(array) for array in (behavior_log_prob, advantages)),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from drpo_core import TokenLoss, diagnostics, token_loss_and_gradient, token_mean
+from drpo_core import TokenLoss, token_diagnostics, token_loss_and_gradient, token_mean
 from drpo_core.diagnostics import Maximum, Minimum
-from drpo_core.ratio import check_tokens
+from drpo_core.tokens import check_tokens
 from drpo_core.reduction import reduction_coefficients
 from drpo_jax.checks import check_jax_arrays
 from drpo_jax.elementary import xp
@@ -246,7 +246,7 @@ def _diagnostics(objective: Objective, *arrays: Any) -> Diagnostics:  # noqa: AN
 
     def statistics(*arrays: Any) -> Diagnostics:  # noqa: ANN401
         *tokens, mask, divergence = arrays
-        return diagnostics(objective, *tokens, mask=mask, divergence=divergence, xp=xp)
+        return token_diagnostics(objective, *tokens, mask=mask, divergence=divergence, xp=xp)
 
     result: Diagnostics = _in_blocks(statistics, _merged, arrays)
     return result

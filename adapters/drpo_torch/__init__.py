@@ -13,7 +13,7 @@ from drpo_torch.divergence import (
     top_k_divergences,
 )
 from drpo_torch.linear import linear_policy_loss
-from drpo_torch.loss import policy_loss, token_loss
+from drpo_torch.loss import linear_reduction, policy_loss, token_loss
 from drpo_torch.vocabulary import SelectedLogProb, logits_policy_loss, selective_log_prob
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "VocabularyLoss",
     "full_divergences",
     "linear_policy_loss",
+    "linear_reduction",
     "logits_policy_loss",
     "policy_loss",
     "selective_log_prob",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import array_api_compat.torch as xp
 import torch
 
-from drpo_core import diagnostics, sampled_in_top_k, token_loss_and_gradient, top_k_kl, top_k_tv
+from drpo_core import sampled_in_top_k, token_diagnostics, token_loss_and_gradient, top_k_kl, top_k_tv
 from drpo_core.reduction import reduction_coefficients
 from drpo_torch.divergence import (
     FullDivergence,
@@ -155,7 +155,7 @@ class TokenBatch:
         """All that has been learnt, without a backward pass."""
         shape = self.mask.shape
         log_prob = self.log_prob.reshape(shape)
-        statistics = diagnostics(
+        statistics = token_diagnostics(
             self.objective,
             log_prob,
             self.behavior_log_prob.reshape(shape),

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
-import array_api_compat.torch as xp
 import torch
 
-from drpo_core import diagnostics as statistics_of
 from drpo_core import token_loss_and_gradient, token_mean
-from drpo_core.ratio import check_tokens
-from drpo_core.reduction import has_coefficients, reduction_coefficients
-from drpo_torch.cotangent import scaled_by_cotangent
-from drpo_torch.fused import ENGINES, Batch, has_memory, jitted, plain
-from drpo_torch.namespace import is_transformed, namespace
+from drpo_core.loss import check_engine
+from drpo_core.objectives.protocol import check_objective
+from drpo_core.reduction import reduction_coefficients
+from drpo_core.tokens import check_tokens
+from drpo_torch._checks import check_float, check_tensors
+from drpo_torch.autograd import with_gradient
+from drpo_torch.engines import Batch, run_pass
+from drpo_torch.engines.namespace import namespace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
-    from drpo_core.policy_loss import PolicyLoss
-    from drpo_core.reduction import Reduction
+    from drpo_core.loss import Engine
+    from drpo_core.reduction import LinearReduction, Reduction
 
-__all__ = ["policy_loss", "token_loss"]
+__all__ = ["linear_reduction", "policy_loss", "token_loss"]
 
 
 def token_loss(
@@ -81,18 +84,13 @@ def token_loss(
     >>> log_prob.grad
     tensor([-1.0000, -1.0000,  0.2000])
     """
-    _check_tensors(
-        log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages, mask=mask, divergence=divergence
-    )
-    loss: torch.Tensor
+    tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+    check_tensors(**tensors, mask=mask, divergence=divergence)
     # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code;
     # the namespace is explicit because Dynamo can't trace its inference
     with torch.no_grad():
-        result = token_loss_and_gradient(
-            objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=namespace()
-        )
-    loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
-    return loss
+        result = token_loss_and_gradient(objective, **tensors, mask=mask, divergence=divergence, xp=namespace())
+    return with_gradient(log_prob, result.loss, result.gradient)
 
 
 def policy_loss(
@@ -108,12 +106,12 @@ def policy_loss(
     segment_ids: torch.Tensor | None = None,
     divergence: torch.Tensor | None = None,
     diagnostics: bool = True,
-    engine: Literal["eager", "compile", "jit"] = "eager",
-) -> tuple[torch.Tensor, Diagnostics]:
+    engine: Engine = "auto",
+) -> tuple[torch.Tensor, Diagnostics | None]:
     """Scalar loss of a batch of tokens to call `backward` on, and detached diagnostics.
 
-    With a reduction of `drpo_core` the final gradient is formed with the loss, in one pass over the tokens. It is all that
-    is kept for the backward pass, in the dtype of `log_prob` (float16: in float32).
+    The final gradient is formed with the loss, in one pass over the tokens. It is all that is kept for the backward pass,
+    in the dtype of `log_prob` (float16: in float32).
 
     Parameters
     ----------
@@ -124,8 +122,9 @@ def policy_loss(
     mask
         Boolean, True at tokens that count; the others may hold anything.
     reduction
-        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean`, `drpo_core.sequence_mean_token_sum` (with its
-        horizon bound by `functools.partial`) or a function with the same arguments.
+        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`, also with
+        arguments bound by `functools.partial`; or a `linear_reduction` of a function of your own. Whatever is not linear
+        takes `token_loss`.
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
     token_weights
@@ -137,28 +136,27 @@ def policy_loss(
     diagnostics
         Whether to compute them, in the same pass over the tokens.
     engine
-        ``"eager"``: torch's operations, on the CPU piece by piece. ``"compile"``: one loop made by `torch.compile`, in
-        some ten seconds a kind of objective. ``"jit"``: one loop made by numba in a second or two for each objective,
-        which must be hashable; CPU only, extra `jit`. Under `torch.compile`, `torch.func` and with a reduction of your
-        own they are all the same plain expression.
+        ``"compiled"``: one loop over CPU tensors, which numba (extra `compiled`) compiles for an objective at its first
+        use, in a second or two. ``"arrays"``: torch's operations, on a CPU in chunks that stay in the cache. ``"auto"``:
+        compiled where that is possible. Under `torch.compile` and `torch.func` all are the same array expression.
 
     Returns
     -------
     loss : torch.Tensor
         0-d, float32 at least.
-    diagnostics : dict
-        See `drpo_core.diagnostics`; on the tensors' device, nothing is synchronised. Empty without `diagnostics`.
+    diagnostics : dict or None
+        See `drpo_core.token_diagnostics`; on the tensors' device, nothing is synchronised. None without `diagnostics`.
 
     Raises
     ------
     TypeError
-        If an argument is not a tensor or a dtype is wrong.
+        If an argument is not a tensor, a dtype is wrong, or the coefficients of the reduction are not known.
     ValueError
-        If the shapes differ, or the engine is unknown or does not work on this device.
+        If the shapes differ, a number is out of its range, or the engine is unknown or does not work on this device.
     ImportError
-        If ``engine="jit"`` finds no numba.
+        If ``engine="compiled"`` finds no numba.
     UntraceableError
-        If ``engine="jit"`` can't compile what the objective does; the other engines run any.
+        If ``engine="compiled"`` can't compile what the objective does; the other engines run any.
     RuntimeError
         On a second derivative or forward-mode differentiation, which are not implemented.
 
@@ -181,104 +179,106 @@ def policy_loss(
     >>> summarize(diagnostics)["attenuated_fraction"]
     0.5
     """
-    tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
-    _check_tensors(**tensors, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
-    if engine not in (*ENGINES, "jit"):
-        msg = f"engine: expected one of 'eager', 'compile', 'jit', got {engine!r}"
-        raise ValueError(msg)
-    _, found = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
-    dtype = cast("torch.dtype", found)
-    weights = None if token_weights is None else token_weights.detach()
-    options = {"normalizer": normalizer, "token_weights": weights, "segment_ids": segment_ids}
-    if not has_coefficients(reduction):
-        losses = token_loss(objective, **tensors, divergence=divergence)
-        loss = reduction(losses, mask, **options, xp=xp)
-        with torch.no_grad():
-            return loss, statistics_of(objective, **tensors, divergence=divergence, xp=xp) if diagnostics else {}
-    # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
-    kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
-    every = {**tensors, "token_weights": weights, "segment_ids": segment_ids, "divergence": divergence}
-    # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code
+    tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+    options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    check_tensors(**tensors, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
+    check_engine(engine)
+    check_objective(objective)
+    # without a graph, outside the autograd.Function, where Dynamo could not share an objective's thresholds
     with torch.no_grad():
-        if engine == "jit" and not torch.compiler.is_compiling() and has_memory(*every.values()):
-            result = jitted(
-                objective,
-                every,
-                reduction=reduction,
-                normalizer=normalizer,
-                gradient_dtype=kept,
-                diagnostics=diagnostics,
-            )
-        else:
-            found = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=namespace())
-            coefficients = cast("torch.Tensor", found)
-            batch = Batch(log_prob, behavior_log_prob, advantages, mask, coefficients, divergence, dtype, kept)
-            result = ENGINES.get(engine, plain)(objective, batch, diagnostics=diagnostics)
-    if torch.compiler.is_compiling() or is_transformed(log_prob):
-        loss, _ = _WithGradient.apply(log_prob, result.loss, result.gradient)  # type: ignore[no-untyped-call]
-    else:
-        loss, _ = _WithFinalGradient.apply(log_prob, result)  # type: ignore[no-untyped-call]
-    return loss, result.diagnostics or {}
+        xp, dtype = check_tokens(**tensors, mask=mask, divergence=divergence, xp=namespace())
+        coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
+        # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
+        kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
+        batch = Batch(*tensors.values(), mask, coefficients, divergence)
+        result = run_pass(objective, batch, engine, dtype=dtype, gradient_dtype=kept, diagnostics=diagnostics)
+    return with_gradient(log_prob, result.loss, result.gradient), result.diagnostics
 
 
-class _WithGradient(torch.autograd.Function):
-    """A loss with its gradient in `log_prob`; backward multiplies that gradient, all that is kept, by the cotangent.
+def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> LinearReduction:
+    """A reduction from any linear function of the per-token losses: c = ∂function(v, mask)/∂v, at v = 0.
 
-    The gradient is an output so that asking for its derivative arrives in `backward` instead of being lost.
+    So a framework's own reduction has the loss and final gradient of one pass, on every engine.
+
+    Parameters
+    ----------
+    function
+        ``function(values, mask)``: values (float32 at least) and boolean mask of the tokens' shape to a 0-d tensor, linear
+        in the values and made of differentiable operations. It does its own normalising: `normalizer` and `segment_ids`
+        are not passed on to it.
+
+    Returns
+    -------
+    LinearReduction
+        For the argument `reduction` of the policy losses.
+
+    Raises
+    ------
+    TypeError
+        If the function is not callable; when used, if it does not return a 0-d tensor that depends on the values.
+    ValueError
+        When used, if its value at 0 is not 0 (known on a CPU only), or `normalizer` or `segment_ids` are given.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_core import PolicyGradient
+    >>> from drpo_torch import linear_reduction, policy_loss
+    >>> log_prob = torch.tensor([0.5, 0.2]).log().requires_grad_()
+    >>> loss, _ = policy_loss(
+    ...     PolicyGradient(),
+    ...     log_prob=log_prob,
+    ...     behavior_log_prob=log_prob.detach(),
+    ...     advantages=torch.tensor([1.0, -1.0]),
+    ...     mask=torch.tensor([True, True]),
+    ...     reduction=linear_reduction(lambda values, mask: (values * mask).sum() / 4),
+    ... )
+    >>> loss.backward()
+    >>> log_prob.grad
+    tensor([-0.2500,  0.2500])
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(log_prob: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG004
-        return loss.clone(), gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:  # noqa: ANN401
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1])
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN401
-        of_loss, of_gradient = cotangents
-        # (Dynamo passes zeros for it, and AOTAutograd refuses double backward itself)
-        if of_gradient is not None and not torch.compiler.is_compiling():
-            raise RuntimeError(_SECOND_DERIVATIVE)
-        (gradient,) = ctx.saved_tensors
-        return None if of_loss is None else (of_loss * gradient).to(ctx.dtype), None, None
+    if not callable(function):
+        msg = f"function: expected a function of values and mask, got {type(function).__name__}"
+        raise TypeError(msg)
+    return _Linear(function)
 
 
-class _WithFinalGradient(torch.autograd.Function):
-    """`_WithGradient` of a scalar loss for where no transform of torch looks on: with no second array in backward."""
+class _Linear:
+    """A linear function of values and mask, as `drpo_core.reduction.LinearReduction`."""
 
-    @staticmethod
-    def forward(ctx: Any, log_prob: torch.Tensor, result: PolicyLoss) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(result.gradient)
-        ctx.dtype = log_prob.dtype
-        return result.loss, result.gradient
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self._function = function
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:  # noqa: ANN401
-        of_loss, of_gradient = cotangents
-        if of_gradient is not None:
-            raise RuntimeError(_SECOND_DERIVATIVE)
-        if of_loss is None:
-            return None, None
-        (gradient,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # the graph of this backward pass is wanted, and leads back here
-            return (of_loss * gradient).to(ctx.dtype), None
-        return scaled_by_cotangent(gradient.detach(), of_loss).to(ctx.dtype), None
-
-
-_SECOND_DERIVATIVE = "drpo_torch: the second derivative of a policy loss is not implemented (double backward, hessian)"
-
-
-def _check_tensors(**tensors: object) -> None:
-    """Raise for what is neither a tensor nor None; the core names a None that it can't do without."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            msg = f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
-            raise TypeError(msg)
+    def coefficients(
+        self,
+        mask: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        normalizer: object = None,
+        token_weights: torch.Tensor | None = None,
+        segment_ids: object = None,
+        xp: Any = None,  # noqa: ANN401, ARG002
+    ) -> torch.Tensor:
+        """∂function/∂values at 0, times `token_weights`."""
+        for name, value in (("normalizer", normalizer), ("segment_ids", segment_ids)):
+            if value is not None:
+                msg = f"{name}: expected None, because a linear_reduction does its own normalising, got {type(value).__name__}"
+                raise ValueError(msg)
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            values = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=True)
+            total = self._function(values, mask)
+            if not isinstance(total, torch.Tensor) or total.ndim:
+                got = f"shape {tuple(total.shape)}" if isinstance(total, torch.Tensor) else type(total).__name__
+                msg = f"reduction: expected a function to a 0-d tensor, got {got}"
+                raise TypeError(msg)
+            if not total.requires_grad:
+                msg = "reduction: expected a differentiable function of its first argument, got one that does not depend on it"
+                raise TypeError(msg)
+            (coefficients,) = torch.autograd.grad(total, values)
+        if total.device.type == "cpu" and type(total) is torch.Tensor and total.item() != 0.0:
+            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {total.item():g}"
+            raise ValueError(msg)
+        if token_weights is None:
+            return coefficients
+        check_float(token_weights=token_weights)
+        return coefficients * torch.where(mask, token_weights.detach().to(dtype), 0.0)

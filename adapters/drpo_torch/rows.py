@@ -14,10 +14,10 @@ import numba
 import numpy as np
 import torch
 
-from drpo_core.elementary import functions, wide_vectors
+from drpo_core.engines.elementary import functions, wide_vectors
 from drpo_torch.divergence import LARGEST_LOG_RATIO
 from drpo_torch.softmax import Normalizer, working_dtype
-from drpo_torch.threads import in_threads
+from drpo_torch.engines.threads import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,11 +18,11 @@ import numpy as np
 
 from drpo_core import divergence as divergences
 from drpo_core import reduction as reductions
-from drpo_core.gradient import token_loss_and_gradient
+from drpo_core.loss import token_loss_and_gradient
 from drpo_core.objectives import CISPO
 from drpo_core.testing.frameworks import Framework, Outputs, framework_named
 from drpo_core.testing.oracle import SATURATION
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

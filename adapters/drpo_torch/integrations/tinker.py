@@ -15,8 +15,8 @@ from tinker import Datum, TensorData
 
 from drpo_core import summarize, token_mean
 from drpo_core.diagnostics import EffectiveSampleSize, Mean
-from drpo_core.policy_loss import policy_loss_of
-from drpo_core.trace import BOOL, FLOAT, Trace
+from drpo_core.loss import policy_loss_of
+from drpo_core.engines.trace import BOOL, FLOAT, Trace
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.loss import policy_loss
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from drpo_core import Objective
     from drpo_core.reduction import Reduction
-    from drpo_core.trace import Symbol
+    from drpo_core.engines.trace import Symbol
 
 __all__ = ["INPUT_RANKS", "custom_loss", "per_datum_inputs", "per_datum_loss", "summarize_metrics"]
 
@@ -105,7 +105,7 @@ def per_datum_loss(
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """The summed loss of an objective over one datum, as a function for ``ServiceClient.create_custom_loss``.
 
-    Its body is the objective's recorded arithmetic (`drpo_core.trace`), so torch.fx sees only functions of torch and
+    Its body is the objective's recorded arithmetic (`drpo_core.engines.trace`), so torch.fx sees only functions of torch and
     operators. It differentiates to the library's gradient −A r w, whatever the objective.
 
     Parameters

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchrl.objectives.llm import GRPOLoss, LLMLossOutput
 
-from drpo_core import PolicyGradient, diagnostics
+from drpo_core import PolicyGradient, token_diagnostics
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.loss import token_loss
 
@@ -127,7 +127,7 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self._tokens | {"advantages": advantage.expand_as(log_weight).squeeze(-1)}
         with torch.no_grad():
-            self._statistics = diagnostics(self.objective, **tokens)
+            self._statistics = token_diagnostics(self.objective, **tokens)
         return token_loss(self.objective, **tokens).unsqueeze(-1), _value(self._statistics["outside_fraction"])
 
 

@@ -35,7 +35,7 @@ from drpo_core.testing.checks._base import (
 from drpo_core.testing.checks.gradient import reference_of
 from drpo_core.testing.implementation import describe
 from drpo_core.testing.oracle import SATURATION, references
-from drpo_core.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drpo_core import threads as pool
+from drpo_core.engines import threads as pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ _Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def in_threads(run: Callable[[int, int], None], count: int, threads: int) -> None:
-    """`drpo_core.threads.in_threads`, on torch's threads where that is possible."""
+    """`drpo_core.engines.threads.in_threads`, on torch's threads where that is possible."""
     library = None if threads == 1 else _openmp()
     if library is None:
         pool.in_threads(run, count, threads)

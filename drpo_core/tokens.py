@@ -5,12 +5,12 @@ The numerical care of the library is here; `docs/derivations/ratio.md` derives t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drpo_core.checks import check_arrays, check_dtype, check_shape, compute_dtype
+from drpo_core._checks import check_arrays, check_mask, compute_dtype
 
 if TYPE_CHECKING:
-    from drpo_core.types import Array, Bool, Float, Namespace
+    from drpo_core._arrays import Array, Bool, Float, Namespace
 
 __all__ = ["Tokens", "importance_ratio", "log_ratio", "probability_shift"]
 
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
     `xp`                    the namespace of the arrays
     ======================  ========================================================
 
-    Build it with `Tokens.of`; objectives read it (see `drpo_core.Objective`).
+    Build it with `Tokens.checked`; objectives read it (see `drpo_core.Objective`).
     """
 
     log_prob: Array
@@ -44,34 +44,6 @@ class Tokens(NamedTuple):
     xp: Namespace
 
     @classmethod
-    def of(
-        cls,
-        log_prob: Float[Array, "*tokens"],
-        behavior_log_prob: Float[Array, "*tokens"],
-        advantages: Float[Array, "*tokens"],
-        *,
-        divergence: Float[Array, "*tokens"] | None = None,
-        xp: Namespace,
-    ) -> Tokens:
-        """Compute ℓ, r, r − 1 and d in one pass, with three exponentials; checks nothing."""
-        larger = xp.maximum(log_prob, behavior_log_prob)
-        ell = _log_ratio(log_prob, behavior_log_prob, larger, xp=xp)
-        # one argument for both, so that a compiler can share most of the work
-        exponent = _bounded(ell, xp=xp)
-        power, power_minus_one = xp.exp(exponent), xp.expm1(exponent)
-        return cls(
-            log_prob=log_prob,
-            behavior_log_prob=behavior_log_prob,
-            advantages=advantages,
-            log_ratio=ell,
-            ratio=_ratio(power, xp=xp),
-            ratio_minus_one=_ratio_minus_one(power_minus_one, xp=xp),
-            shift=_shift(larger, power, power_minus_one, xp=xp),
-            divergence=divergence,
-            xp=xp,
-        )
-
-    @classmethod
     def checked(
         cls,
         log_prob: Float[Array, "*tokens"],
@@ -82,36 +54,49 @@ class Tokens(NamedTuple):
         divergence: Float[Array, "*tokens"] | None = None,
         xp: Namespace | None = None,
     ) -> Tokens:
-        """`Tokens.of` after checking dtypes and shapes, promoting to float32 at least, and selecting by the mask.
-
-        Masked positions are replaced before any arithmetic by an inert on-policy token, so nothing they hold,
-        NaN included, can reach a value or a derivative.
-        """
+        """`Tokens.of` after checking dtypes and shapes."""
         xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
-        log_prob, behavior_log_prob, advantages = (
-            xp.astype(array, dtype, copy=False) for array in (log_prob, behavior_log_prob, advantages)
-        )
-        if divergence is not None:
-            divergence = xp.astype(divergence, dtype, copy=False)
-        return cls.selected(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+        return cls.of(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, dtype=dtype, xp=xp)
 
     @classmethod
-    def selected(
+    def of(
         cls,
         log_prob: Float[Array, "*tokens"],
         behavior_log_prob: Float[Array, "*tokens"],
         advantages: Float[Array, "*tokens"],
         *,
-        mask: Bool[Array, "*tokens"] | None,
+        mask: Bool[Array, "*tokens"] | None = None,
         divergence: Float[Array, "*tokens"] | None = None,
+        dtype: Any,
         xp: Namespace,
     ) -> Tokens:
-        """`Tokens.of` after selecting by the mask; checks nothing."""
-        arrays = (log_prob, behavior_log_prob, advantages, divergence)
-        if mask is not None:
-            arrays = tuple(None if array is None else xp.where(mask, array, 0.0) for array in arrays)  # type: ignore[assignment]
-        log_prob, behavior_log_prob, advantages, divergence = arrays
-        return cls.of(log_prob, behavior_log_prob, advantages, divergence=divergence, xp=xp)
+        """Convert to `dtype`, select by the mask, compute ℓ, r, r − 1 and d with three exponentials; checks nothing.
+
+        Masked positions are replaced before any arithmetic by an inert on-policy token, so nothing they hold,
+        NaN included, can reach a value or a derivative.
+        """
+
+        def prepared(array: Array) -> Array:
+            array = xp.astype(array, dtype, copy=False)
+            return array if mask is None else xp.where(mask, array, 0.0)
+
+        x, b, a = prepared(log_prob), prepared(behavior_log_prob), prepared(advantages)
+        larger = xp.maximum(x, b)
+        ell = _log_ratio(x, b, larger, xp=xp)
+        # one argument for both, so that a compiler can share most of the work
+        exponent = _bounded(ell, xp=xp)
+        power, power_minus_one = xp.exp(exponent), xp.expm1(exponent)
+        return cls(
+            log_prob=x,
+            behavior_log_prob=b,
+            advantages=a,
+            log_ratio=ell,
+            ratio=_ratio(power, xp=xp),
+            ratio_minus_one=_ratio_minus_one(power_minus_one, xp=xp),
+            shift=_shift(larger, power, power_minus_one, xp=xp),
+            divergence=None if divergence is None else prepared(divergence),
+            xp=xp,
+        )
 
     def along_advantage(self, x: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """sign(A)·x of a finite x, as every field but `log_ratio` is; a token is *diverging* where sign(A)(r − 1) > 0.
@@ -124,7 +109,8 @@ class Tokens(NamedTuple):
 
     def by_advantage(self, low: float, high: float) -> Array | float:
         """The bound that governs each token: `high` where A ≥ 0, `low` where A < 0."""
-        if low == high:
+        # by identity, because a compiled loop's thresholds are symbols without a value
+        if low is high:
             return high
         return self.xp.where(self.advantages < 0.0, low, self.xp.full_like(self.advantages, high))
 
@@ -141,16 +127,20 @@ def check_tokens(
     mask: Bool[Array, "*tokens"] | None,
     divergence: Float[Array, "*tokens"] | None,
     xp: Namespace | None,
-) -> tuple[Namespace, object]:
+) -> tuple[Namespace, Any]:
     """Namespace and dtype of the arithmetic, after checking dtypes and shapes."""
     arrays = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
     if divergence is not None:
         arrays["divergence"] = divergence
     xp = check_arrays(xp=xp, **arrays)
     if mask is not None:
-        check_dtype("mask", mask, "bool", xp=xp)
-        check_shape("mask", mask, "log_prob", log_prob)
-    return xp, compute_dtype(log_prob, behavior_log_prob, advantages, xp=xp)
+        check_mask(mask, "log_prob", log_prob, xp=xp)
+    return xp, compute_dtype(*arrays.values(), xp=xp)
+
+
+def constant(array: Array) -> Array:
+    """The array without its graph, where its library keeps one (torch): its gradient is returned, not left to autograd."""
+    return array.detach() if hasattr(array, "detach") else array
 
 
 def log_ratio(

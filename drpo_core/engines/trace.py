@@ -1,18 +1,19 @@
 """The operations that Array-API code performs on each token, recorded by running it once on symbols.
 
-The recording is straight-line Python source over scalars, with common sub-expressions shared, which `drpo_core.jit`
+The recording is straight-line source over scalars, with common sub-expressions shared, which `drpo_core.engines.numba_loop`
 compiles. So a formula stays where it is written, and any objective can be compiled, a user's own too.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Symbol", "Trace", "TracedNamespace", "UntraceableError"]
+__all__ = ["BOOL", "FLOAT", "Symbol", "Trace", "UntraceableError"]
 
 FLOAT, BOOL = "float", "bool"
 
@@ -58,18 +59,22 @@ _ALIASES = {
 _OPPOSITES = {"equal": "not_equal", "not_equal": "equal"}
 _EXTREMA = {"maximum": "select({0} < {1}, {1}, {0})", "minimum": "select({0} > {1}, {1}, {0})"}
 _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"}
+_ON_HOST: dict[str, Any] = {
+    **{name: getattr(math, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "tanh")},
+    **{"abs": abs, "zero": 0.0, "one": 1.0, "infinity": math.inf, "select": lambda condition, x, y: x if condition else y},
+}
+"""What the templates' names are for Python floats."""
 
 
 class UntraceableError(NotImplementedError):
-    """An operation that can't be compiled; the plain engine runs it.
+    """An operation that can't be compiled; array operations run it.
 
-    The objective is not at fault, as a TypeError or ValueError would say: its operation has no place in `_TEMPLATES`. It is a
-    NotImplementedError so that callers can catch it without importing this module; no method here is left to be written.
+    The objective is not at fault, as a TypeError or ValueError would say: its operation has no place in a compiled loop.
     """
 
     def __init__(self, operation: str) -> None:
         """Name the operation."""
-        super().__init__(f"{operation} can't be compiled; engine='plain' runs any objective")
+        super().__init__(f"{operation} can't be compiled; engine='arrays' runs any objective")
 
 
 def _operator(name: str, *, reflected: bool = False) -> Callable[..., Any]:
@@ -81,9 +86,13 @@ def _operator(name: str, *, reflected: bool = False) -> Callable[..., Any]:
 
 
 class Symbol:
-    """The result of an operation on the symbols of a token, or (`reduced`) on sums and maxima over all tokens."""
+    """The result of an operation on the symbols of a token.
 
-    __slots__ = ("arguments", "kind", "name", "operation", "reduced", "trace")
+    `uniform`: the same for all tokens, known before them, as constants and parameters are. `reduced`: made of sums and
+    maxima over all tokens, known after them.
+    """
+
+    __slots__ = ("arguments", "kind", "name", "operation", "reduced", "trace", "uniform")
 
     shape = ("tokens",)
     ndim = 1
@@ -92,6 +101,9 @@ class Symbol:
         """Use `Trace.apply`, which shares what was recorded before."""
         self.trace, self.operation, self.arguments, self.kind, self.name = trace, operation, arguments, kind, name
         self.reduced: bool = operation in ("sum", "max") or any(argument.reduced for argument in arguments)
+        self.uniform: bool = operation in ("constant", "parameter") or (
+            operation in _TEMPLATES and all(argument.uniform for argument in arguments)
+        )
 
     @property
     def dtype(self) -> str:
@@ -155,7 +167,7 @@ class TracedNamespace:
     """The part of the Array API that a trace knows; anything else raises `UntraceableError`."""
 
     inf, nan = float("inf"), float("nan")
-    pi, e = 3.141592653589793, 2.718281828459045
+    pi, e = math.pi, math.e
     float32 = float64 = int32 = int64 = FLOAT
     bool = BOOL
 
@@ -178,6 +190,10 @@ class TracedNamespace:
     def finfo(self, dtype: str) -> FloatInfo:  # noqa: ARG002
         """Of the floats that the recording will be run with."""
         return FloatInfo(self._epsilon)
+
+    def isdtype(self, dtype: str, kind: str) -> bool:
+        """Whether a dtype is of the kind ``"bool"`` or ``"real floating"``."""
+        return kind == {FLOAT: "real floating", BOOL: "bool"}[dtype]
 
     def astype(self, x: Symbol, dtype: str, **_: object) -> Symbol:
         """Between truth values and numbers; there is one kind of number."""
@@ -203,7 +219,7 @@ class TracedNamespace:
 
     def sum(self, x: Symbol) -> Symbol:
         """Over all tokens."""
-        return self._trace.apply("sum", x)
+        return self._trace.reduce("sum", x)
 
     def count_nonzero(self, x: Symbol) -> Symbol:
         """Over all tokens."""
@@ -211,12 +227,12 @@ class TracedNamespace:
 
     def max(self, x: Symbol) -> Symbol:
         """Over all tokens; −inf if there are none."""
-        return self._trace.apply("max", x)
+        return self._trace.reduce("max", x)
 
     def min(self, x: Symbol) -> Symbol:
         """Over all tokens; +inf if there are none."""
         apply = self._trace.apply
-        return apply("negative", apply("max", apply("negative", x)))
+        return apply("negative", self.max(apply("negative", x)))
 
 
 class FloatInfo(NamedTuple):
@@ -226,14 +242,15 @@ class FloatInfo(NamedTuple):
 
 
 class Statements(NamedTuple):
-    """Source of a trace: of what is done per token and of what is done with sums and maxima."""
+    """Source of a trace: what is done once before the tokens, for each token, and with the sums and maxima after them."""
 
+    uniform: list[str]
     per_token: list[str]
     reduced: list[str]
 
 
 class Trace:
-    """What was done to the symbols of a token, each thing once."""
+    """What was done to the symbols of a token, each operation once."""
 
     def __init__(self, epsilon: float = 2.0**-52) -> None:
         """Nothing yet; `epsilon` is that of the floats it will be run with."""
@@ -242,8 +259,12 @@ class Trace:
         self._symbols: dict[tuple[object, ...], Symbol] = {}
 
     def input(self, name: str, kind: str = FLOAT) -> Symbol:
-        """A symbol that stands for what the caller will pass."""
+        """A symbol that stands for what the caller will pass for each token."""
         return self._shared(("input", name), "input", (), kind, name)
+
+    def parameter(self, name: str) -> Symbol:
+        """A symbol that stands for a number that the caller will pass."""
+        return self._shared(("parameter", name), "parameter", (), FLOAT, name)
 
     def symbol(self, value: object) -> Symbol:
         """A symbol, or a constant as one."""
@@ -272,23 +293,78 @@ class Trace:
         key = (operation, *(argument.name for argument in arguments))
         return self._shared(key, operation, arguments, kind, f"v{len(self._symbols)}")
 
-    def _is_cleared(self, symbol: Symbol) -> bool:
-        """Whether it is 0 where some condition holds."""
-        return symbol.operation == "where" and symbol.arguments[1] is self.symbol(0.0)
+    def reduce(self, operation: str, x: Symbol) -> Symbol:
+        """The ``"sum"`` or ``"max"`` of a symbol over all tokens."""
+        if x.reduced:
+            msg = "a sum or maximum over tokens in what is done for each token"
+            raise UntraceableError(msg)
+        return self.apply(operation, x)
 
     def reductions(self, operation: str) -> list[Symbol]:
         """All symbols that are a ``"sum"`` or ``"max"`` over tokens."""
         return [symbol for symbol in self._symbols.values() if symbol.operation == operation]
 
+    def uniforms(self) -> list[Symbol]:
+        """Symbols other than constants that are known before the tokens and used for each of them."""
+        used = {a.name: a for s in self._symbols.values() if not s.uniform for a in s.arguments if a.uniform}
+        return [symbol for symbol in used.values() if symbol.operation != "constant"]
+
     def statements(self) -> Statements:
         """Assignments in an order in which they can be executed."""
         computed = [symbol for symbol in self._symbols.values() if symbol.operation in _TEMPLATES]
-        return Statements(_source(s for s in computed if not s.reduced), _source(s for s in computed if s.reduced))
+        return Statements(
+            _source(s for s in computed if s.uniform),
+            _source(s for s in computed if not s.uniform and not s.reduced),
+            _source(s for s in computed if not s.uniform and s.reduced),
+        )
+
+    def on_host(self, statements: list[str], given: dict[str, Any]) -> dict[str, Any]:
+        """All values by name, after statements on Python floats; `given` has those that they start from."""
+        values = _ON_HOST | self.constants | given
+        exec("\n".join(statements), values)  # noqa: S102
+        return values
+
+    def _is_cleared(self, symbol: Symbol) -> bool:
+        """Whether it is 0 where some condition holds."""
+        return symbol.operation == "where" and symbol.arguments[1] is self.symbol(0.0)
 
     def _shared(self, key: tuple[object, ...], operation: str, arguments: tuple[Symbol, ...], kind: str, name: str) -> Symbol:
         if key not in self._symbols:
             self._symbols[key] = Symbol(self, operation, arguments, kind, name)
         return self._symbols[key]
+
+
+def parametrised(thing: Any, trace: Trace) -> Any:
+    """A copy of an object whose attributes that are floats are parameters of the trace, in the order of `floats_of`.
+
+    The object itself where it has none.
+    """
+    if not floats_of(thing):
+        return thing
+    copy, number = object.__new__(type(thing)), 0
+    for name, value in _attributes(thing).items():
+        if type(value) is float:
+            object.__setattr__(copy, name, trace.parameter(f"p{number}"))
+            number += 1
+        else:
+            object.__setattr__(copy, name, value)
+    return copy
+
+
+def floats_of(thing: Any) -> list[float]:
+    """The values of an object's attributes that are floats."""
+    return [value for value in _attributes(thing).values() if type(value) is float]
+
+
+def statics_of(thing: Any) -> tuple[tuple[str, Any], ...]:
+    """An object's attributes, with a float's type in the place of its value."""
+    return tuple((name, float if type(value) is float else value) for name, value in _attributes(thing).items())
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    """Fields of a dataclass; of another object what it keeps itself."""
+    fields = getattr(type(thing), "__dataclass_fields__", None)
+    return dict(getattr(thing, "__dict__", {})) if fields is None else {name: getattr(thing, name) for name in fields}
 
 
 def _source(symbols: Iterable[Symbol]) -> list[str]:

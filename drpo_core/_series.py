@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from drpo_core.types import Array, Float, Namespace
+    from drpo_core._arrays import Array, Float, Namespace
 
 __all__ = ["expm1"]
 

@@ -1,0 +1,374 @@
+"""Losses with their analytic gradients: per token, and of a batch with its final gradient and diagnostics in one pass."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from array_api_compat import is_numpy_namespace
+
+from drpo_core._checks import check_number
+from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
+from drpo_core.engines.trace import UntraceableError
+from drpo_core.objectives import is_known
+from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, weight_of
+from drpo_core.reduction import reduction_coefficients, token_mean
+from drpo_core.tokens import Tokens, check_tokens, constant
+
+if TYPE_CHECKING:
+    from drpo_core._arrays import Array, Bool, Float, Int, Namespace
+    from drpo_core.diagnostics import Diagnostics
+    from drpo_core.objectives import Objective
+    from drpo_core.reduction import Reduction
+
+__all__ = ["PolicyLoss", "SlowEngineWarning", "TokenLoss", "policy_loss_and_gradient", "token_loss_and_gradient"]
+
+Engine: TypeAlias = Literal["auto", "arrays", "compiled"]
+
+CHUNK = 1 << 15
+"""Tokens at a time on a CPU: their intermediate results, some twenty arrays, stay in a core's cache."""
+
+
+class SlowEngineWarning(UserWarning):
+    """Array operations run on a CPU where a compiled loop would be several times faster."""
+
+
+class TokenLoss(NamedTuple):
+    """Per token: the loss L, its gradient ∂L/∂log π = −A r w, and the weight w; all 0 at masked tokens."""
+
+    loss: Array
+    gradient: Array
+    weight: Array
+
+
+class PolicyLoss(NamedTuple):
+    """Scalar `loss`, its `gradient` in log π, and `diagnostics`, or None where they were not asked for."""
+
+    loss: Array
+    gradient: Array
+    diagnostics: Diagnostics | None
+
+
+def token_loss_and_gradient(
+    objective: Objective,
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    *,
+    mask: Bool[Array, "*tokens"] | None = None,
+    divergence: Float[Array, "*tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> TokenLoss:
+    """Unreduced loss L of an objective with its analytic gradient ∂L/∂log π = −A r w.
+
+    The ratio in the gradient saturates at e²⁰ (ℓ = 20 nats). The gradient keeps its sign there, where the derivative of
+    the saturated value would be 0. A token whose weight is 0 has a gradient of exactly 0, whatever its ratio.
+    A NaN at a valid token gives a NaN gradient, or drops the token where the weight is a mask; see `drpo_core.validate`.
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    log_prob, behavior_log_prob, advantages
+        log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
+        float16 and bfloat16 are computed in float32.
+    mask
+        True at tokens that count. Masked positions may hold anything, NaN included: they are replaced before any
+        arithmetic. None: every token counts.
+    divergence
+        Per-token divergence for ``DPPO(divergence="per_token")``.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    TokenLoss
+        `loss` and `weight` in the dtype of the arithmetic, `gradient` in the dtype of `log_prob`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating-point, the mask is not boolean, or the objective is none.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    `docs/derivations/index.md`: an objective is its gradient weight.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import DRPO, token_loss_and_gradient
+    >>> log_prob, behavior = np.log([0.5, 0.2, 0.3]), np.log([0.25, 0.2, 0.6])
+    >>> result = token_loss_and_gradient(DRPO(delta=0.5), log_prob, behavior, np.array([1.0, 1.0, -1.0]))
+    >>> result.gradient.round(6)
+    array([-1. , -1. ,  0.2])
+    """
+    check_objective(objective)
+    log_prob, behavior_log_prob, advantages = map(constant, (log_prob, behavior_log_prob, advantages))
+    tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+    xp, weight = tokens.xp, weight_of(objective, tokens)
+    loss, gradient = loss_of(objective, tokens), gradient_of(tokens, weight, mask=mask)
+    gradient = xp.astype(gradient, log_prob.dtype, copy=False)
+    if mask is None:
+        return TokenLoss(loss, gradient, weight)
+    return TokenLoss(xp.where(mask, loss, 0.0), gradient, xp.where(mask, weight, 0.0))
+
+
+def policy_loss_and_gradient(
+    objective: Objective,
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    *,
+    mask: Bool[Array, "*tokens"],
+    reduction: Reduction = token_mean,
+    normalizer: float | Array | None = None,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    divergence: Float[Array, "*tokens"] | None = None,
+    diagnostics: bool = True,
+    engine: Engine = "auto",
+    threads: int | None = None,
+    xp: Namespace | None = None,
+) -> PolicyLoss:
+    """Scalar loss Σ m c L of a batch, its gradient m c ∂L/∂log π = −m c A r w, and diagnostics, in one pass.
+
+    The coefficients c are those of the reduction, so the gradient is final.
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    log_prob, behavior_log_prob, advantages
+        log π, log μ (nats, ≤ 0) and A of the sampled tokens; (…, tokens) padded or (tokens,) packed.
+        float16 and bfloat16 are computed in float32.
+    mask
+        True at tokens that count. Masked positions may hold anything, NaN included.
+    reduction
+        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`, also with
+        arguments bound by `functools.partial`; or a `drpo_core.reduction.LinearReduction`.
+    normalizer
+        Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
+    token_weights
+        Constant factors of the per-token losses (truncated importance weights, say).
+    segment_ids
+        Of packed tokens: which sequence each belongs to.
+    divergence
+        Per-token divergence for ``DPPO(divergence="per_token")``.
+    diagnostics
+        Whether to compute them: what `drpo_core.token_diagnostics` returns, from the same pass.
+    engine
+        ``"compiled"``: one loop over NumPy arrays, compiled for the objective at its first use in a second or two
+        (numba, extra `compiled`). ``"arrays"``: array operations, in any namespace; NumPy's in chunks that stay in the
+        cache. ``"auto"``: compiled where that is possible.
+    threads
+        Of the compiled loop; default: the CPUs this process may use. The result does not depend on it.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    PolicyLoss
+        `loss` 0-d, `gradient` in the shape and dtype of `log_prob`, and `diagnostics`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating-point, the mask is not boolean, or the reduction is not one of those above.
+    ValueError
+        If the shapes differ, a number is out of its range, or the engine is unknown or does not take these arrays.
+    ImportError
+        If ``engine="compiled"`` finds no numba.
+    UntraceableError
+        If ``engine="compiled"`` can't compile what the objective does; the other engines run any.
+
+    Warns
+    -----
+    SlowEngineWarning
+        Once a process, if ``engine="auto"`` would compile and finds no numba.
+
+    References
+    ----------
+    `docs/derivations/index.md`: an objective is its gradient weight.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import DRPO, policy_loss_and_gradient, summarize
+    >>> log_prob, behavior = np.log([[0.5, 0.2, 0.3]]), np.log([[0.25, 0.2, np.nan]])
+    >>> advantages, mask = np.array([[1.0, 1.0, -1.0]]), np.array([[True, True, False]])
+    >>> result = policy_loss_and_gradient(DRPO(delta=0.5), log_prob, behavior, advantages, mask=mask)
+    >>> float(result.loss.round(6)), result.gradient.round(6).tolist()
+    (-1.375, [[-0.5, -0.5, 0.0]])
+    >>> summarize(result.diagnostics)["attenuated_fraction"]
+    0.5
+    """
+    check_engine(engine)
+    check_objective(objective)
+    if threads is not None:
+        threads = int(check_number("threads", threads, at_least=1, whole=True))
+    log_prob, behavior_log_prob, advantages = map(constant, (log_prob, behavior_log_prob, advantages))
+    xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+    options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
+    numpy = is_numpy_namespace(xp)
+    if engine == "compiled" and not numpy:
+        msg = f"engine: 'compiled' takes NumPy arrays, got {type(log_prob).__module__}.{type(log_prob).__name__}"
+        raise ValueError(msg)
+    if numpy and may_compile(engine):
+        try:
+            return compiled_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads)
+        except UntraceableError:
+            if engine == "compiled":
+                raise
+    result = (chunked_pass if numpy else policy_pass)(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
+    return result._replace(
+        gradient=xp.astype(result.gradient, log_prob.dtype, copy=False),
+        diagnostics=None if result.diagnostics is None else separated(result.diagnostics, xp=xp),
+    )
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def policy_pass(
+    objective: Objective,
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    coefficients: Float[Array, "..."],
+    divergence: Float[Array, "*tokens"] | None,
+    *,
+    dtype: Any,
+    diagnostics: bool,
+    select: bool = True,
+    xp: Namespace,
+) -> PolicyLoss:
+    """Σ m c L, m c ∂L/∂log π and diagnostics of checked arrays: all that any path runs, whatever the objective.
+
+    ``select=False`` leaves masked inputs as they are. Results are selected in any case, so that is right where nothing
+    differentiates them again, nothing warns of NaN, and the objective does not look across tokens.
+    """
+    tokens = Tokens.of(
+        log_prob, behavior_log_prob, advantages, mask=mask if select else None, divergence=divergence, dtype=dtype, xp=xp
+    )
+    weight = weight_of(objective, tokens)
+    return PolicyLoss(
+        xp.sum(xp.where(mask, coefficients * loss_of(objective, tokens), 0.0)),
+        gradient_of(tokens, weight, mask=mask, coefficients=coefficients),
+        diagnostics_of(tokens, weight, inside_of(objective, tokens), mask) if diagnostics else None,
+    )
+
+
+def gradient_of(
+    tokens: Tokens,
+    weight: Float[Array, "*tokens"],
+    *,
+    mask: Bool[Array, "*tokens"] | None,
+    coefficients: Float[Array, "..."] | None = None,
+) -> Float[Array, "*tokens"]:
+    """−m c A r w; exactly 0 where m = 0 or w = 0, whatever the ratio and the coefficient."""
+    gradient = -tokens.advantages * tokens.ratio * weight
+    moves = weight != 0.0
+    return tokens.xp.where(
+        moves if mask is None else mask & moves, gradient if coefficients is None else coefficients * gradient, 0.0
+    )
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+def check_engine(engine: object) -> None:
+    """Raise unless it is one of the three."""
+    if not isinstance(engine, str) or engine not in ("auto", "arrays", "compiled"):
+        msg = f"engine: expected 'auto', 'arrays' or 'compiled', got {engine!r}"
+        raise ValueError(msg)
+
+
+def may_compile(engine: Engine) -> bool:
+    """Whether to try the compiled loop, on a CPU; raises if it is asked for and there is no numba."""
+    if engine == "arrays" or _has_numba():
+        return engine != "arrays"
+    if engine == "compiled":
+        msg = "engine: 'compiled' needs numba: pip install 'drpo-core[compiled]'"
+        raise ImportError(msg)
+    _say_once_how_to_compile()
+    return False
+
+
+def chunked_pass(objective: Objective, *arrays: Array, dtype: Any, diagnostics: bool, xp: Namespace) -> PolicyLoss:
+    """`policy_pass` in chunks of tokens, where the objective is one of the library's and so looks at one token at a time."""
+    log_prob, mask = arrays[0], arrays[3]
+    size = 1
+    for extent in log_prob.shape:
+        size *= extent
+    if size <= CHUNK or not is_known(objective):
+        return policy_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
+    flat = [None if a is None else xp.reshape(xp.broadcast_to(a, mask.shape), (-1,)) for a in arrays]
+    gradient = xp.empty_like(flat[0], dtype=dtype)
+    losses, parts = [], []
+    for start in range(0, size, CHUNK):
+        chunk = slice(start, start + CHUNK)
+        result = policy_pass(
+            objective, *(None if a is None else a[chunk] for a in flat), dtype=dtype, diagnostics=diagnostics, xp=xp
+        )
+        gradient[chunk] = result.gradient
+        losses.append(result.loss)
+        parts.append(result.diagnostics)
+    merged = None
+    if diagnostics:
+        merged = combine_diagnostics(map_diagnostics(lambda *fields: xp.stack(fields), *parts), xp=xp)
+    return PolicyLoss(xp.sum(xp.stack(losses)), xp.reshape(gradient, log_prob.shape), merged)
+
+
+def compiled_pass(
+    objective: Objective,
+    log_prob: Array,
+    behavior_log_prob: Array,
+    advantages: Array,
+    mask: Array,
+    coefficients: Array,
+    divergence: Array | None,
+    *,
+    dtype: Any,
+    diagnostics: bool,
+    **threading: Any,
+) -> PolicyLoss:
+    """`policy_pass` of NumPy arrays as a compiled loop; raises `UntraceableError` if the objective can't be compiled."""
+    from drpo_core.engines import numba_loop  # noqa: PLC0415 -- numba is an extra
+
+    def flat(array: Array, dtype: Any = dtype) -> Array:
+        return np.asarray(array, dtype, order="C").reshape(-1)
+
+    gradient = np.empty(log_prob.shape, dtype)
+    arrays = (
+        *(flat(array) for array in (log_prob, behavior_log_prob, advantages)),
+        flat(mask, np.bool_),
+        flat(coefficients),
+        None if divergence is None else flat(divergence),
+    )
+    loss, statistics = numba_loop.run(
+        policy_pass, objective, arrays, gradient.reshape(-1), diagnostics=diagnostics, **threading
+    )
+    return PolicyLoss(loss, gradient.astype(log_prob.dtype, copy=False), statistics)
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+@cache
+def _say_once_how_to_compile() -> None:
+    msg = (
+        "policy losses on a CPU run as array operations, several times slower than the compiled loop: "
+        "pip install 'drpo-core[compiled]' (or pass engine='arrays')"
+    )
+    warnings.warn(msg, SlowEngineWarning, stacklevel=4)
