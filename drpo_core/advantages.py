@@ -45,7 +45,8 @@ def group_advantages(
     Returns
     -------
     array
-        A per sequence, of the shape and dtype of `rewards`, computed in float32 at least. Exactly 0 in a group of equal rewards or of one sequence.
+        A per sequence, of the shape and dtype of `rewards`, computed in float32 at least. Exactly 0 in a group of equal
+        rewards or of one sequence.
 
     Raises
     ------

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from drpo_core._checks import check_arrays, check_dtype, check_mask, check_number, check_segment_ids, check_shape, compute_dtype
+from drpo_core._checks import (
+    check_arrays,
+    check_dtype,
+    check_mask,
+    check_number,
+    check_segment_ids,
+    check_shape,
+    compute_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,11 +52,11 @@ class LinearReduction(Protocol):
         self,
         mask: Array,
         *,
-        dtype: object,
-        normalizer: float | Array | None = None,
-        token_weights: Array | None = None,
-        segment_ids: Array | None = None,
-        xp: Namespace,
+        dtype: Any,
+        normalizer: Any = None,
+        token_weights: Any = None,
+        segment_ids: Any = None,
+        xp: Any,
     ) -> Array:
         """Factor c of each token's value, an array that broadcasts to the mask's shape."""
         ...
@@ -101,7 +109,7 @@ def masked_sum(
     Examples
     --------
     >>> import numpy as np
-    >>> from drpo_core import masked_sum
+    >>> from drpo_core.reduction import masked_sum
     >>> total, count = masked_sum(np.array([1.0, 2.0, np.nan]), np.array([True, True, False]))
     >>> float(total), float(count)
     (3.0, 2.0)
@@ -403,7 +411,8 @@ def reduction_count(
 
 def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function to a reduction's divisors and count, and its options: what was given, else what `partial` has bound."""
-    function, bound = (reduction.func, reduction.keywords) if isinstance(reduction, partial) else (reduction, {})
+    function: Any = reduction.func if isinstance(reduction, partial) else reduction
+    bound = reduction.keywords if isinstance(reduction, partial) else {}
     divisors = _DIVISORS.get(function) if callable(function) and getattr(function, "__hash__", None) else None
     if divisors is None or (isinstance(reduction, partial) and reduction.args):
         msg = (
@@ -502,17 +511,28 @@ def _denominator(normalizer: float | Array | None, count: Array, *, xp: Namespac
     return _nonzero(number, xp=xp)
 
 
-def _number_or_array(name: str, value: float | Array, *, like: Array, xp: Namespace, **bounds: float) -> float | Array:
+def _number_or_array(
+    name: str,
+    value: float | Array,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    like: Array,
+    xp: Namespace,
+) -> float | Array:
     """A number within its bounds, as a Python float; or a 0-d array, in the dtype of another, NaN where it is outside them.
 
     An array's value may be on a device, and unknown while a compiler traces, so that nothing can be raised.
     """
-    if isinstance(value, (numbers.Real, np.ndarray, str)) or not hasattr(value, "shape"):
-        return check_number(name, value, **bounds)
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic, str)) or not hasattr(value, "shape"):
+        return check_number(name, value, above=above, at_least=at_least)
     if tuple(value.shape):
         msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    number = xp.astype(xp.asarray(value), like.dtype)
-    low = bounds.get("above", bounds.get("at_least"))
-    right = (number > low) if "above" in bounds else (number >= low)
+    number = xp.asarray(value)
+    if not xp.isdtype(number.dtype, ("integral", "real floating")):
+        msg = f"{name}: expected a real number, got a 0-d array of {number.dtype}"
+        raise TypeError(msg)
+    number = xp.astype(number, like.dtype)
+    right = number > above if at_least is None else number >= at_least
     return xp.where(right & (number < xp.inf), number, xp.nan)

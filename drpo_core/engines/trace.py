@@ -61,7 +61,11 @@ _EXTREMA = {"maximum": "select({0} < {1}, {1}, {0})", "minimum": "select({0} > {
 _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"}
 _ON_HOST: dict[str, Any] = {
     **{name: getattr(math, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "tanh")},
-    **{"abs": abs, "zero": 0.0, "one": 1.0, "infinity": math.inf, "select": lambda condition, x, y: x if condition else y},
+    "abs": abs,
+    "zero": 0.0,
+    "one": 1.0,
+    "infinity": math.inf,
+    "select": lambda condition, x, y: x if condition else y,
 }
 """What the templates' names are for Python floats."""
 
@@ -169,11 +173,12 @@ class TracedNamespace:
     inf, nan = float("inf"), float("nan")
     pi, e = math.pi, math.e
     float32 = float64 = int32 = int64 = FLOAT
-    bool = BOOL
 
     def __init__(self, trace: Trace, epsilon: float) -> None:
         """A namespace that records into a trace."""
         self._trace, self._epsilon = trace, epsilon
+        # not in the class, where it would hide the built-in type
+        self.bool = BOOL
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         """An elementwise function."""
@@ -303,6 +308,10 @@ class Trace:
     def reductions(self, operation: str) -> list[Symbol]:
         """All symbols that are a ``"sum"`` or ``"max"`` over tokens."""
         return [symbol for symbol in self._symbols.values() if symbol.operation == operation]
+
+    def signature(self) -> tuple[Any, ...]:
+        """All that was recorded, to be compared with another recording."""
+        return tuple(self._symbols), tuple(self.constants.items())
 
     def uniforms(self) -> list[Symbol]:
         """Symbols other than constants that are known before the tokens and used for each of them."""

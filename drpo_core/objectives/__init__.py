@@ -7,7 +7,6 @@ the docs and the tests. A new objective is a file here and a line there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -22,7 +21,7 @@ from drpo_core.objectives.spo import SPO
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from drpo_core._arrays import Array
     from drpo_core.tokens import Tokens

@@ -75,9 +75,10 @@ class DPPO:
     def __post_init__(self) -> None:
         """Check the hyper-parameters and keep the numbers as Python floats."""
         set_thresholds(self, "delta")
-        if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
-            given = repr(self.divergence) if isinstance(self.divergence, str) else type(self.divergence).__name__
-            msg = f"divergence: expected 'binary_tv', 'binary_kl' or 'per_token', got {given}"
+        given: object = self.divergence
+        if not isinstance(given, str) or given not in DIVERGENCES:
+            got = repr(given) if isinstance(given, str) else type(given).__name__
+            msg = f"divergence: expected 'binary_tv', 'binary_kl' or 'per_token', got {got}"
             raise ValueError(msg)
         if self.max_ratio is not None:
             set_number(self, "max_ratio")

@@ -15,7 +15,30 @@ __all__ = ["DRPO", "MaskDRPO"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DRPO:
+class _ShiftRegion:
+    """A trust region on π − μ, which both objectives have; neither is a kind of the other."""
+
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the threshold and keep it as a Python float."""
+        set_thresholds(self, "delta")
+        warn_if_vacuous(self.region, type(self).__name__)
+
+    @property
+    def region(self) -> Bounds:
+        """(δ_low, δ_high)."""
+        return sides(self.delta, self.delta_low, self.delta_high)
+
+    def inside(self, tokens: Tokens) -> Bool[Array, "*tokens"]:
+        """−δ_low ≤ π − μ ≤ δ_high, the region of DPPO Binary-TV."""
+        return within(tokens.shift, self.region)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DRPO(_ShiftRegion):
     """DRPO: L = −A r + abs(A) μ (r − 1)² / (2δ), w = 1 − sign(A) (π − μ)/δ = 1 − sign(A(r − 1)) abs(π − μ)/δ.
 
     The smooth counterpart of DPPO Binary-TV. w is bounded in [1 − 1/δ, 1 + 1/δ] and continuous in π; w ≥ 0 exactly where
@@ -56,38 +79,19 @@ class DRPO:
     (array([-1.75, -1.  ,  0.65]), array([0.5, 1. , 0.4]))
     """
 
-    delta: float | None = None
-    delta_low: float | None = None
-    delta_high: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the threshold and keep it as a Python float."""
-        set_thresholds(self, "delta")
-        warn_if_vacuous(self.region, type(self).__name__)
-
-    @property
-    def region(self) -> Bounds:
-        """(δ_low, δ_high)."""
-        return sides(self.delta, self.delta_low, self.delta_high)
-
-    def inside(self, tokens: Tokens) -> Bool[Array, "*tokens"]:
-        """−δ_low ≤ π − μ ≤ δ_high, the region of DPPO Binary-TV."""
-        return within(tokens.shift, self.region)
-
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
-        """−A r + |A| (r − 1) d / (2δ); μ (r − 1)² would overflow where (r − 1) d does not."""
+        """−A r + abs(A) (r − 1) d / (2δ); μ (r − 1)² would overflow where (r − 1) d does not."""
         a, r, excess, d = tokens.advantages, tokens.ratio, tokens.ratio_minus_one, tokens.shift
         half_inverse = tokens.by_advantage(*self.region.each(lambda delta: 0.5 / delta))
         return -a * r + tokens.xp.abs(a) * excess * d * half_inverse
 
     def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """(δ − sign(A) d) / δ, whose sign is exact in floating point."""
-        delta = tokens.by_advantage(*self.region)
-        return (delta - tokens.along_advantage(tokens.shift)) / delta
+        return _smooth_weight(tokens, self.region)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MaskDRPO(DRPO):
+class MaskDRPO(_ShiftRegion):
     """Mask-DRPO: −A r inside the region of DPPO Binary-TV, DRPO's penalty only for diverging tokens outside it.
 
     Where sign(A)(π − μ) > δ, L = −A r + abs(A) μ ((r − 1)² − (δ/μ)²) / (2δ) and w = 1 − sign(A)(π − μ)/δ < 0; elsewhere
@@ -127,7 +131,7 @@ class MaskDRPO(DRPO):
     """
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
-        """−A r + |A| |r − 1| (d² − δ²) / (2δ |d|) where diverging and outside, else −A r."""
+        """−A r + abs(A) abs(r − 1) (d² − δ²) / (2δ abs(d)) where diverging and outside, else −A r."""
         a, r, xp = tokens.advantages, tokens.ratio, tokens.xp
         delta = tokens.by_advantage(*self.region)
         outside = tokens.along_advantage(tokens.shift) > delta
@@ -138,5 +142,10 @@ class MaskDRPO(DRPO):
 
     def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """DRPO's weight where it is negative, 1 elsewhere; NaN where anything is NaN."""
-        w = DRPO.weight(self, tokens)
+        w = _smooth_weight(tokens, self.region)
         return tokens.xp.where(w >= 0.0, 1.0, w)
+
+
+def _smooth_weight(tokens: Tokens, region: Bounds) -> Float[Array, "*tokens"]:
+    delta = tokens.by_advantage(*region)
+    return (delta - tokens.along_advantage(tokens.shift)) / delta
