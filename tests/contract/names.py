@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -39,6 +40,7 @@ def engine(subject: str, choice: Engine) -> str:
     return ENGINES.get(subject, TORCH_ENGINES).get(choice, choice)
 
 
+@functools.cache
 def public() -> dict[str, Any]:
     """Every public function and class by its module and name, each once."""
     found: dict[str, Any] = {}
@@ -51,6 +53,7 @@ def public() -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def objectives() -> dict[str, Any]:
     """Every objective of the library by its label: each class with thresholds of its own, and its variants."""
     core = drpo_core
@@ -72,3 +75,17 @@ def objectives() -> dict[str, Any]:
 def namespace(array: Any) -> Any:
     """Namespace of an array."""
     return array_namespace(array)
+
+
+def compilations() -> int:
+    """How many loops have been compiled."""
+    import drpo_core.jit  # noqa: PLC0415
+
+    return drpo_core.jit._compiled.cache_info().misses
+
+
+def untraceable() -> type[Exception]:
+    """What an engine raises that can't compile an objective."""
+    from drpo_core.trace import UntraceableError  # noqa: PLC0415
+
+    return UntraceableError

@@ -325,6 +325,7 @@ def function_of(subject: str) -> Callable[..., Any]:
     return names.public()[subject]
 
 
+@functools.cache
 def parameters_of(subject: str) -> dict[str, bool]:
     """Parameters that are axes, and whether they may be left out."""
     own = SUBJECTS[subject].parameters
@@ -335,11 +336,13 @@ def parameters_of(subject: str) -> dict[str, bool]:
     return {name: optional for name, optional in found.items() if name not in ELSEWHERE}
 
 
+@functools.cache
 def is_vocabulary(subject: str) -> bool:
     """Whether it takes logits, or what they are made of."""
     return bool({"logits", "hidden"} & set(parameters_of(subject)))
 
 
+@functools.cache
 def axes_of(subject: str) -> dict[str, tuple[Any, ...]]:
     """Every axis of a function, and what it may be on it, the base first."""
     found: dict[str, tuple[Any, ...]] = {}
