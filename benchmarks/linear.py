@@ -46,15 +46,11 @@ def functions(n: int, v: int, dtype: torch.dtype, *, with_peers: bool) -> dict[s
         return linear_policy_loss(OBJECTIVE, hidden=hidden, weight=weight, tokens=ids, **(rest | changed)).loss
 
     half = torch.arange(n) % 2 == 0
-    losses: dict[str, Callable[[], torch.Tensor]] = {
-        "unfused": unfused,
-        "ours": ours,
-        "ours, half of the tokens masked": partial(ours, mask=half),
-        "ours, low memory": partial(ours, **LOW_MEMORY),
-        "ours, jit": partial(ours, engine="jit"),
-        "ours, jit, half of the tokens masked": partial(ours, engine="jit", mask=half),
-        "ours, jit, low memory": partial(ours, engine="jit", **LOW_MEMORY),
-    }
+    losses: dict[str, Callable[[], torch.Tensor]] = {"unfused": unfused}
+    for engine in ("arrays", "compiled"):
+        losses[f"ours, {engine}"] = partial(ours, engine=engine)
+        losses[f"ours, {engine}, half of the tokens masked"] = partial(ours, engine=engine, mask=half)
+        losses[f"ours, {engine}, low memory"] = partial(ours, engine=engine, **LOW_MEMORY)
     for label, head in peers.heads().items() if with_peers else ():
         losses[label] = partial(head, hidden, weight, ids, behavior, advantages, of_log_prob)
     found: dict[str, Function] = {label: partial(backward, loss) for label, loss in losses.items()}

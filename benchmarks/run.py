@@ -119,7 +119,7 @@ def _memory() -> dict[str, Any]:
     script = "import sys, json; from linear import peak; print(json.dumps(peak(sys.argv[1], sys.argv[2])))"
     found: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
-        for label in ("unfused", "ours", "ours, low memory"):
+        for label in ("unfused", "ours, arrays", "ours, compiled", "ours, compiled, low memory"):
             command = [sys.executable, "-c", script, label, dtype]
             # 4 KiB pages: a huge page counts as resident before it is used
             environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}

@@ -18,11 +18,10 @@ from drpo_core import (
     PPOClip,
     policy_loss_and_gradient,
 )
-from drpo_core.jit import fused
-from drpo_core.numpy_operations import PIECE as NUMPY_PIECE
+from drpo_core.engines import numba_loop
+from drpo_core.loss import CHUNK, policy_pass
 from drpo_torch import policy_loss
-from drpo_torch.operations import PIECE
-from drpo_torch.threads import in_threads
+from drpo_torch.engines.threads import in_threads
 
 import peers
 from measure import Case
@@ -107,18 +106,16 @@ def cases(shape: tuple[int, ...], threads: int) -> Iterator[Case]:
         "bandwidth probe (`torch.addcmul`, 16 B a token)": stream(tokens),
     }
     functions["torch's exp, exp and expm1 alone"] = _transcendental(
-        tokens.log_prob.detach().reshape(-1), PIECE * threads, torch
+        tokens.log_prob.detach().reshape(-1), CHUNK * threads, torch
     )
-    functions["NumPy's exp, exp and expm1 alone"] = _transcendental(
-        tokens.log_prob.detach().numpy().reshape(-1), NUMPY_PIECE, np
-    )
-    for engine in ("eager", "compile", "jit"):
+    functions["NumPy's exp, exp and expm1 alone"] = _transcendental(tokens.log_prob.detach().numpy().reshape(-1), CHUNK, np)
+    for engine in ("arrays", "compiled"):
         functions[f"torch {engine}"] = partial(ours, tokens, engine)
         functions[f"torch {engine}, diagnostics"] = partial(ours, tokens, engine, diagnostics=True)
     arrays = [value.detach().numpy() for value in tokens]
     for count in range(1, threads + 1):
         functions[f"the compiled loop alone, {count} thread{'s' * (count > 1)}"] = _loop(arrays, count)
-    for engine in ("plain", "jit"):
+    for engine in ("arrays", "compiled"):
         for diagnostics in (False, True):
             label = f"NumPy {engine}{', diagnostics' if diagnostics else ''}"
             functions[label] = partial(_numpy, arrays, engine=engine, diagnostics=diagnostics, threads=threads)
@@ -126,9 +123,9 @@ def cases(shape: tuple[int, ...], threads: int) -> Iterator[Case]:
     verl = peers.verl_policy_losses(tokens)
     if verl:
         functions = {"torch eager autograd of the formula": partial(autograd, tokens), **verl}
-        functions |= {"DRPO, torch jit, diagnostics": partial(ours, tokens, "jit", diagnostics=True)}
+        functions |= {"DRPO, torch compiled, diagnostics": partial(ours, tokens, "compiled", diagnostics=True)}
         yield Case(f"verl {shape}", f"verl's policy losses with their metrics, {shown}", n, functions, seconds=8)
-    for engine in ("eager", "jit"):
+    for engine in ("arrays", "compiled"):
         functions = {name: partial(ours, tokens, engine, objective=value) for name, value in OBJECTIVES.items()}
         yield Case(f"objectives {engine} {shape}", f"every objective, torch {engine}, {shown}", n, functions, seconds=8)
 
@@ -173,7 +170,7 @@ def jax_cases(shape: tuple[int, ...]) -> Iterator[Case]:
 def growth() -> Iterator[Case]:
     """2¹² … 2²² tokens."""
     batches = {exponent: batch((2**exponent,)) for exponent in range(12, 23, 2)}
-    for engine in ("eager", "compile", "jit"):
+    for engine in ("arrays", "compiled"):
         functions = {f"2^{exponent}": partial(ours, tokens, engine) for exponent, tokens in batches.items()}
         yield Case(f"growth tokens {engine}", f"torch {engine}, per token", 1, functions, seconds=4)
 
@@ -183,7 +180,7 @@ def smoke() -> Iterator[Case]:
     tokens = batch((4, 64))
     functions = {
         "torch eager autograd of the formula": partial(autograd, tokens),
-        "torch eager": partial(ours, tokens, "eager"),
+        "torch auto": partial(ours, tokens, "auto"),
     }
     yield Case("tokens (4, 64)", "DRPO, loss and gradient, (4, 64) float32", 256, functions, seconds=0.2)
 
@@ -204,9 +201,9 @@ def _transcendental(values: Any, piece: int, library: Any) -> Function:
 def _loop(arrays: list[np.ndarray[Any, Any]], threads: int) -> Function:
     """What numba compiles, on torch's threads, into an array that is there already."""
     flat = [array.reshape(-1) for array in arrays]
-    kernel = fused(OBJECTIVES["DRPO"], dtype="float32", diagnostics=False)
-    coefficients = np.full(1, 1.0 / flat[-1].sum(), np.float32)
-    return partial(kernel, *flat, coefficients, gradient=np.empty_like(flat[0]), threads=threads, spread=in_threads)
+    arrays = [*flat, np.full(1, 1.0 / flat[-1].sum(), np.float32), None]
+    options = {"diagnostics": False, "threads": threads, "spread": in_threads}
+    return partial(numba_loop.run, policy_pass, OBJECTIVES["DRPO"], arrays, np.empty_like(flat[0]), **options)
 
 
 def _numpy(arrays: list[np.ndarray[Any, Any]], **options: Any) -> object:

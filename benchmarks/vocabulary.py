@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from drpo_core import DRPO
-from drpo_torch import full_divergences, logits_policy_loss, policy_loss, selective_log_prob, top_k_divergences
+from drpo_torch import full_divergences, logits_policy_loss, policy_loss, token_log_prob, top_k_divergences
 
 import peers
 from measure import Case
@@ -57,11 +57,11 @@ def cases(n: int, v: int) -> Iterator[Case]:
     functions: dict[str, Callable[[], object]] = {"log_softmax + gather": partial(_unfused, log_softmax, logits, ids, rest)}
     for label, take in peers.log_probs().items():
         functions[label] = partial(_unfused, take, logits, ids, rest)
-    functions["ours"] = partial(_ours, logits, ids, rest)
-    functions["ours, entropy"] = partial(_ours, logits, ids, rest, entropy=True)
-    functions["ours, entropy, in the logits' storage"] = partial(_overwriting, logits.clone(), ids, rest)
-    functions["ours, jit"] = partial(_ours, logits, ids, rest, engine="jit")
-    functions["ours, jit, entropy, in the logits' storage"] = partial(_overwriting, logits.clone(), ids, rest, engine="jit")
+    for engine in ("arrays", "compiled"):
+        label, options = f"ours, {engine}", {"engine": engine}
+        functions[label] = partial(_ours, logits, ids, rest, **options)
+        functions[f"{label}, entropy"] = partial(_ours, logits, ids, rest, entropy=True, **options)
+        functions[f"{label}, entropy, in the logits' storage"] = partial(_overwriting, logits.clone(), ids, rest, **options)
     yield Case("logits", f"logits → DRPO → ∂logits, N = {n}, V = {v:,}, float32", n * v, functions, seconds=20)
 
     other = logits + 0.1 * torch.randn(n, v)
@@ -72,7 +72,7 @@ def cases(n: int, v: int) -> Iterator[Case]:
         return 0.5 * (x.exp() - q).abs().sum(-1), (q * (y - x)).sum(-1)
 
     ours = partial(full_divergences, logits=other, behavior_logits=logits)
-    functions = {"two log_softmax": naive, "ours": ours, "ours, jit": partial(ours, engine="jit")}
+    functions = {"two log_softmax": naive} | {f"ours, {e}": partial(ours, engine=e) for e in ("arrays", "compiled")}
     yield Case("divergences", f"TV and KL of two policies, N = {n}, V = {v:,}, float32", n * v, functions, seconds=8)
     yield _top_k("top-k", logits, ids, rest["behavior_log_prob"], (20,))
     logits, ids, rest = _batch(16 * n, v)
@@ -89,10 +89,11 @@ def growth() -> Iterator[Case]:
 
 
 def _top_k(name: str, logits: torch.Tensor, ids: torch.Tensor, behavior: torch.Tensor, sizes: tuple[int, ...]) -> Case:
-    normalizer = selective_log_prob(logits=logits, tokens=ids).log_normalizer
-    normalize = partial(selective_log_prob, logits=logits, tokens=ids)
-    functions: dict[str, Callable[[], object]] = {"log-sum-exp": normalize}
-    functions["log-sum-exp, jit"] = partial(normalize, engine="jit")
+    normalizer = token_log_prob(logits=logits, tokens=ids).log_normalizer
+    normalize = partial(token_log_prob, logits=logits, tokens=ids)
+    functions: dict[str, Callable[[], object]] = {
+        f"log-sum-exp, {engine}": partial(normalize, engine=engine) for engine in ("arrays", "compiled")
+    }
     for k in sizes:
         top, places = (logits - normalizer[:, None]).topk(k, -1)
         recorded = {"behavior_log_prob": behavior, "top_k_ids": places, "top_k_behavior_log_prob": top}

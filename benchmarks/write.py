@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 HERE = Path(__file__).parent
-BYTES = 17
-PROBE = 16
 
 
 def main() -> None:
@@ -21,16 +18,13 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     arguments = parser.parse_args()
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(arguments.results.glob("*.json"))]
-    goals = tomllib.loads((HERE / "goals.toml").read_text(encoding="utf-8"))["goal"]
-    arguments.page.write_text(page([r for r in results if r["group"] != "smoke"], goals), encoding="utf-8")
+    arguments.page.write_text(page([r for r in results if r["group"] != "smoke"]), encoding="utf-8")
 
 
-def page(results: list[dict[str, Any]], goals: list[dict[str, Any]]) -> str:
+def page(results: list[dict[str, Any]]) -> str:
     """The whole page."""
     text = (HERE / "text.md").read_text(encoding="utf-8")
-    cases = {case["name"]: case for result in results for case in result["cases"]}
-    tables = "\n\n".join(_group(result) for result in results)
-    return text.replace("<!-- goals -->", "\n".join(_goals(goals, cases))).replace("<!-- tables -->", tables)
+    return text.replace("<!-- tables -->", "\n\n".join(_group(result) for result in results))
 
 
 def ratios(case: dict[str, Any], of: str, to: str) -> tuple[float, float, float]:
@@ -39,27 +33,6 @@ def ratios(case: dict[str, Any], of: str, to: str) -> tuple[float, float, float]
     each = [first / second for first, second in pairs]
     low, _, high = quantiles(each, n=4, method="inclusive")
     return median(each), low, high
-
-
-def _goals(goals: list[dict[str, Any]], cases: dict[str, Any]) -> list[str]:
-    lines = ["| | goal | measured (quartiles) | reached | at best here |", "|---|---|---|:-:|--:|"]
-    for goal in goals:
-        case = cases.get(goal["case"])
-        known = case and {goal["of"], goal["to"]} <= case["seconds"].keys()
-        if not known:
-            lines.append(f"| {goal['what']} | {_bound(goal)} | not measured | – | |")
-            continue
-        scale = goal.get("scale", 1.0)
-        value, low, high = (scale * ratio for ratio in ratios(case, goal["of"], goal["to"]))
-        reached = value >= goal["least"] if "least" in goal else value <= goal["most"]
-        mark = "✓" if reached else "**✗**"
-        best = _short(scale * ratios(case, goal["of"], goal["ceiling"])[0]) if "ceiling" in goal else ""
-        lines.append(f"| {goal['what']} | {_bound(goal)} | {_short(value)} ({_short(low)}–{_short(high)}) | {mark} | {best} |")
-    return lines
-
-
-def _bound(goal: dict[str, Any]) -> str:
-    return f"≥ {goal['least']:g}" if "least" in goal else f"≤ {goal['most']:g}"
 
 
 def _group(result: dict[str, Any]) -> str:

@@ -53,11 +53,11 @@ class LinearReduction(Protocol):
         self,
         mask: Array,
         *,
-        dtype: object,
-        normalizer: float | Array | None = None,
-        token_weights: Array | None = None,
-        segment_ids: Array | None = None,
-        xp: Namespace,
+        dtype: Any,
+        normalizer: Any = None,
+        token_weights: Any = None,
+        segment_ids: Any = None,
+        xp: Any,
     ) -> Array:
         """Factor c of each token's value, an array that broadcasts to the mask's shape."""
         ...

@@ -3,24 +3,26 @@
 At vocabulary scale, they start from logits or from hidden states and never form a log-softmax of all tokens.
 """
 
-from drpo_torch.batch import VocabularyLoss
-from drpo_torch.divergence import (
+from drpo_torch.loss import linear_reduction, policy_loss, token_loss
+from drpo_torch.vocabulary import (
     Divergences,
     FullDivergence,
     LinearHead,
+    TokenLogProb,
     TopKDivergence,
+    VocabularyLoss,
     full_divergences,
+    linear_policy_loss,
+    logits_policy_loss,
+    token_log_prob,
     top_k_divergences,
 )
-from drpo_torch.linear import linear_policy_loss
-from drpo_torch.loss import linear_reduction, policy_loss, token_loss
-from drpo_torch.vocabulary import SelectedLogProb, logits_policy_loss, selective_log_prob
 
 __all__ = [
     "Divergences",
     "FullDivergence",
     "LinearHead",
-    "SelectedLogProb",
+    "TokenLogProb",
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",
@@ -28,7 +30,7 @@ __all__ = [
     "linear_reduction",
     "logits_policy_loss",
     "policy_loss",
-    "selective_log_prob",
+    "token_log_prob",
     "token_loss",
     "top_k_divergences",
 ]

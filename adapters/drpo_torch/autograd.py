@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["has_memory", "refuse_second_derivative", "scaled", "with_gradient"]
+__all__ = ["has_memory", "is_transformed", "refuse_second_derivative", "scaled", "with_gradient"]
+
+_ELEMENTS_AT_ONCE = 1 << 18
 
 
 def with_gradient(log_prob: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -21,18 +23,27 @@ def with_gradient(log_prob: torch.Tensor, loss: torch.Tensor, gradient: torch.Te
     return differentiable  # type: ignore[no-any-return]
 
 
-def scaled(gradient: torch.Tensor, cotangent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def scaled(
+    gradient: torch.Tensor, cotangent: torch.Tensor, dtype: torch.dtype, *, unit: torch.Tensor | None = None
+) -> torch.Tensor:
     """Gradient times a 0-d cotangent, in `dtype`; without a second array of its size if this is the gradient's last use.
 
     The cotangent is never rounded to 16 bits, where a loss scaler's factor of 65,536 is infinite. The result is the same,
-    bit for bit, whether or not the graph is kept.
+    bit for bit, whether or not the graph is kept. `unit` is what 1 in each row of a matrix stands for, in float32.
     """
-    if not _is_last_use() or not has_memory(gradient, cotangent):
-        return (gradient * cotangent).to(dtype)
+    in_place = _is_last_use() and has_memory(gradient, cotangent)
+    if unit is not None and has_memory(gradient, cotangent):
+        return _scaled_by_row(gradient, unit * cotangent, torch.empty_like(gradient) if not in_place else gradient).to(dtype)
+    if unit is not None:
+        return (gradient.to(unit.dtype) * unit[:, None] * cotangent).to(dtype)
+    # a CPU's 0-d tensor is not rounded to the dtype of what it is multiplied with; another device's would be
+    factor = cotangent if cotangent.device.type == "cpu" else cotangent.reshape((1,) * gradient.ndim)
+    if not in_place:
+        return (gradient * factor).to(dtype)
     # reading a number makes a device wait, but costs nothing on the CPU
     if cotangent.device.type == "cpu" and cotangent.item() == 1.0:
         return gradient.to(dtype)
-    return gradient.mul_(cotangent).to(dtype)
+    return gradient.mul_(factor).to(dtype)
 
 
 def refuse_second_derivative() -> None:
@@ -41,13 +52,26 @@ def refuse_second_derivative() -> None:
         raise RuntimeError(_SECOND_DERIVATIVE)
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func, or torch.autograd.grad(is_grads_batched=True), looks through the tensor."""
+    # there is no public test for either
+    functorch = torch._C._functorch  # noqa: SLF001
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def has_memory(*tensors: torch.Tensor | None) -> bool:
     """Whether these are plain tensors: those of torch.func, make_fx and fake tensors have no memory of their own."""
-    # there is no public test for the transforms of torch.func, nor for that of torch.autograd.grad(is_grads_batched=True)
-    functorch = torch._C._functorch  # noqa: SLF001
-    wrapped, batched = functorch.is_functorch_wrapped_tensor, functorch.is_legacy_batchedtensor
     plain = (torch.Tensor, torch.nn.Parameter)
-    return all(t is None or (type(t) in plain and not wrapped(t) and not batched(t)) for t in tensors)
+    return all(t is None or (type(t) in plain and not is_transformed(t)) for t in tensors)
+
+
+def _scaled_by_row(gradient: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    # to multiply a 16-bit tensor with a wider one, a CPU first converts all that it is given
+    rows = max(1, _ELEMENTS_AT_ONCE // max(1, gradient.shape[-1])) if gradient.device.type == "cpu" else max(1, len(gradient))
+    for start in range(0, len(gradient), rows):
+        part = slice(start, start + rows)
+        torch.mul(gradient[part], factors[part, None], out=out[part])
+    return out
 
 
 _SECOND_DERIVATIVE = "drpo_torch: the second derivative of a policy loss is not implemented (create_graph, hessian)"

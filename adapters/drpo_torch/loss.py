@@ -11,8 +11,8 @@ from drpo_core.loss import check_engine
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
-from drpo_torch._checks import check_float, check_tensors
-from drpo_torch.autograd import with_gradient
+from drpo_torch._checks import check_shape, check_tensor, check_tensors
+from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines.namespace import namespace
 
@@ -190,7 +190,7 @@ def policy_loss(
         coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
         # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
         kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
-        batch = Batch(*tensors.values(), mask, coefficients, divergence)
+        batch = Batch(log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
         result = run_pass(objective, batch, engine, dtype=dtype, gradient_dtype=kept, diagnostics=diagnostics)
     return with_gradient(log_prob, result.loss, result.gradient), result.diagnostics
 
@@ -215,7 +215,7 @@ def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tens
     Raises
     ------
     TypeError
-        If the function is not callable; when used, if it does not return a 0-d tensor that depends on the values.
+        When used, if the function does not return a 0-d tensor that depends on the values, or is seen not to be linear.
     ValueError
         When used, if its value at 0 is not 0 (known on a CPU only), or `normalizer` or `segment_ids` are given.
 
@@ -237,16 +237,13 @@ def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tens
     >>> log_prob.grad
     tensor([-0.2500,  0.2500])
     """
-    if not callable(function):
-        msg = f"function: expected a function of values and mask, got {type(function).__name__}"
-        raise TypeError(msg)
     return _Linear(function)
 
 
 class _Linear:
     """A linear function of values and mask, as `drpo_core.reduction.LinearReduction`."""
 
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
         self._function = function
 
     def coefficients(
@@ -254,9 +251,9 @@ class _Linear:
         mask: torch.Tensor,
         *,
         dtype: torch.dtype,
-        normalizer: object = None,
-        token_weights: torch.Tensor | None = None,
-        segment_ids: object = None,
+        normalizer: Any = None,  # noqa: ANN401
+        token_weights: Any = None,  # noqa: ANN401
+        segment_ids: Any = None,  # noqa: ANN401
         xp: Any = None,  # noqa: ANN401, ARG002
     ) -> torch.Tensor:
         """∂function/∂values at 0, times `token_weights`."""
@@ -264,21 +261,32 @@ class _Linear:
             if value is not None:
                 msg = f"{name}: expected None, because a linear_reduction does its own normalising, got {type(value).__name__}"
                 raise ValueError(msg)
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            values = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=True)
-            total = self._function(values, mask)
-            if not isinstance(total, torch.Tensor) or total.ndim:
-                got = f"shape {tuple(total.shape)}" if isinstance(total, torch.Tensor) else type(total).__name__
+
+        def total(values: torch.Tensor) -> torch.Tensor:
+            result = self._function(values, mask)
+            if not isinstance(result, torch.Tensor) or result.ndim:
+                got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
                 msg = f"reduction: expected a function to a 0-d tensor, got {got}"
                 raise TypeError(msg)
-            if not total.requires_grad:
-                msg = "reduction: expected a differentiable function of its first argument, got one that does not depend on it"
+            if not result.requires_grad:
+                msg = "reduction: expected a differentiable function of the values, got one that does not depend on them"
                 raise TypeError(msg)
-            (coefficients,) = torch.autograd.grad(total, values)
-        if total.device.type == "cpu" and type(total) is torch.Tensor and total.item() != 0.0:
-            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {total.item():g}"
+            return result
+
+        compiling = torch.compiler.is_compiling()
+        # a graph through the derivative shows whether it depends on the values; it can't hold tensors of inference mode
+        graph = not compiling and not mask.is_inference()
+        with torch.enable_grad():
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=graph)
+            coefficients, at_zero = torch.func.grad_and_value(total)(zeros)
+        if coefficients.requires_grad:
+            msg = "reduction: expected a linear function of the values, got one whose derivative depends on them"
+            raise TypeError(msg)
+        # NaN is 0/0, of a batch without a valid token, where no coefficient is used
+        if not compiling and has_memory(at_zero) and at_zero.device.type == "cpu" and abs(at_zero.item()) > 0.0:
+            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
             raise ValueError(msg)
         if token_weights is None:
             return coefficients
-        check_float(token_weights=token_weights)
+        check_shape("token_weights", check_tensor("token_weights", token_weights), mask.shape, "mask")
         return coefficients * torch.where(mask, token_weights.detach().to(dtype), 0.0)

@@ -6,7 +6,6 @@ compiles. So a formula stays where it is written, and any objective can be compi
 
 from __future__ import annotations
 
-import builtins
 import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -174,11 +173,12 @@ class TracedNamespace:
     inf, nan = float("inf"), float("nan")
     pi, e = math.pi, math.e
     float32 = float64 = int32 = int64 = FLOAT
-    bool = BOOL
 
     def __init__(self, trace: Trace, epsilon: float) -> None:
         """A namespace that records into a trace."""
         self._trace, self._epsilon = trace, epsilon
+        # not in the class, where it would hide the built-in type
+        self.bool = BOOL
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         """An elementwise function."""
@@ -196,7 +196,7 @@ class TracedNamespace:
         """Of the floats that the recording will be run with."""
         return FloatInfo(self._epsilon)
 
-    def isdtype(self, dtype: str, kind: str) -> builtins.bool:  # `bool` is a dtype here
+    def isdtype(self, dtype: str, kind: str) -> bool:
         """Whether a dtype is of the kind ``"bool"`` or ``"real floating"``."""
         return kind == {FLOAT: "real floating", BOOL: "bool"}[dtype]
 
@@ -308,6 +308,10 @@ class Trace:
     def reductions(self, operation: str) -> list[Symbol]:
         """All symbols that are a ``"sum"`` or ``"max"`` over tokens."""
         return [symbol for symbol in self._symbols.values() if symbol.operation == operation]
+
+    def signature(self) -> tuple[Any, ...]:
+        """All that was recorded, to be compared with another recording."""
+        return tuple(self._symbols), tuple(self.constants.items())
 
     def uniforms(self) -> list[Symbol]:
         """Symbols other than constants that are known before the tokens and used for each of them."""

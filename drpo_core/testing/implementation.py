@@ -19,7 +19,7 @@ import numpy as np
 from drpo_core import divergence as divergences
 from drpo_core import reduction as reductions
 from drpo_core.loss import token_loss_and_gradient
-from drpo_core.objectives import CISPO
+from drpo_core.objectives import CISPO, parameters_of
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing.frameworks import Framework, Outputs, framework_named
 from drpo_core.testing.oracle import SATURATION
@@ -509,8 +509,10 @@ def form_of(objective: Objective) -> str:
 
 
 def describe(objective: object) -> str:
-    """The repr of an objective without the hyper-parameters that are not set."""
+    """The objective as one would write it in Python, without hyper-parameters that are not set."""
     fields = getattr(type(objective), "__dataclass_fields__", None)
+    if fields is None and type(objective).__repr__ is object.__repr__:
+        return f"{type(objective).__name__}({', '.join(f'{k}={v!r}' for k, v in parameters_of(objective).items())})"
     if fields is None:
         return repr(objective)
     default = {name: f.default for name, f in fields.items()}

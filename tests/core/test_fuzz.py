@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as hnp
 from pyarrow import parquet
 from safetensors.numpy import save
 
-from drpo_core import DPPO, DRPO, audit, diagnostics, summarize, token_loss_and_gradient, validate
-from drpo_core.rollouts import RolloutError, open_rollouts
+from drpo_core import DPPO, DRPO, diagnostics, summarize, token_loss_and_gradient, validate
+from drpo_core.audit import RolloutError, audit, open_rollouts, rows
 
 FUZZ = settings(
     max_examples=150,
@@ -86,7 +86,7 @@ def damaged(draw, whole):
 def answers(path):
     """Whether the file could be audited; anything but an answer or a `RolloutError` escapes."""
     try:
-        report = audit.audit(open_rollouts(path), audit.rows(delta=[0.15], delta_kl=[0.05], eps=[(0.2, 0.2)]))
+        report = audit(open_rollouts(path), rows(delta=[0.15], delta_kl=[0.05], eps=[(0.2, 0.2)]))
     except RolloutError as error:
         refusal = str(error)
     else:

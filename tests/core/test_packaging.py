@@ -61,7 +61,7 @@ def test_the_wheel_has_every_module_and_data_file_of_the_checkout(source, distri
     roots = [source / "drpo_core", source / "adapters" / "drpo_torch", source / "adapters" / "drpo_jax"]
     expected = {f.relative_to(root.parent).as_posix() for root in roots for f in root.rglob("*") if f.is_file()}
     assert expected <= names
-    assert {f"drpo_core/data/gemma3_270m_{n}.npz" for n in ("arithmetic", "teacher_forced_topk")} <= names
+    assert {f"drpo_core/audit/data/gemma3_270m_{n}.npz" for n in ("arithmetic", "teacher_forced_topk")} <= names
 
 
 def test_the_metadata_needs_numpy_and_the_compat_layer_only(distributions):

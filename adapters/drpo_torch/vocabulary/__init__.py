@@ -1,0 +1,22 @@
+"""Losses, log-probs and divergences from logits (…, V) or from the LM head, which never form a log-softmax of all tokens."""
+
+from drpo_torch.vocabulary.batch import VocabularyLoss
+from drpo_torch.vocabulary.divergences import Divergences, full_divergences, top_k_divergences
+from drpo_torch.vocabulary.linear import linear_policy_loss
+from drpo_torch.vocabulary.log_prob import TokenLogProb, token_log_prob
+from drpo_torch.vocabulary.logits import logits_policy_loss
+from drpo_torch.vocabulary.recorded import FullDivergence, LinearHead, TopKDivergence
+
+__all__ = [
+    "Divergences",
+    "FullDivergence",
+    "LinearHead",
+    "TokenLogProb",
+    "TopKDivergence",
+    "VocabularyLoss",
+    "full_divergences",
+    "linear_policy_loss",
+    "logits_policy_loss",
+    "token_log_prob",
+    "top_k_divergences",
+]

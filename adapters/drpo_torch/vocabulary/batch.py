@@ -1,0 +1,267 @@
+"""The tokens of a vocabulary-scale policy loss: checked, flat, and what is learnt of them chunk by chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from drpo_core import UntraceableError, merge_diagnostics
+from drpo_core.engines.trace import Trace
+from drpo_core.loss import policy_pass
+from drpo_core.objectives import is_known
+from drpo_core.objectives.protocol import check_objective
+from drpo_core.reduction import reduction_coefficients
+from drpo_torch._checks import check_ids, check_shape, check_tensor, check_untransformed
+from drpo_torch.engines import Batch, run_pass
+from drpo_torch.engines.namespace import namespace
+from drpo_torch.vocabulary.divergences import full_divergence_rows, top_k_rows
+from drpo_torch.vocabulary.recorded import (
+    FullDivergence,
+    LinearHead,
+    TopKDivergence,
+    head_logits,
+    product_dtype,
+    products_like,
+)
+from drpo_torch.vocabulary.softmax import Places, working_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+
+    from drpo_core import Objective
+    from drpo_core.diagnostics import Diagnostics
+    from drpo_core.loss import Engine, PolicyLoss
+    from drpo_core.reduction import Reduction
+    from drpo_torch.vocabulary.recorded import Divergence
+    from drpo_torch.vocabulary.softmax import Tempering
+
+__all__ = ["CHUNK_BYTES", "Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
+
+# rows whose softmaxes are kept between two passes: few enough for the last-level cache, many for one objective call
+CHUNK_BYTES = 16 << 20
+
+
+class VocabularyLoss(NamedTuple):
+    """A scalar `loss` to call `backward` on; detached: `diagnostics`, and per token `log_prob` and `entropy` (nats).
+
+    The per-token figures are 0 at masked tokens. `diagnostics` and `entropy` are None where they were not asked for.
+    """
+
+    loss: torch.Tensor
+    diagnostics: Diagnostics | None
+    log_prob: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arguments:
+    """What the losses at vocabulary scale are told of the tokens, and what they are asked for."""
+
+    objective: Objective
+    tokens: torch.Tensor
+    behavior_log_prob: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    reduction: Reduction
+    normalizer: float | torch.Tensor | None
+    token_weights: torch.Tensor | None
+    segment_ids: torch.Tensor | None
+    divergence: Divergence | None
+    diagnostics: bool
+    entropy: bool
+    engine: Engine
+
+    def check(self, leading: Sequence[int], vocabulary: int, beside: torch.Tensor) -> None:
+        """Raise unless everything fits tokens of this shape, over this vocabulary, on the device of `beside`."""
+        check_objective(self.objective)
+        kinds = {"tokens": "integral", "mask": "bool", "segment_ids": "integral"}
+        for name in ("tokens", "behavior_log_prob", "advantages", "mask", "token_weights", "segment_ids"):
+            tensor = getattr(self, name)
+            if tensor is None and name in ("token_weights", "segment_ids"):
+                continue
+            check_untransformed(name, check_tensor(name, tensor, kinds.get(name, "real floating"), beside=beside))
+            check_shape(name, tensor, leading, "the tokens")
+        check_ids("tokens", self.tokens, vocabulary, valid=self.mask)
+        divergence: object = self.divergence
+        if isinstance(divergence, torch.Tensor):
+            check_shape("divergence", check_tensor("divergence", divergence, beside=beside), leading, "the tokens")
+        elif isinstance(divergence, TopKDivergence):
+            ids = check_tensor("divergence.ids", divergence.ids, "integral", beside=beside)
+            check_shape("divergence.ids", ids, (*leading, *ids.shape[-1:]), "the tokens and K")
+            check_ids("divergence.ids", ids, vocabulary, valid=self.mask)
+        elif isinstance(divergence, FullDivergence):
+            self._check_full(divergence.behavior, leading, vocabulary, beside)
+        elif divergence is not None:
+            kind = type(divergence).__name__
+            msg = f"divergence: expected a torch.Tensor, a TopKDivergence or a FullDivergence, got {kind}"
+            raise TypeError(msg)
+
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """Recorded logits that row kernels are to read, by the name of their argument; of products, an empty stand-in."""
+        if not isinstance(self.divergence, FullDivergence):
+            return {}
+        behavior = self.divergence.behavior
+        if isinstance(behavior, LinearHead):
+            return {"divergence.behavior": products_like(behavior.hidden, product_dtype(behavior.hidden, behavior.weight))}
+        return {"divergence.behavior": behavior}
+
+    @staticmethod
+    def _check_full(
+        behavior: torch.Tensor | LinearHead, leading: Sequence[int], vocabulary: int, beside: torch.Tensor
+    ) -> None:
+        name = "divergence.behavior"
+        if isinstance(behavior, LinearHead):
+            check_tensor(f"{name}.hidden", behavior.hidden, beside=beside)
+            size = behavior.hidden.shape[-1]
+            check_shape(f"{name}.hidden", behavior.hidden, (*leading, size), "the tokens and H")
+            check_shape(f"{name}.weight", behavior.weight, (vocabulary, size), "the vocabulary and H")
+            product_dtype(behavior.hidden, behavior.weight, f"{name}.")
+        else:
+            check_shape(name, check_tensor(name, behavior, beside=beside), (*leading, vocabulary), "the tokens and V")
+
+
+class Found(NamedTuple):
+    """What is known of a chunk of tokens from their logits: log-probs of `TokenBatch.columns`, and what was measured."""
+
+    rows: Places
+    columns: torch.Tensor
+    log_prob: torch.Tensor
+    entropy: torch.Tensor | None
+    divergence: torch.Tensor | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Found]) -> Found:
+        """Several chunks, in their order, as one."""
+        rows = Places(torch.cat([part.rows.index for part in parts]))
+        columns, log_prob, *optional = zip(*(part[1:] for part in parts), strict=True)
+        entropy, divergence = (None if field[0] is None else torch.cat(field) for field in optional)
+        return cls(rows, torch.cat(columns), torch.cat(log_prob), entropy, divergence)
+
+
+class TokenBatch:
+    """Flat tokens of one call. `step` takes what is known of a chunk and gives the final gradient in its log-probs."""
+
+    def __init__(self, arguments: Arguments, dtype: torch.dtype) -> None:
+        given, mask = arguments, arguments.mask
+        measured = given.divergence if isinstance(given.divergence, torch.Tensor) else None
+        others = (given.behavior_log_prob, given.advantages, *(() if measured is None else (measured,)))
+        self.given, self.row_dtype = given, working_dtype(dtype)
+        self.dtype = working_dtype(dtype, *(tensor.dtype for tensor in others))
+        self.tokens = given.tokens.reshape(-1).to(torch.int64)
+        self.behavior_log_prob, self.advantages, *rest = (tensor.detach().reshape(-1) for tensor in others)
+        self.measured = rest[0] if rest else None
+        options: dict[str, Any] = {
+            "normalizer": given.normalizer,
+            "token_weights": None if given.token_weights is None else given.token_weights.detach(),
+            "segment_ids": given.segment_ids,
+        }
+        coefficients = reduction_coefficients(given.reduction, mask, dtype=self.dtype, **options, xp=namespace())
+        self.coefficients = torch.broadcast_to(coefficients.detach(), mask.shape).reshape(-1)
+        # here, where autocast is still as the caller has it
+        self.recorded_head = self._recorded_head()
+        self.valid = Places.where(mask.reshape(-1))
+        self.log_prob = self._zeros()
+        self.entropy = self._zeros() if given.entropy else None
+        self.passes: list[PolicyLoss] = []
+
+    def columns(self, rows: Places) -> torch.Tensor:
+        """Ids whose log-prob `step` needs: the sampled token, then the recorded top K; (rows, 1 or 1 + K)."""
+        key, divergence = rows.key, self.given.divergence
+        sampled = self.tokens[key, None]
+        if not isinstance(divergence, TopKDivergence):
+            return sampled
+        ids = divergence.ids.reshape(-1, divergence.ids.shape[-1])[key]
+        return torch.cat((sampled, ids.to(torch.int64)), dim=-1)
+
+    def full_divergence(
+        self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering
+    ) -> torch.Tensor | None:
+        """The full-vocabulary divergence of rows whose logits are at these places; None if none is to be measured."""
+        divergence, head = self.given.divergence, self.recorded_head
+        if not isinstance(divergence, FullDivergence):
+            return None
+        parts, chunk = [], max(1, len(rows))
+        if head is not None:
+            chunk = max(1, CHUNK_BYTES // (logits.shape[-1] * self.row_dtype.itemsize))
+        for start in range(0, max(1, len(rows)), chunk):
+            some = rows[start : start + chunk]
+            if head is None:
+                recorded: torch.Tensor = divergence.behavior.detach().reshape(-1, logits.shape[-1])  # type: ignore[union-attr]
+                at = some
+            else:
+                recorded = head_logits(head.hidden[some.key].to(head.weight.dtype), head.weight, head.bias)
+                at = Places.first(len(some), recorded.device)
+            of_logits = places[start : start + chunk]
+            found = full_divergence_rows(module, logits, of_logits, tempering, recorded, at, divergence.tempering)
+            parts.append(getattr(found, divergence.kind))
+        return torch.cat(parts)
+
+    def step(self, found: Found) -> torch.Tensor:
+        """∂(reduced loss)/∂log π of these tokens; keeps what `result` needs."""
+        key, sampled = found.rows.key, found.log_prob[:, 0]
+        self.log_prob[key] = sampled
+        if self.entropy is not None and found.entropy is not None:
+            self.entropy[key] = found.entropy
+        measured = found.divergence if self.measured is None else self.measured[key]
+        if isinstance(self.given.divergence, TopKDivergence):
+            top_k = self.given.divergence.behavior_log_prob.detach()
+            top_k = top_k.reshape(-1, top_k.shape[-1])[key]
+            both = top_k_rows(found.columns, found.log_prob, self.behavior_log_prob[key], top_k)
+            measured = getattr(both, self.given.divergence.kind)
+        valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
+        batch = Batch(sampled, self.behavior_log_prob[key], self.advantages[key], valid, self.coefficients[key], measured)
+        result = run_pass(
+            self.given.objective,
+            batch,
+            self.given.engine,
+            dtype=self.dtype,
+            gradient_dtype=self.row_dtype,
+            diagnostics=self.given.diagnostics,
+        )
+        # the gradient is as large as a chunk: not for longer than it takes
+        self.passes.append(result._replace(gradient=None))
+        gradient: torch.Tensor = result.gradient
+        return gradient
+
+    def result(self) -> VocabularyLoss:
+        """All that has been learnt, without a backward pass."""
+        if not self.passes:
+            none = self.valid[:0]
+            columns = self.columns(none)
+            empty = torch.empty(columns.shape, dtype=self.row_dtype, device=columns.device)
+            self.step(Found(none, columns, empty, empty[:, 0], empty[:, 0]))
+        losses, _, diagnostics = zip(*self.passes, strict=True)
+        statistics = merge_diagnostics(*diagnostics) if self.given.diagnostics else None
+        shape = self.given.mask.shape
+        entropy = None if self.entropy is None else self.entropy.reshape(shape)
+        return VocabularyLoss(torch.stack(losses).sum(), statistics, self.log_prob.reshape(shape), entropy)
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(self.given.mask.numel(), dtype=self.row_dtype, device=self.given.mask.device)
+
+    def _recorded_head(self) -> LinearHead | None:
+        """The behaviour policy's head in the dtype of its products, if logits are to be taken from one."""
+        divergence = self.given.divergence
+        if not isinstance(divergence, FullDivergence) or not isinstance(divergence.behavior, LinearHead):
+            return None
+        head = divergence.behavior
+        dtype = product_dtype(head.hidden, head.weight)
+        hidden = head.hidden.detach().reshape(-1, head.hidden.shape[-1])
+        return LinearHead(hidden, head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach())
+
+
+def looks_at_one_token(objective: Objective) -> bool:
+    """Whether tokens may come to the objective in chunks: its methods have been seen to do nothing across tokens."""
+    if is_known(objective):
+        return True
+    trace = Trace()
+    kinds = {"mask": "bool"}
+    tokens = [trace.input(name, kinds.get(name, "float")) for name in Batch._fields]
+    try:
+        traced = policy_pass(objective, *tokens, dtype="float", diagnostics=False, select=False, xp=trace.namespace)
+    except (UntraceableError, AttributeError, TypeError, ValueError):
+        return False
+    return not traced.gradient.reduced

@@ -1,0 +1,307 @@
+"""Divergences between two policies from logits: of the whole vocabulary in one pass, or of the recorded top-K tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import array_api_compat.torch as xp
+import torch
+
+from drpo_core import sampled_in_top_k
+from drpo_core._checks import check_number
+from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
+from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_untransformed
+from drpo_torch.autograd import refuse_second_derivative
+from drpo_torch.vocabulary.engines import loops
+from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents
+from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Tempering, Workspace, working_dtype
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from drpo_core.loss import Engine
+
+__all__ = ["Divergences", "full_divergence_rows", "full_divergences", "top_k_divergences", "top_k_rows"]
+
+
+class Divergences(NamedTuple):
+    """`tv`, a difference of probabilities in [0, 1], and `kl` = KL(μ‖π) in nats; per token."""
+
+    tv: torch.Tensor
+    kl: torch.Tensor
+
+
+@depends_on_values
+def full_divergences(
+    *,
+    logits: torch.Tensor,
+    behavior_logits: torch.Tensor,
+    temperature: float = 1.0,
+    behavior_temperature: float | None = None,
+    engine: Engine = "auto",
+) -> Divergences:
+    """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ φ(ℓ) of two policies, φ(t) = e^t − 1 − t, without a log-softmax.
+
+    Softmaxes exist for a few rows at a time only. The backward pass computes them again, and skips rows that no cotangent
+    reaches. μ is constant.
+
+    Parameters
+    ----------
+    logits, behavior_logits
+        Logits of π and μ, (…, V); −inf is a probability of 0. The arithmetic is in float64 if one of them is, in float32
+        otherwise.
+    temperature
+        T > 0: π = softmax(logits / T).
+    behavior_temperature
+        The same for μ. None: the temperature of π. Give 1 for recorded log-probs.
+    engine
+        Of the forward pass. ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds,
+        once a process; on the CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they
+        exist, otherwise torch's operations.
+
+    Returns
+    -------
+    Divergences
+        `tv` and `kl`, (…), in the dtype of the arithmetic. In float32 a KL of 1e-7 nats still has four digits.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a floating-point tensor, or a temperature is not a number.
+    ValueError
+        If the shapes differ, a temperature is not finite and positive, the engine is unknown, or ``engine="compiled"`` can't
+        take these tensors.
+    ImportError
+        If ``engine="compiled"`` finds no numba.
+    RuntimeError
+        On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO); `drpo_core.full_tv` and `drpo_core.full_kl` for log-probs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_torch import full_divergences
+    >>> tv, kl = full_divergences(
+    ...     logits=torch.tensor([[0.5, 0.3, 0.2]]).log(), behavior_logits=torch.tensor([[0.4, 0.3, 0.3]]).log()
+    ... )
+    >>> round(tv.item(), 5), round(kl.item(), 5)
+    (0.1, 0.03238)
+    """
+    check_untransformed("logits", check_logits(logits))
+    check_untransformed("behavior_logits", check_tensor("behavior_logits", behavior_logits, beside=logits))
+    check_shape("behavior_logits", behavior_logits, logits.shape, "logits")
+    temperature = check_number("temperature", temperature, above=0.0)
+    if behavior_temperature is None:
+        behavior_temperature = temperature
+    temperings = Tempering(temperature), Tempering(check_number("behavior_temperature", behavior_temperature, above=0.0))
+    shape = logits.shape
+    flat, behavior_flat = logits.reshape(-1, shape[-1]), behavior_logits.detach().reshape(-1, shape[-1])
+    module = loops(engine, logits=flat, behavior_logits=behavior_flat)
+    tv, kl = _FullDivergences.apply(flat, behavior_flat, temperings, module, shape[:-1])  # type: ignore[no-untyped-call]
+    return Divergences(tv, kl)
+
+
+def top_k_divergences(
+    *,
+    logits: torch.Tensor,
+    log_normalizer: torch.Tensor,
+    tokens: torch.Tensor,
+    behavior_log_prob: torch.Tensor,
+    top_k_ids: torch.Tensor,
+    top_k_behavior_log_prob: torch.Tensor,
+    temperature: float = 1.0,
+) -> Divergences:
+    """Top-K TV and KL(μ‖π) against recorded log μ of K tokens: reads K + 1 logits a token, once the normaliser is known.
+
+    Parameters
+    ----------
+    logits
+        Logits of π, (…, V).
+    log_normalizer
+        log Σ e^(logits / temperature), (…): see `drpo_torch.token_log_prob`.
+    tokens, behavior_log_prob
+        Ids of the sampled tokens and their log μ, nats; (…).
+    top_k_ids, top_k_behavior_log_prob
+        Ids of K tokens and their log μ, nats; (…, K). An id that comes twice counts once.
+    temperature
+        T > 0: π = softmax(logits / T).
+
+    Returns
+    -------
+    Divergences
+        `tv` and `kl`, (…), in float64 if an array is, otherwise in float32.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong, or the temperature is not a number.
+    ValueError
+        If the shapes disagree, an id is outside the vocabulary (on the CPU), or the temperature is not finite and positive.
+
+    See Also
+    --------
+    drpo_core.top_k_tv, drpo_core.top_k_kl : the formulas and their source.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_torch import top_k_divergences
+    >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    >>> tv, kl = top_k_divergences(
+    ...     logits=logits,
+    ...     log_normalizer=logits.logsumexp(-1),
+    ...     tokens=torch.tensor([0]),
+    ...     behavior_log_prob=torch.tensor([0.4]).log(),
+    ...     top_k_ids=torch.tensor([[0, 1]]),
+    ...     top_k_behavior_log_prob=torch.tensor([[0.4, 0.3]]).log(),
+    ... )
+    >>> round(tv.item(), 5), round(kl.item(), 5)
+    (0.1, 0.03238)
+    """
+    check_logits(logits)
+    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    per_token = {"log_normalizer": log_normalizer, "behavior_log_prob": behavior_log_prob}
+    for name, tensor in per_token.items():
+        check_shape(name, check_tensor(name, tensor, beside=logits), leading, "logits without V")
+    check_shape("tokens", check_tensor("tokens", tokens, "integral", beside=logits), leading, "logits without V")
+    check_tensor("top_k_ids", top_k_ids, "integral", beside=logits)
+    top_k = check_tensor("top_k_behavior_log_prob", top_k_behavior_log_prob, beside=logits)
+    check_shape("top_k_ids", top_k_ids, (*leading, *top_k_ids.shape[-1:]), "logits with K for V")
+    check_shape("top_k_behavior_log_prob", top_k, top_k_ids.shape, "top_k_ids")
+    check_ids("tokens", tokens, vocabulary)
+    check_ids("top_k_ids", top_k_ids, vocabulary)
+    temperature = check_number("temperature", temperature, above=0.0)
+    columns = torch.cat((tokens[..., None].to(torch.int64), top_k_ids.to(torch.int64)), dim=-1)
+    dtype = working_dtype(logits.dtype, log_normalizer.dtype)
+    log_prob = logits.gather(-1, columns).to(dtype) / temperature - log_normalizer[..., None]
+    return top_k_rows(columns, log_prob, behavior_log_prob, top_k)
+
+
+def top_k_rows(
+    columns: torch.Tensor, log_prob: torch.Tensor, behavior_log_prob: torch.Tensor, top_k_behavior_log_prob: torch.Tensor
+) -> Divergences:
+    """Top-K TV and KL from ids (…, 1 + K) and log π of the sampled token and the K recorded ones, and log μ of both."""
+    tokens, ids = columns[..., 0], columns[..., 1:]
+    # of an id that comes twice, all but one are as if both policies gave it no probability
+    again = _repeated(ids)
+    top_k = log_prob[..., 1:].masked_fill(again, -torch.inf)
+    behavior = top_k_behavior_log_prob.masked_fill(again, -torch.inf)
+    among = sampled_in_top_k(tokens, ids, xp=xp)
+    outcomes = top_k_outcomes(log_prob[..., 0], behavior_log_prob, top_k, behavior, among, xp=xp)
+    return Divergences(top_k_tv_of(outcomes), top_k_kl_of(outcomes))
+
+
+def full_divergence_rows(
+    module: ModuleType | None,
+    logits: torch.Tensor,
+    places: Places,
+    tempering: Tempering,
+    behavior_logits: torch.Tensor,
+    behavior_places: Places,
+    behavior: Tempering,
+) -> Divergences:
+    """Full TV and KL of rows of logits (…, V), without a backward pass.
+
+    With d = x − y − Σ μ (x − y), Σ μ e^d is 1 + K, K = Σ μ φ(d), so that ℓ = d − log1p(K) and KL = −Σ μ ℓ = log1p(K):
+    π's own softmax is not needed.
+    """
+    dtype = working_dtype(logits.dtype, behavior_logits.dtype)
+    if module is not None:
+        tv, kl, near = module.row_divergences(logits, places, tempering, behavior_logits, behavior_places, behavior)
+        for row in (~near).nonzero()[:, 0].tolist():
+            x = tempering(logits[places.index[row]].to(dtype))
+            y = behavior(behavior_logits[behavior_places.index[row]].to(dtype))
+            tv[row], kl[row] = _distant(x, y, y.softmax(-1))
+        return Divergences(tv, kl)
+    count, vocabulary = len(places), logits.shape[-1]
+    work, behavior_work = (Workspace(vocabulary, dtype, logits.device) for _ in range(2))
+    tv, kl = (torch.empty(count, dtype=dtype, device=logits.device) for _ in range(2))
+    for (step, x_buffer, p), (_, y_buffer, q) in zip(work.steps(count), behavior_work.steps(count), strict=True):
+        z, behavior_z = logits[places[step].key], behavior_logits[behavior_places[step].key]
+        x, y = tempering(z, x_buffer), behavior(behavior_z, y_buffer)
+        torch.softmax(y, -1, out=q)
+        # exact near on-policy, where subtracting either normaliser first would cost the digits that matter
+        d = torch.sub(x, y, out=x_buffer)
+        # (the softmax's sum is 1 to rounding only)
+        total = q.sum(-1)
+        d.sub_((torch.mul(q, d, out=p).sum(-1) / total)[:, None])
+        # a NaN fails this too: of a row that holds one, or of a token that neither policy can take (−inf + inf)
+        near = (d.amax(-1) <= LARGEST_LOG_RATIO).all()
+        if not near:
+            tv[step], kl[step] = _distant(tempering(z.to(dtype)), y, q)
+            continue
+        excess = torch.expm1(d, out=p)
+        k = torch.sub(excess, d, out=d).mul_(q).sum(-1).div_(total)
+        tv[step] = excess.sub_(k[:, None]).abs_().mul_(q).sum(-1).div_(2.0 * total * (1.0 + k))
+        kl[step] = k.log1p_()
+    return Divergences(tv, kl)
+
+
+class _FullDivergences(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        logits: torch.Tensor,
+        behavior_logits: torch.Tensor,
+        temperings: tuple[Tempering, Tempering],
+        module: ModuleType | None,
+        shape: torch.Size,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(logits, behavior_logits)
+        ctx.temperings = temperings
+        every = Places.first(len(logits), logits.device)
+        tv, kl = full_divergence_rows(module, logits, every, temperings[0], behavior_logits, every, temperings[1])
+        # no views: they could not be changed in place
+        return tv.reshape(shape).clone(), kl.reshape(shape).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        """∂KL/∂x = π − μ and ∂TV/∂x = ½ π (s − Σ π s), s = sign(π − μ)."""
+        refuse_second_derivative()
+        refuse_transformed_cotangents(*cotangents)
+        logits, behavior_logits = ctx.saved_tensors
+        tempering, behavior = ctx.temperings
+        of_tv, of_kl = (c.reshape(-1) for c in cotangents)
+        gradient = torch.zeros_like(logits)
+        # rows of no influence, such as masked ones, may hold anything
+        rows = Places.where((of_tv != 0.0) | (of_kl != 0.0))
+        of_tv, of_kl = of_tv[rows.index], of_kl[rows.index]
+        dtype = of_kl.dtype
+        work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
+        for (step, x_buffer, p), (_, y_buffer, q) in zip(work.steps(len(rows)), behavior_work.steps(len(rows)), strict=True):
+            key = rows[step].key
+            torch.softmax(tempering(logits[key], x_buffer), -1, out=p)
+            torch.softmax(behavior(behavior_logits[key], y_buffer), -1, out=q)
+            shift = torch.sub(p, q, out=q)
+            sign = torch.sign(shift, out=x_buffer)
+            sign.sub_(torch.mul(p, sign, out=y_buffer).sum(-1, keepdim=True)).mul_(p).mul_(0.5 * of_tv[step, None])
+            sign.addcmul_(shift, of_kl[step, None])
+            gradient[key] = tempering.pull_back_(sign, logits[key]).to(gradient.dtype)
+        return gradient, None, None, None, None
+
+
+def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """TV and KL of rows that may hold −inf, NaN, or ratios too large for e^d."""
+    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
+    ell = (log_p - log_q).clamp_(max=LARGEST_LOG_RATIO)
+    # a token that neither policy can take has ell = −inf + inf; nan_to_num also hides the NaN of rows that hold one
+    invalid = torch.isnan(log_p.amax(-1) + log_q.amax(-1))
+    ell.nan_to_num_(nan=0.0, neginf=-torch.inf)
+    p = log_p.exp_()
+    # flooring μ at π e^−60 keeps every product finite
+    floored = torch.maximum(q, p * torch.e**-LARGEST_LOG_RATIO)
+    kl = (torch.expm1(ell) - ell).mul_(floored).sum(-1)
+    tv = (p - q).abs_().sum(-1).mul_(0.5)
+    return tv.masked_fill_(invalid, torch.nan), kl.masked_fill_(invalid, torch.nan)
+
+
+def _repeated(ids: torch.Tensor) -> torch.Tensor:
+    """Whether each id is equal to another that comes before it on the last axis."""
+    none = torch.zeros_like(ids, dtype=torch.bool)
+    if ids.shape[-1] < 2:
+        return none
+    ordered, order = ids.sort(dim=-1, stable=True)
+    return none.scatter(-1, order, torch.cat((none[..., :1], ordered[..., 1:] == ordered[..., :-1]), dim=-1))

@@ -1,0 +1,52 @@
+"""What functions whose work depends on values, such as those of a mask, do around torch's graphs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from drpo_torch.autograd import is_transformed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import ParamSpec, TypeVar
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
+
+__all__ = ["depends_on_values", "gradient_like", "may_be_overwritten", "refuse_transformed_cotangents"]
+
+
+def depends_on_values(function: Callable[P, R]) -> Callable[P, R]:
+    """Break the graph of `torch.compile` around a function."""
+    disabled: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def refuse_transformed_cotangents(*cotangents: torch.Tensor | None) -> None:
+    """Raise in a backward pass over several cotangents at once: which rows are needed differs between them."""
+    if any(cotangent is not None and is_transformed(cotangent) for cotangent in cotangents):
+        msg = (
+            "drpo_torch: vectorised cotangents (is_grads_batched, jacobian(vectorize=True), vmap) are not implemented for "
+            "log-probs and divergences from logits; pass one cotangent at a time"
+        )
+        raise RuntimeError(msg)
+
+
+def gradient_like(matrix: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory for the gradient in a matrix, with contiguous rows if those of the matrix are."""
+    # empty_like has its own idea of what overlapping memory is like
+    return (
+        torch.empty_like(matrix) if matrix.stride(-1) != 1 else torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    )
+
+
+def may_be_overwritten(matrix: torch.Tensor) -> bool:
+    """Whether each element of a matrix (rows, columns) has memory of its own, unlike those of an expanded one."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    if rows == 1:
+        return columns == 1 or right > 0
+    if columns == 1:
+        return down > 0
+    return (right > 0 and down > (columns - 1) * right) or (down > 0 and right > (rows - 1) * down)

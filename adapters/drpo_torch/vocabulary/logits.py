@@ -1,0 +1,214 @@
+"""From logits to a policy loss and its gradient in them, without a log-softmax."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from drpo_core import token_mean
+from drpo_core._checks import check_number
+from drpo_torch._checks import check_logits, check_untransformed
+from drpo_torch.autograd import refuse_second_derivative, scaled
+from drpo_torch.vocabulary.batch import CHUNK_BYTES, Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
+from drpo_torch.vocabulary.engines import loops, row_kernels
+from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten
+from drpo_torch.vocabulary.softmax import Places, Pull, Tempering, power_of_two_below
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from drpo_core import Objective
+    from drpo_core.loss import Engine
+    from drpo_core.reduction import Reduction
+    from drpo_torch.vocabulary.recorded import Divergence
+
+__all__ = ["logits_policy_loss"]
+
+# the largest power of two below float16's largest number
+_FLOAT16_BITS = 15
+
+
+@depends_on_values
+def logits_policy_loss(
+    objective: Objective,
+    *,
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    behavior_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    reduction: Reduction = token_mean,
+    normalizer: float | torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    divergence: Divergence | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    overwrite_logits: bool = False,
+    diagnostics: bool = True,
+    engine: Engine = "auto",
+) -> VocabularyLoss:
+    """Policy loss of tokens from logits; ∂loss/∂logits is formed in the forward pass, in one sweep.
+
+    ∂L/∂logits(v) = c g (1[v = token] − π(v)) / T with g = ∂L/∂log π = −A r w, and c the token's share in the reduction.
+    Beside that gradient nothing of the size of the logits exists; with `overwrite_logits` not even the gradient.
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    logits
+        (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32. The gradient is in their dtype;
+        that of float16 waits for the cotangent (a loss scaler's factor, say) times a power of two a row, so that nothing
+        underflows.
+    tokens
+        Ids of the sampled tokens, (…), of any integral dtype; anything where the mask is False.
+    behavior_log_prob, advantages
+        log μ (nats, ≤ 0) and A of the sampled tokens; (…), each of any floating-point dtype.
+    mask
+        Boolean, (…), True at tokens that count. The others may hold anything, also in their logits.
+    reduction, normalizer, token_weights, segment_ids
+        See `drpo_torch.policy_loss`.
+    divergence
+        For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure.
+    temperature
+        T > 0: π = softmax(logits / T).
+    entropy
+        Whether to return the entropies too.
+    overwrite_logits
+        Put the gradient in the storage of the logits, at once. Nothing else may need the logits then: autograd raises if
+        something did. Logits that share memory with each other (expanded ones) are left as they are.
+    diagnostics
+        Whether to compute them, in the same pass over the tokens.
+    engine
+        ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds, once a process; on the
+        CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they exist, otherwise torch's
+        operations.
+
+    Returns
+    -------
+    VocabularyLoss
+        `loss` (0-d, float32 at least), `diagnostics`, `log_prob` and `entropy`.
+
+    Raises
+    ------
+    TypeError
+        If a type, a dtype or the reduction is wrong.
+    ValueError
+        If shapes disagree, the temperature is not finite and positive, a valid token's id is outside the vocabulary (on the
+        CPU), the engine is unknown, or ``engine="compiled"`` can't take these logits.
+    ImportError
+        If ``engine="compiled"`` finds no numba.
+    RuntimeError
+        On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
+
+    See Also
+    --------
+    drpo_torch.linear_policy_loss : the same from hidden states, where the logits never exist as a whole.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_core import DRPO
+    >>> from drpo_torch import logits_policy_loss
+    >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log().requires_grad_()
+    >>> result = logits_policy_loss(
+    ...     DRPO(delta=0.5),
+    ...     logits=logits,
+    ...     tokens=torch.tensor([0]),
+    ...     behavior_log_prob=torch.tensor([0.25]).log(),
+    ...     advantages=torch.tensor([1.0]),
+    ...     mask=torch.tensor([True]),
+    ... )
+    >>> result.loss.backward()
+    >>> logits.grad
+    tensor([[-0.5000,  0.3000,  0.2000]])
+    """
+    check_untransformed("logits", check_logits(logits))
+    arguments = Arguments(
+        objective=objective,
+        tokens=tokens,
+        behavior_log_prob=behavior_log_prob,
+        advantages=advantages,
+        mask=mask,
+        reduction=reduction,
+        normalizer=normalizer,
+        token_weights=token_weights,
+        segment_ids=segment_ids,
+        divergence=divergence,
+        diagnostics=diagnostics,
+        entropy=entropy,
+        engine=engine,
+    )
+    arguments.check(logits.shape[:-1], logits.shape[-1], logits)
+    tempering = Tempering(check_number("temperature", temperature, above=0.0))
+    flat = logits.reshape(-1, logits.shape[-1])
+    module = loops(engine, logits=flat, **arguments.matrices())
+    with torch.no_grad():
+        sweep = _Sweep(TokenBatch(arguments, logits.dtype), tempering, module)
+    if not (flat.requires_grad and torch.is_grad_enabled()):
+        with torch.no_grad():
+            sweep.run(flat.detach(), None)
+            return sweep.batch.result()
+    loss = _LogitsPolicyLoss.apply(flat, sweep, overwrite_logits and may_be_overwritten(flat))  # type: ignore[no-untyped-call]
+    return sweep.result._replace(loss=loss)
+
+
+class _Sweep:
+    """Takes every valid token through a `TokenBatch`, and forms the gradient on the way."""
+
+    def __init__(self, batch: TokenBatch, tempering: Tempering, module: ModuleType | None) -> None:
+        self.batch, self.tempering, self.module = batch, tempering, module
+        self.result: VocabularyLoss
+
+    def run(self, logits: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """∂loss/∂logits to `gradient`, which may be the logits; of float16, times powers of two whose inverses it returns."""
+        batch, vocabulary = self.batch, logits.shape[-1]
+        kernels = row_kernels(self.module, self.tempering, vocabulary, logits.dtype, logits.device)
+        # a softmax that is in the working dtype already waits in the gradient's place for its coefficient
+        kept = gradient is not None and kernels.keeps and logits.dtype == batch.row_dtype
+        in_float16 = gradient is not None and logits.dtype == torch.float16
+        unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device) if in_float16 else None
+        chunk = CHUNK_BYTES // (vocabulary * batch.row_dtype.itemsize)
+        if not kernels.keeps or not looks_at_one_token(batch.given.objective):
+            # nothing waits in a cache, or all tokens have to be known before the first gradient
+            chunk = len(batch.valid)
+        for rows in batch.valid.chunks(max(1, chunk)):
+            columns = batch.columns(rows)
+            picked = self.tempering(logits[rows.index[:, None], columns])
+            full = batch.full_divergence(self.module, rows, logits, rows, self.tempering)
+            found = kernels.statistics(logits, rows, entropy=batch.given.entropy, keep=gradient if kept else None)
+            slope = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, full))
+            if gradient is None:
+                continue
+            # a dropped token's row may hold a NaN, which 0 does not silence
+            dropped = Places.where(slope == 0.0).index
+            if unit is not None:
+                shift = power_of_two_below(_FLOAT16_BITS, slope.abs() / self.tempering.temperature)
+                slope, unit[rows.key] = slope * shift, 1.0 / shift
+            kernels.gradients(logits, rows, Pull(columns[:, 0], slope, -slope), statistics=found, out=gradient, kept=kept)
+            gradient.index_fill_(0, rows.index[dropped], 0.0)
+        if gradient is not None:
+            gradient.index_fill_(0, Places.where(~batch.given.mask.reshape(-1)).index, 0.0)
+        return unit
+
+
+class _LogitsPolicyLoss(torch.autograd.Function):
+    """The loss with its gradient in the logits; backward multiplies that by the cotangent."""
+
+    # the sweep is in here because the graph must know the logits as they were: of a view that has been written to,
+    # autograd would take the derivative through its base, in an array of the size of the logits
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, sweep: _Sweep, overwrite: bool) -> torch.Tensor:  # noqa: ANN401, FBT001
+        logits = logits.detach()
+        gradient = logits if overwrite else gradient_like(logits)
+        ctx.save_for_backward(gradient, sweep.run(logits, gradient))
+        sweep.result = sweep.batch.result()
+        return sweep.result.loss
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        refuse_second_derivative()
+        gradient, unit = ctx.saved_tensors
+        return scaled(gradient, cotangents[0], gradient.dtype, unit=unit), None, None

@@ -1,0 +1,204 @@
+"""What a rollout has recorded of the behaviour policy μ: log-probs of K tokens, those of all, or its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from drpo_core._checks import check_number
+from drpo_torch._checks import check_shape, check_tensor
+from drpo_torch.vocabulary.softmax import Tempering
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+__all__ = [
+    "Divergence",
+    "FullDivergence",
+    "LinearHead",
+    "TopKDivergence",
+    "check_head",
+    "head_logits",
+    "product_dtype",
+    "products_like",
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearHead:
+    """An LM head and its input, from which logits can be recomputed: cap·tanh((h Wᵀ + b)/cap).
+
+    Parameters
+    ----------
+    hidden
+        Hidden states h, (…, H).
+    weight, bias
+        W, (V, H), in the dtype of `hidden` except under autocast; and b, (V,), or None.
+    logit_softcap
+        cap > 0, in units of a logit; None for none.
+
+    Raises
+    ------
+    TypeError
+        If an array is not a floating-point tensor, or the soft-cap is not a number.
+    ValueError
+        If the shapes disagree or the soft-cap is not finite and positive.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_torch import LinearHead
+    >>> head = LinearHead(torch.randn(4, 8), torch.randn(10, 8), logit_softcap=30.0)
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the tokens."""
+        check_head(self.hidden, self.weight, self.bias)
+        if self.logit_softcap is not None:
+            object.__setattr__(self, "logit_softcap", check_number("logit_softcap", self.logit_softcap, above=0.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopKDivergence:
+    """The divergence of ``DPPO(divergence="per_token")``, from recorded log μ of K tokens.
+
+    Parameters
+    ----------
+    kind
+        ``"tv"`` or ``"kl"``.
+    ids, behavior_log_prob
+        Ids of the K recorded tokens and their log μ, nats; (…, K). An id that comes twice counts once.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the kind is unknown or the shapes differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_torch import TopKDivergence
+    >>> recorded = TopKDivergence(
+    ...     kind="tv", ids=torch.tensor([[3, 5]]), behavior_log_prob=torch.tensor([[0.6, 0.3]]).log()
+    ... )
+    """
+
+    kind: str
+    ids: torch.Tensor
+    behavior_log_prob: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the tokens."""
+        _check_kind(self.kind)
+        check_tensor("ids", self.ids, "integral")
+        check_tensor("behavior_log_prob", self.behavior_log_prob, beside=self.ids)
+        if self.ids.ndim == 0:
+            msg = "ids: expected shape (…, K), got ()"
+            raise ValueError(msg)
+        check_shape("behavior_log_prob", self.behavior_log_prob, self.ids.shape, "ids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FullDivergence:
+    """The divergence of ``DPPO(divergence="per_token")``, over the whole vocabulary.
+
+    Parameters
+    ----------
+    kind
+        ``"tv"`` or ``"kl"``.
+    behavior
+        Logits or log-probs of μ, (…, V), or the `LinearHead` to recompute them from, chunk by chunk.
+    temperature
+        μ is softmax(behavior / temperature): 1 for recorded log-probs.
+
+    Raises
+    ------
+    TypeError
+        If a type or dtype is wrong.
+    ValueError
+        If the kind is unknown, or the temperature is not finite and positive.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_torch import FullDivergence
+    >>> recorded = FullDivergence(kind="kl", behavior=torch.randn(4, 10).log_softmax(-1))
+    """
+
+    kind: str
+    behavior: torch.Tensor | LinearHead
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the tokens."""
+        _check_kind(self.kind)
+        if not isinstance(self.behavior, LinearHead):
+            check_tensor("behavior", self.behavior)
+        object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
+
+    @property
+    def tempering(self) -> Tempering:
+        """From what is recorded to the logits of μ."""
+        cap = self.behavior.logit_softcap if isinstance(self.behavior, LinearHead) else None
+        return Tempering(self.temperature, cap)
+
+
+if TYPE_CHECKING:
+    Divergence: TypeAlias = torch.Tensor | TopKDivergence | FullDivergence
+
+
+def check_head(hidden: object, weight: object, bias: object | None) -> None:
+    """Raise unless these are hidden states (…, H), a weight (V, H) and a bias (V,), none of them of size 0 in H or V."""
+    hidden = check_tensor("hidden", hidden)
+    weight = check_tensor("weight", weight, beside=hidden)
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        msg = f"hidden: expected shape (…, H) with H of 1 or more, got {tuple(hidden.shape)}"
+        raise ValueError(msg)
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        msg = f"weight: expected shape (V, H) with V of 1 or more, got {tuple(weight.shape)}"
+        raise ValueError(msg)
+    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]), "the vocabulary and hidden, (V, H)")
+    if bias is not None:
+        check_shape("bias", check_tensor("bias", bias, beside=hidden), weight.shape[:1], "the vocabulary, (V,)")
+
+
+def _check_kind(kind: object) -> None:
+    if not isinstance(kind, str) or kind not in ("tv", "kl"):
+        msg = f"kind: expected 'tv' or 'kl', got {kind!r}"
+        raise ValueError(msg)
+
+
+def product_dtype(hidden: torch.Tensor, weight: torch.Tensor, name: str = "") -> torch.dtype:
+    """The dtype in which the head's products are taken: that of autocast, which leaves float64 alone, or of both inputs."""
+    device = hidden.device.type
+    if torch.float64 not in (hidden.dtype, weight.dtype) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        msg = (
+            f"{name}weight: expected the dtype of {name}hidden, {hidden.dtype}, except under autocast (which leaves float64 "
+            f"as it is), got {weight.dtype}"
+        )
+        raise TypeError(msg)
+    return hidden.dtype
+
+
+def products_like(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """No rows of logits, of the dtype and on the device that products with these hidden states will be."""
+    return torch.empty((0, 1), dtype=dtype, device=hidden.device)
+
+
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Hidden (rows, H) times weight (V, H) transposed, plus bias, in `out` (rows, V) if given."""
+    logits = torch.mm(hidden, weight.mT, out=out)
+    return logits if bias is None else logits.add_(bias)

@@ -1,0 +1,452 @@
+"""The compiled engine at vocabulary scale: softmax statistics, gradients and divergences of rows, as numba loops.
+
+A row is taken through a buffer of a few thousand numbers, in which the arithmetic is done: a vectorised loop reads and
+writes it without asking whether the gradient lies in the logits' place, and bfloat16 becomes float32 on the way. Sums
+over a buffer are in the dtype of the arithmetic, sums of these in float64.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch.autograd.graph import increment_version
+
+from drpo_core.engines.elementary import functions, wide_vectors
+from drpo_torch.engines.threads import in_threads
+from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Pull, Statistics, Tempering, working_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+__all__ = ["LoopRows", "row_divergences"]
+
+_BLOCK = 2048
+# fewer logits than this are done before another thread has started
+_LOGITS_PER_THREAD = 1 << 17
+
+
+class LoopRows:
+    """`drpo_torch.vocabulary.softmax.RowKernels` of CPU tensors whose rows lie in memory as they are read."""
+
+    keeps = False
+
+    def __init__(self, tempering: Tempering, dtype: torch.dtype) -> None:
+        self.numbers = _numbers(tempering)
+        self.dtype, self.kernels = working_dtype(dtype), _kernels(dtype)
+
+    def statistics(
+        self,
+        z: torch.Tensor,
+        places: Places,
+        *,
+        entropy: bool = False,
+        keep: torch.Tensor | None = None,  # noqa: ARG002 -- a softmax taken again costs no more than one that is read
+    ) -> Statistics:
+        """See `RowKernels`."""
+        rows, out = _Rows.of(z, places), np.empty((3, len(places)), self.kernels.dtype)
+        _in_threads(lambda first, last: self.kernels.statistics(*rows, self.numbers, first, last, out), places, z)
+        maximum, total, entropies = (torch.from_numpy(row.copy()) for row in out)
+        return Statistics(maximum, total.log(), entropies if entropy else None, total)
+
+    def gradients(
+        self,
+        z: torch.Tensor,
+        places: Places,
+        pull: Pull,
+        *,
+        statistics: Statistics,
+        out: torch.Tensor,
+        kept: bool = False,  # noqa: ARG002
+    ) -> None:
+        """See `RowKernels`; where `pull` is 0 so is the result, whatever the row holds."""
+        rows, into = _Rows.of(z, places), _Rows.of(out, places)
+        slope = torch.zeros_like(pull.scale) if pull.slope is None else pull.slope
+        every = (statistics.maximum, statistics.total, pull.scale, slope, pull.at_column)
+        coefficients = np.stack([field.detach().to(self.dtype).numpy() for field in every])
+        columns = pull.column.numpy()
+        _in_threads(
+            lambda first, last: self.kernels.gradients(
+                *rows, into.data, into.stride, self.numbers, first, last, coefficients, columns
+            ),
+            places,
+            z,
+        )
+        # autograd must learn of what no operation of torch's has written
+        if not out.is_inference():
+            increment_version(out)
+
+
+def row_divergences(
+    logits: torch.Tensor,
+    places: Places,
+    tempering: Tempering,
+    behavior_logits: torch.Tensor,
+    behavior_places: Places,
+    behavior: Tempering,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Full TV and KL of rows, and whether they hold: not where an inf, a NaN or a ratio above e^60 is."""
+    kernel, dtype = _divergences(logits.dtype, behavior_logits.dtype)
+    x, y = _Rows.of(logits, places), _Rows.of(behavior_logits, behavior_places)
+    out = np.empty((3, len(places)), dtype)
+    _in_threads(lambda first, last: kernel(*x, _numbers(tempering), *y, _numbers(behavior), first, last, out), places, logits)
+    tv, kl, near = (torch.from_numpy(row.copy()) for row in out)
+    return tv, kl, near != 0.0
+
+
+class _Rows(NamedTuple):
+    """Rows of a matrix with contiguous rows, as numba takes them: its storage, the way from row to row, and which."""
+
+    data: NDArray[Any]
+    stride: int
+    width: int
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, places: Places) -> _Rows:
+        count, width = matrix.shape
+        stride = matrix.stride(0)
+        span = 0 if count == 0 else (count - 1) * stride + width
+        flat = matrix.detach().as_strided((span,), (1,))
+        if flat.dtype == torch.bfloat16:
+            flat = flat.view(torch.uint16)
+        return cls(flat.numpy(), stride, width, places.on_host)
+
+
+class _Kernels(NamedTuple):
+    dtype: np.dtype[Any]
+    statistics: Callable[..., None]
+    gradients: Callable[..., None]
+
+
+class _Tools(NamedTuple):
+    """What the loops are made of, for one dtype of the arithmetic."""
+
+    dtype: np.dtype[Any]
+    of_ordered: Callable[..., Any]
+    largest_in: Callable[..., Any]
+    squash: Callable[..., None]
+
+
+_jit = numba.njit(nogil=True, error_model="numpy")
+
+
+def _numbers(tempering: Tempering) -> NDArray[np.float64]:
+    """Temperature and soft-cap, or 0 for none."""
+    return np.array([tempering.temperature, tempering.softcap or 0.0], np.float64)
+
+
+@cache
+def _kernels(stored: torch.dtype) -> _Kernels:
+    """The loops for logits of this dtype."""
+    tools = _tools(working_dtype(stored))
+    load, store = _memory(stored, tools.dtype)
+    return _Kernels(tools.dtype, _statistics(tools, load), _gradients(tools, load, store))
+
+
+@cache
+def _tools(working: torch.dtype) -> _Tools:
+    dtype = np.dtype(str(working).removeprefix("torch."))
+    integer, number = np.dtype(f"i{dtype.itemsize}").type, dtype.type
+    lowest, every_bit = integer(np.iinfo(integer).min), integer(np.iinfo(integer).max)
+    largest, ordered, expm1, select = (getattr(functions(dtype), name) for name in ("largest", "ordered", "expm1", "select"))
+    zero, two = number(0), number(2)
+
+    @_jit
+    def of_ordered(value: Any, scratch: Any) -> Any:
+        """The number whose `ordered` this is."""
+        scratch[0] = value if value >= 0 else value ^ every_bit
+        return scratch.view(dtype)[0]
+
+    @_jit
+    def largest_in(x: Any, scratch: Any) -> Any:
+        wide_vectors()
+        most = lowest
+        for i in range(x.size):
+            most = largest(most, ordered(x[i]))
+        return of_ordered(most, scratch)
+
+    @_jit
+    def squash(x: Any, cap: Any) -> None:
+        """From z to cap·tanh(z/cap), in place; tanh u = −e/(e + 2) with e = expm1(−2u), u ≥ 0."""
+        wide_vectors()
+        for i in range(x.size):
+            u = x[i] / cap
+            e = expm1(-two * abs(u))
+            t = cap * e / (e + two)
+            x[i] = select(u < zero, t, -t)
+
+    return _Tools(dtype, of_ordered, largest_in, squash)
+
+
+def _least(dtype: np.dtype[Any]) -> Any:
+    """Some x below which e^x is 0 or next to it, to multiply e^x with instead of x: −inf · 0 is a NaN."""
+    return np.ceil(np.log(np.finfo(dtype).tiny))
+
+
+def _statistics(tools: _Tools, load: Callable[..., None]) -> Callable[..., None]:
+    """Maximum, Σ e^(x − maximum) and entropy of rows, read once: what is summed is rescaled when the maximum moves."""
+    dtype, largest_in, tempered = tools.dtype, tools.largest_in, _tempered(tools, load)
+    decay, add, select = functions(dtype).decay, functions(dtype).add, functions(dtype).select
+    number, integer, zero, least = dtype.type, np.dtype(f"i{dtype.itemsize}"), dtype.type(0), _least(dtype)
+    block = _BLOCK
+
+    @_jit
+    def statistics(z: Any, stride: Any, width: Any, rows: Any, numbers: Any, first: Any, last: Any, out: Any) -> None:
+        wide_vectors()
+        buffer, scratch = np.empty(block, dtype), np.empty(1, integer)
+        for r in range(first, last):
+            row = z[rows[r] * stride : rows[r] * stride + width]
+            maximum, total, weighted = -np.inf, 0.0, 0.0
+            for start in range(0, width, block):
+                part = row[start : start + block]
+                x = buffer[: part.size]
+                tempered(x, part, numbers)
+                most = largest_in(x, scratch)
+                if most == -np.inf:
+                    continue
+                if most > maximum:
+                    if total > 0.0:
+                        rescale = np.exp(maximum - most)
+                        weighted = (weighted + total * (maximum - most)) * rescale
+                        total *= rescale
+                    maximum = float(most)
+                m, part_total, part_weighted = number(maximum), zero, zero
+                for i in range(x.size):
+                    d = x[i] - m
+                    e = decay(d)
+                    part_total = add(part_total, e)
+                    part_weighted = add(part_weighted, e * select(d < least, least, d))
+                total += part_total
+                weighted += part_weighted
+            out[0, r] = maximum
+            # of a row of −inf, 0/0
+            out[1, r] = total if total != 0.0 else np.nan
+            out[2, r] = np.log(total) - weighted / total
+
+    return statistics
+
+
+def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., None]) -> Callable[..., None]:  # noqa: C901 -- the steps of one pass
+    """(p (scale − slope (x − max x)) + at_column at a column) ∂x/∂z, in the rows of another matrix or the same."""
+    dtype, tempered = tools.dtype, _tempered(tools, load)
+    decay, select = functions(dtype).decay, functions(dtype).select
+    number, least, one, block = dtype.type, _least(dtype), dtype.type(1), _BLOCK
+
+    @_jit
+    def gradients(
+        z: Any,
+        stride: Any,
+        width: Any,
+        rows: Any,
+        out: Any,
+        out_stride: Any,
+        numbers: Any,
+        first: Any,
+        last: Any,
+        coefficients: Any,
+        columns: Any,
+    ) -> None:
+        wide_vectors()
+        buffer, steepness = np.empty(block, dtype), np.empty(block, dtype)
+        t, cap = number(numbers[0]), number(numbers[1])
+        for r in range(first, last):
+            row = z[rows[r] * stride : rows[r] * stride + width]
+            place = out[rows[r] * out_stride : rows[r] * out_stride + width]
+            maximum, total, scale, slope, at_column = coefficients[:, r]
+            if scale == 0.0 and slope == 0.0 and at_column == 0.0:
+                place[:] = 0
+                continue
+            scale, slope, at_column = scale / total / t, slope / total / t, at_column / t
+            for start in range(0, width, block):
+                part = row[start : start + block]
+                x = buffer[: part.size]
+                tempered(x, part, numbers)
+                if cap != 0.0:
+                    for i in range(x.size):
+                        tanh = x[i] * t / cap
+                        steepness[i] = one - tanh * tanh
+                for i in range(x.size):
+                    d = x[i] - maximum
+                    x[i] = decay(d) * (scale - slope * select(d < least, least, d))
+                column = columns[r] - start
+                if 0 <= column < x.size:
+                    x[column] += at_column
+                if cap != 0.0:
+                    for i in range(x.size):
+                        x[i] *= steepness[i]
+                store(place[start : start + block], x)
+
+    return gradients
+
+
+@cache
+def _divergences(stored: torch.dtype, behavior_stored: torch.dtype) -> tuple[Callable[..., None], np.dtype[Any]]:
+    """Full TV and KL, as `drpo_torch.vocabulary.divergences` has them, in two rows that stay in the cache; their dtype."""
+    tools = _tools(working_dtype(stored, behavior_stored))
+    dtype, of_ordered, largest_in = tools.dtype, tools.of_ordered, tools.largest_in
+    load, behavior_load = (_tempered(tools, _memory(s, dtype)[0]) for s in (stored, behavior_stored))
+    exponentiate, compare, distance = _divergence_steps(dtype)
+    number, integer, block = dtype.type, np.dtype(f"i{dtype.itemsize}").type, _BLOCK
+    lowest, largest_ratio = np.iinfo(integer).min, number(LARGEST_LOG_RATIO)
+
+    @_jit
+    def divergences(
+        x: Any,
+        x_stride: Any,
+        width: Any,
+        x_rows: Any,
+        x_numbers: Any,
+        y: Any,
+        y_stride: Any,
+        _: Any,
+        y_rows: Any,
+        y_numbers: Any,
+        first: Any,
+        last: Any,
+        out: Any,
+    ) -> None:
+        wide_vectors()
+        q, d, scratch = np.empty(width, dtype), np.empty(width, dtype), np.empty(1, integer)
+        for r in range(first, last):
+            behavior_load(q, y[y_rows[r] * y_stride : y_rows[r] * y_stride + width], y_numbers)
+            load(d, x[x_rows[r] * x_stride : x_rows[r] * x_stride + width], x_numbers)
+            maximum = largest_in(q, scratch)
+            total = weighted = 0.0
+            for start in range(0, width, block):
+                part_total, part_weighted = exponentiate(q[start : start + block], d[start : start + block], maximum)
+                total += part_total
+                weighted += part_weighted
+            # d is x − y − Σ μ (x − y) from here on
+            center, excess, most = number(weighted / total), 0.0, integer(lowest)
+            for start in range(0, width, block):
+                part_excess, part_most = compare(q[start : start + block], d[start : start + block], center)
+                excess += part_excess
+                most = max(most, part_most)
+            k, moved = excess / total, 0.0
+            for start in range(0, width, block):
+                moved += distance(q[start : start + block], d[start : start + block], number(k))
+            out[0, r], out[1, r] = moved / total / (2.0 * (1.0 + k)), np.log1p(k)
+            out[2, r] = of_ordered(most, scratch) <= largest_ratio
+
+    return divergences, dtype
+
+
+@cache
+def _divergence_steps(dtype: np.dtype[Any]) -> tuple[Callable[..., Any], ...]:
+    """The three passes over a block of two rows."""
+    decay, expm1, add, largest, ordered = (
+        getattr(functions(dtype), name) for name in ("decay", "expm1", "add", "largest", "ordered")
+    )
+    integer, zero = np.dtype(f"i{dtype.itemsize}").type, dtype.type(0)
+    lowest = np.iinfo(integer).min
+
+    @_jit
+    def exponentiate(y: Any, x: Any, m: Any) -> Any:
+        """From y and x to e^(y − m) and x − y, in place; Σ e^(y − m) and Σ e^(y − m) (x − y)."""
+        wide_vectors()
+        total, weighted = zero, zero
+        for i in range(y.size):
+            gap, e = x[i] - y[i], decay(y[i] - m)
+            total = add(total, e)
+            weighted = add(weighted, e * gap)
+            y[i], x[i] = e, gap
+        return total, weighted
+
+    @_jit
+    def compare(q: Any, d: Any, center: Any) -> Any:
+        """From d to q (e^(d − center) − 1), in place; Σ q φ(d − center), and the largest d as an integer."""
+        wide_vectors()
+        total, most = zero, integer(lowest)
+        for i in range(q.size):
+            gap = d[i] - center
+            most = largest(most, ordered(gap))
+            e = expm1(gap)
+            total = add(total, q[i] * (e - gap))
+            d[i] = q[i] * e
+        return total, most
+
+    @_jit
+    def distance(q: Any, d: Any, k: Any) -> Any:
+        """Σ abs(d − q k)."""
+        wide_vectors()
+        total = zero
+        for i in range(q.size):
+            total = add(total, abs(d[i] - q[i] * k))
+        return total
+
+    return exponentiate, compare, distance
+
+
+def _tempered(tools: _Tools, load: Callable[..., None]) -> Callable[..., None]:
+    """From stored logits z to x = cap·tanh(z/cap) / T, in a buffer."""
+    number, squash = tools.dtype.type, tools.squash
+    zero, one = number(0), number(1)
+
+    @_jit
+    def tempered(x: Any, z: Any, numbers: Any) -> None:
+        wide_vectors()
+        temperature, cap = number(numbers[0]), number(numbers[1])
+        load(x, z)
+        if cap != zero:
+            squash(x, cap)
+        if temperature != one:
+            for i in range(x.size):
+                x[i] /= temperature
+
+    return tempered
+
+
+@cache
+def _memory(stored: torch.dtype, dtype: np.dtype[Any]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Functions that load stored numbers into a buffer of the arithmetic's dtype, and store them again."""
+    if stored == torch.bfloat16:
+        return _bfloat16(dtype)
+
+    @numba.njit
+    def copy(to: Any, of: Any) -> None:
+        for i in range(to.size):
+            to[i] = of[i]
+
+    return copy, copy
+
+
+def _bfloat16(dtype: np.dtype[Any]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The upper halves of float32, which numba knows as integers only."""
+    if dtype == np.float64:
+        # beside float64 logits of the other policy
+        @numba.njit
+        def widen(x: Any, z: Any) -> None:
+            narrow = np.empty(x.size, np.float32)
+            load(narrow, z)
+            for i in range(x.size):
+                x[i] = narrow[i]
+
+    @numba.njit
+    def load(x: Any, z: Any) -> None:
+        bits = x.view(np.uint32)
+        for i in range(x.size):
+            bits[i] = np.uint32(z[i]) << np.uint32(16)
+
+    @numba.njit
+    def store(z: Any, x: Any) -> None:
+        bits = x.view(np.uint32)
+        for i in range(x.size):
+            b = bits[i]
+            # to nearest, ties to even; a NaN of a hidden sum must not carry over into infinity or 0
+            rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            z[i] = np.uint16(rounded if x[i] == x[i] else np.uint32(0x7FC0))
+
+    return (widen if dtype == np.float64 else load), store
+
+
+def _in_threads(run: Callable[[int, int], None], places: Places, logits: torch.Tensor) -> None:
+    """Cover the rows, in as many threads as torch has and pay."""
+    rows = len(places)
+    threads = min(torch.get_num_threads(), rows, rows * logits.shape[1] // _LOGITS_PER_THREAD)
+    in_threads(run, rows, max(1, threads))

@@ -1,0 +1,259 @@
+"""Softmax statistics and gradients of rows of logits by torch's operations, in buffers that stay in the cache.
+
+`torch.softmax` is the fastest exponential there is on a CPU, and its largest value is 1 / Σ e^(x − max x): the
+log-normaliser follows from it, so nothing is exponentiated twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "LARGEST_LOG_RATIO",
+    "ArrayRows",
+    "Places",
+    "Pull",
+    "RowKernels",
+    "Statistics",
+    "Tempering",
+    "Workspace",
+    "power_of_two_below",
+    "working_dtype",
+]
+
+# e^60 is finite in float32, and a probability e^60 times smaller than its counterpart is as good as none
+LARGEST_LOG_RATIO = 60.0
+# what a logit this far below the largest adds underflows in any dtype; −inf times its probability 0 would be a NaN
+_NEGLIGIBLE = -1000.0
+_CPU_BYTES_PER_THREAD, _DEVICE_BYTES = 5 << 18, 64 << 20
+
+
+class Tempering(NamedTuple):
+    """From what a head gives, z, to the policy's logits x = cap·tanh(z/cap) / T."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The logits x, in the working dtype or that of `out`; z itself if that is x already, else in `out` if given."""
+        dtype = working_dtype(z.dtype) if out is None else out.dtype
+        if self.temperature == 1.0 and self.softcap is None and z.dtype == dtype:
+            return z
+        x = torch.empty_like(z, dtype=dtype) if out is None else out
+        x.copy_(z)
+        if self.softcap is not None:
+            x.div_(self.softcap).tanh_().mul_(self.softcap)
+        return x.div_(self.temperature) if self.temperature != 1.0 else x
+
+    def pull_back_(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """∂/∂z from ∂/∂x, in place."""
+        if self.softcap is not None:
+            tanh = (z.to(gradient.dtype) / self.softcap).tanh_()
+            gradient.addcmul_(gradient, tanh.square_(), value=-1.0)
+        return gradient.div_(self.temperature) if self.temperature != 1.0 else gradient
+
+
+class Statistics(NamedTuple):
+    """Per row of x, in the working dtype: max x, log Σ e^(x − max x), and the entropy in nats, where it was asked for.
+
+    `total` is the sum of what a kernel divides its exponentials by, or of the softmax that it left.
+    """
+
+    maximum: torch.Tensor
+    log_sum: torch.Tensor
+    entropy: torch.Tensor | None
+    total: torch.Tensor
+
+    @property
+    def log_normalizer(self) -> torch.Tensor:
+        """log Σ e^x."""  # noqa: D403 -- log is a function
+        return self.maximum + self.log_sum
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """The log-probs x − log Σ e^x of columns (rows, …), without rounding to the size of the logits."""
+        extra = (1,) * (x.ndim - 1)
+        # two tanh of one argument may differ in their last bit
+        return (x - self.maximum.reshape(-1, *extra)).clamp_(max=0.0) - self.log_sum.reshape(-1, *extra)
+
+    def at(self, rows: torch.Tensor) -> Statistics:
+        """The statistics of some of the rows."""
+        return Statistics(*(None if field is None else field[rows] for field in self))  # type: ignore[arg-type]
+
+
+class Pull(NamedTuple):
+    """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + at_column at one column; one entry a row."""
+
+    column: torch.Tensor
+    at_column: torch.Tensor
+    scale: torch.Tensor
+    slope: torch.Tensor | None = None
+
+
+class Places:
+    """Increasing indices of rows; those of neighbours become slices, which copy nothing."""
+
+    def __init__(self, index: torch.Tensor) -> None:
+        self.index = index
+        # on the host once, where it is needed to tell neighbours
+        self.on_host: NDArray[np.int64] = index.cpu().numpy()
+
+    @classmethod
+    def first(cls, count: int, device: torch.device) -> Places:
+        """The rows 0, 1, … count − 1."""
+        return cls(torch.arange(count, dtype=torch.int64, device=device))
+
+    @classmethod
+    def where(cls, condition: torch.Tensor) -> Places:
+        """The rows at which a 1-D condition holds."""
+        return cls(condition.nonzero()[:, 0])
+
+    def __len__(self) -> int:
+        """How many rows."""
+        return len(self.on_host)
+
+    def __getitem__(self, step: slice) -> Places:
+        """Some of the rows, by their number among these."""
+        part = object.__new__(Places)
+        part.index, part.on_host = self.index[step], self.on_host[step]
+        return part
+
+    @property
+    def key(self) -> slice | torch.Tensor:
+        """What selects these rows of an array."""
+        if len(self) == 0:
+            return slice(0, 0)
+        first, last = int(self.on_host[0]), int(self.on_host[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self) else self.index
+
+    def chunks(self, size: int) -> Iterator[Places]:
+        """The same rows, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+
+class Workspace:
+    """Two buffers of a few rows, for x and its softmax."""
+
+    def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
+        budget = _CPU_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BYTES
+        self.rows = max(1, budget // max(1, vocabulary * dtype.itemsize))
+        self.x, self.p = torch.empty((2, self.rows, vocabulary), dtype=dtype, device=device)
+
+    def steps(self, count: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Slices that cover `count` rows, each with buffers of its shape."""
+        for start in range(0, count, self.rows):
+            step = slice(start, min(start + self.rows, count))
+            yield step, self.x[: step.stop - start], self.p[: step.stop - start]
+
+
+class RowKernels(Protocol):
+    """What the functions at vocabulary scale are made of: statistics of softmaxes of rows, and gradients through them.
+
+    `places` says which rows of the logits z (…, V), and of `out` or `keep`. Everything else has one entry a row of these.
+    """
+
+    keeps: bool
+    """Whether `statistics` can leave the softmax itself in `keep`, for `gradients` to start from."""
+
+    def statistics(
+        self, z: torch.Tensor, places: Places, *, entropy: bool = False, keep: torch.Tensor | None = None
+    ) -> Statistics:
+        """Statistics of the softmax of each row; the softmax itself goes to `keep`, which may be z."""
+        ...
+
+    def gradients(
+        self, z: torch.Tensor, places: Places, pull: Pull, *, statistics: Statistics, out: torch.Tensor, kept: bool = False
+    ) -> None:
+        """∂/∂z to the rows of `out`, which may be z; with `kept`, `out` holds what `statistics` has left there.
+
+        Rows where `pull` is 0 become 0 or NaN if what they hold is not finite.
+        """
+        ...
+
+
+class ArrayRows:
+    """`RowKernels` by torch's operations, on any device."""
+
+    keeps = True
+
+    def __init__(self, tempering: Tempering, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tempering = tempering
+        self.work = Workspace(vocabulary, working_dtype(dtype), device)
+
+    def statistics(
+        self, z: torch.Tensor, places: Places, *, entropy: bool = False, keep: torch.Tensor | None = None
+    ) -> Statistics:
+        """See `RowKernels`."""
+        count, like = len(places), self.work.x
+        maxima, log_sums, totals = (torch.empty(count, dtype=like.dtype, device=like.device) for _ in range(3))
+        entropies = torch.empty_like(maxima) if entropy else None
+        for step, buffer, p_buffer in self.work.steps(count):
+            key = places[step].key
+            x = self.tempering(z[key], buffer)
+            maximum = x.amax(-1, keepdim=True)
+            if entropy:
+                x = torch.sub(x, maximum, out=buffer)
+            in_place = keep is not None and isinstance(key, slice)
+            p = torch.softmax(x, -1, out=keep[key] if in_place else p_buffer)  # type: ignore[index]
+            if keep is not None and not in_place:
+                keep[key] = p
+            # torch adds up the exponentials one after the other: of 10⁵ of them the sum is off by 10⁻⁵, but this one is not
+            total = p.sum(-1)
+            log_sum = (total / p.amax(-1)).log_()
+            maxima[step], log_sums[step], totals[step] = maximum[:, 0], log_sum, total
+            if entropies is not None:
+                torch.sub(log_sum, self._mean(p, x, buffer).div_(total), out=entropies[step])
+        return Statistics(maxima, log_sums, entropies, totals)
+
+    def gradients(
+        self, z: torch.Tensor, places: Places, pull: Pull, *, statistics: Statistics, out: torch.Tensor, kept: bool = False
+    ) -> None:
+        """See `RowKernels`."""
+        scale = pull.scale / statistics.total if kept else pull.scale
+        for step, buffer, p_buffer in self.work.steps(len(places)):
+            key = places[step].key
+            if kept:
+                p = out[key].mul_(scale[step, None])
+            else:
+                x = self.tempering(z[key], buffer)
+                p = torch.softmax(x, -1, out=p_buffer)
+                total = p.sum(-1, keepdim=True)
+                if pull.slope is None:
+                    p.mul_(scale[step, None] / total)
+                else:
+                    x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
+                    p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
+            p.scatter_add_(-1, pull.column[step, None], pull.at_column[step, None])
+            self.tempering.pull_back_(p, z[key] if self.tempering.softcap is not None else p)
+            if not (kept and isinstance(key, slice)):
+                out[key] = p.to(out.dtype)
+
+    @staticmethod
+    def _mean(p: torch.Tensor, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """Σ p x of each row, where 0 · −inf is 0."""
+        if x.device.type != "cpu":
+            return torch.mul(p, x.clamp_(min=_NEGLIGIBLE), out=buffer).sum(-1)
+        terms = torch.mul(p, x, out=buffer)
+        mean = terms.sum(-1)
+        # on the CPU it costs less to look; a row that holds a NaN has one in its log_sum too
+        return terms.nan_to_num_(nan=0.0).sum(-1) if mean.isnan().any() else mean
+
+
+def power_of_two_below(limit: int, bound: torch.Tensor) -> torch.Tensor:
+    """Powers of two s, about the largest, with s · bound ≤ 2^limit; float32. Of bounds below 2^−100, those of that."""
+    _, exponent = torch.frexp(bound)
+    # put together from bits: torch.ldexp computes in the default dtype, and exp2 rounds
+    return ((limit - exponent.clamp(-100, 128) + 127) << 23).view(torch.float32)
+
+
+def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if one of them is, float32 otherwise."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
