@@ -545,7 +545,7 @@ def _number_or_array(
     if tuple(value.shape):
         msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    number = xp.asarray(value)
+    number = value if isinstance(value, type(like)) else xp.asarray(value)
     if not xp.isdtype(number.dtype, ("integral", "real floating")):
         msg = f"{name}: expected a real number, got a 0-d array of {number.dtype}"
         raise TypeError(msg)

@@ -133,6 +133,18 @@ def test_one_float64_array_makes_all_tokens_float64(backend, which):
     np.testing.assert_allclose(ratio, np.exp(given[0] - given[1]), rtol=1e-15)
 
 
+class OfDivergence:
+    """An objective whose loss is of the measured divergence itself."""
+
+    def loss(self, tokens):
+        """A D."""
+        return tokens.advantages * tokens.divergence
+
+    def weight(self, tokens):
+        """D."""
+        return tokens.divergence
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_what_is_returned_has_no_graph_where_the_gradient_is_returned_with_it(requires_grad):
     """Autograd through CISPO's loss gave another gradient than the one beside it (fault 38); `Tokens` keep the graph."""
@@ -141,15 +153,15 @@ def test_what_is_returned_has_no_graph_where_the_gradient_is_returned_with_it(re
         "behavior_log_prob": torch.tensor([[-1.5, -1.5]], requires_grad=requires_grad),
         "advantages": torch.tensor([[1.0, -1.0]], requires_grad=requires_grad),
     }
-    mask = torch.ones((1, 2), dtype=torch.bool)
-    for family in OBJECTIVES:
-        made = family.make(family.typical[0] if family.typical else None)
-        results = token_loss_and_gradient(made, **arrays, mask=mask)
-        reduced = policy_loss_and_gradient(made, **arrays, mask=mask, engine="arrays")
-        fields = [field for statistic in reduced.diagnostics.values() for field in statistic]
-        of_diagnostics = token_diagnostics(made, **arrays, mask=mask)
-        fields += [field for statistic in of_diagnostics.values() for field in statistic]
-        assert not any(array.requires_grad for array in (*results, *reduced[:2], *fields)), family.name
+    weights, measured = (torch.rand((1, 2), requires_grad=requires_grad) for _ in range(2))
+    normalizer, mask = torch.tensor(2.0, requires_grad=requires_grad), torch.ones((1, 2), dtype=torch.bool)
+    for made in (*(f.make(f.typical[0] if f.typical else None) for f in OBJECTIVES), OfDivergence()):
+        tokens = arrays | {"mask": mask, "divergence": measured}
+        options = {"engine": "arrays", "token_weights": weights, "normalizer": normalizer}
+        reduced = policy_loss_and_gradient(made, **tokens, **options)
+        figures = [*reduced.diagnostics.values(), *token_diagnostics(made, **tokens).values()]
+        results = (*token_loss_and_gradient(made, **tokens), *reduced[:2], *(field for s in figures for field in s))
+        assert not any(array.requires_grad for array in results), made
     assert Tokens.checked(**arrays).ratio.requires_grad == requires_grad
 
 
