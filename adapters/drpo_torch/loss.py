@@ -11,7 +11,7 @@ from drpo_core.loss import check_engine
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
-from drpo_torch._checks import check_shape, check_tensor, check_tensors
+from drpo_torch._checks import check_float, check_shape, check_tensors
 from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines.namespace import namespace
@@ -198,7 +198,9 @@ def policy_loss(
 def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> LinearReduction:
     """A reduction from any linear function of the per-token losses: c = ∂function(v, mask)/∂v, at v = 0.
 
-    So a framework's own reduction has the loss and final gradient of one pass, on every engine.
+    So a framework's own reduction has the loss and final gradient of one pass, on every engine. Finding the coefficients
+    is a forward and a backward pass of the function, which may cost more than the loss; the reductions of drpo_core need
+    none, and most means are one of them with a `normalizer`.
 
     Parameters
     ----------
@@ -288,5 +290,6 @@ class _Linear:
             raise ValueError(msg)
         if token_weights is None:
             return coefficients
-        check_shape("token_weights", check_tensor("token_weights", token_weights), mask.shape, "mask")
+        check_float(token_weights=token_weights)
+        check_shape("token_weights", token_weights, mask.shape, "mask")
         return coefficients * torch.where(mask, token_weights.detach().to(dtype), 0.0)
