@@ -242,9 +242,7 @@ def _one_pass(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool, i
             parts = jax.tree.map(jnp.append, parts, sums(*(None if a is None else a[-rest:] for a in flat)))
         losses, statistics = parts
         gradient = run(*arrays, diagnostics=False).gradient
-        return PolicyLoss(
-            jnp.sum(losses), gradient, None if statistics is None else combine_diagnostics(statistics, xp=jnp)
-        )
+        return PolicyLoss(jnp.sum(losses), gradient, None if statistics is None else combine_diagnostics(statistics, xp=jnp))
 
     result: PolicyLoss = jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=whole)
     return result

@@ -11,7 +11,7 @@ from drpo_core.loss import check_engine
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
-from drpo_torch._checks import check_float, check_same_shape, check_tensors
+from drpo_torch._checks import check_shape, check_tensor, check_tensors
 from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines.namespace import namespace
@@ -288,6 +288,5 @@ class _Linear:
             raise ValueError(msg)
         if token_weights is None:
             return coefficients
-        check_float(token_weights=token_weights)
-        check_same_shape("token_weights", token_weights, "mask", mask)
+        check_shape("token_weights", check_tensor("token_weights", token_weights), mask.shape, "mask")
         return coefficients * torch.where(mask, token_weights.detach().to(dtype), 0.0)

@@ -417,7 +417,7 @@ np.testing.assert_allclose(jax.jit(jax.grad(outside))(data["log_prob"], data, co
 
 @linear_reduction
 def mean_over_devices(values, mask):
-    return jax.lax.psum(jnp.sum(jnp.where(mask, values, 0.0)), "data") / jax.lax.psum(jnp.sum(mask), "data")
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jax.lax.psum(jnp.sum(mask), "data")
 
 import drpo_jax.loss
 drpo_jax.loss._CHUNK = 5
@@ -427,7 +427,10 @@ np.testing.assert_allclose(by_chunks, gradient, rtol=1e-13, atol=0)
 
 whole = jax.jit(jax.grad(lambda x: policy_loss(objective, **data | {"log_prob": x})[0]))(data["log_prob"])
 collective = jax.shard_map(
-    lambda data: policy_loss(objective, **data, reduction=mean_over_devices)[0], mesh=mesh, in_specs=P("data"), out_specs=P()
+    lambda data: jax.lax.psum(policy_loss(objective, **data, reduction=mean_over_devices)[0], "data"),
+    mesh=mesh,
+    in_specs=P("data"),
+    out_specs=P(),
 )
 gradient = jax.jit(jax.grad(lambda x: collective(data | {"log_prob": x})))(data["log_prob"])
 np.testing.assert_allclose(gradient, whole, rtol=1e-13, atol=0)

@@ -21,7 +21,7 @@ from drpo_jax._checks import (
     working_dtype,
 )
 from drpo_jax._sharding import in_auto_mode
-from drpo_jax.vocabulary.softmax import inside_vocabulary, outside_vocabulary
+from drpo_jax.vocabulary.softmax import entries, masked, outside_vocabulary
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -362,15 +362,16 @@ def measure(
     tokens: jax.Array,
     behavior_log_prob: jax.Array,
     temperature: float,
+    mask: jax.Array | None = None,
 ) -> jax.Array | None:
-    """The divergence per token that was asked for; checks nothing."""
+    """The divergence per token that was asked for; checks nothing. The mask is that of the logits' rows."""
     if isinstance(divergence, FullDivergence):
         head = divergence.behavior
         behavior_logits = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
-        both = _full_divergences(logits, behavior_logits, temperature, divergence.temperature)
+        both = _full_divergences(masked(logits, mask), behavior_logits, temperature, divergence.temperature)
     elif isinstance(divergence, TopKDivergence):
         both = _top_k_divergences(
-            logits, log_normalizer, tokens, behavior_log_prob, divergence, temperature=temperature
+            logits, log_normalizer, tokens, behavior_log_prob, divergence, temperature=temperature, mask=mask
         )
     else:
         return divergence
@@ -400,13 +401,13 @@ def _top_k_divergences(
     recorded: TopKDivergence,
     *,
     temperature: float,
+    mask: jax.Array | None = None,
 ) -> Divergences:
-    vocabulary, dtype = logits.shape[-1], working_dtype(logits, log_normalizer)
-    broken = broken_tokens(tokens, recorded, vocabulary)
+    dtype = working_dtype(logits, log_normalizer)
+    broken = broken_tokens(tokens, recorded, logits.shape[-1])
 
     def log_prob(ids: jax.Array) -> jax.Array:
-        chosen = jnp.take_along_axis(logits, inside_vocabulary(ids, vocabulary), axis=-1, mode="promise_in_bounds")
-        return chosen.astype(dtype) / temperature - log_normalizer[..., None].astype(dtype)
+        return entries(logits, ids, mask).astype(dtype) / temperature - log_normalizer[..., None].astype(dtype)
 
     again = _repeated(recorded.ids)
     both = tuple(

@@ -143,9 +143,7 @@ def linear_policy_loss(
     dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
-    step = _Step(
-        objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size))
-    )
+    step = _Step(objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
 
     def run(
         hidden: jax.Array,
@@ -161,9 +159,7 @@ def linear_policy_loss(
         if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
             behavior_head = divergence.behavior
             divergence = replace(divergence, behavior=behavior_head.hidden)
-        flat_rows = jax.tree.map(
-            lambda a: a.reshape(-1, *a.shape[len(leading) :]), rows | {"divergence": divergence}
-        )
+        flat_rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(leading) :]), rows | {"divergence": divergence})
         flat = hidden.reshape(-1, hidden.shape[-1])
         loss, statistics, per_token = _with_gradients(
             step,
@@ -222,8 +218,7 @@ class _Step(NamedTuple):
         """Loss, c ∂L/∂log π and diagnostics; what is measured per token; the softmax; the logits before the temperature."""
         logits = head.logits(working_dtype(head.hidden, head.weight))
         log_normalizer, probability = normalize(logits / self.temperature)
-        ids = inside_vocabulary(rows["tokens"], logits.shape[-1])
-        log_prob = select(logits, ids) / self.temperature - log_normalizer
+        log_prob = select(logits, rows["tokens"]) / self.temperature - log_normalizer
         divergence = rows["divergence"]
         broken = broken_tokens(rows["tokens"], divergence, logits.shape[-1])
         if behavior_head is not None:
@@ -245,9 +240,7 @@ class _Step(NamedTuple):
             measured["entropy"] = entropy_of(logits / self.temperature, log_normalizer, probability)
         return found, measured, probability, logits
 
-    def in_pass(
-        self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None
-    ) -> PolicyLoss:
+    def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
         """The kernel of drpo_core."""
         return policy_pass(
             self.objective,
@@ -271,7 +264,8 @@ class _Step(NamedTuple):
 
     def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, probability: jax.Array, logits: jax.Array) -> jax.Array:
         """∂loss/∂(h Wᵀ + b): slope (1[v = token] − π(v)) / T, times the derivative of the soft-cap."""
-        difference = jnp.where(one_hot(ids, logits), 1.0, 0.0) - probability
+        here = one_hot(inside_vocabulary(ids, logits.shape[-1]), logits)
+        difference = jnp.where(here, 1.0, 0.0) - probability
         if self.logit_softcap is not None:
             difference = difference * (1.0 - jnp.square(logits / self.logit_softcap))
         # by selection: a dropped token's row may hold a NaN
@@ -360,8 +354,7 @@ def _sweep(
         }
         if any(needed):
             slope = found.gradient.astype(dtype)
-            ids = inside_vocabulary(chunk_rows["tokens"], logits.shape[-1])
-            of_logits = step.gradient_of_logits(ids, slope, probability, logits)
+            of_logits = step.gradient_of_logits(chunk_rows["tokens"], slope, probability, logits)
             # a dropped token's hidden state may hold a NaN too
             h = jnp.where(slope[:, None] == 0.0, jnp.zeros((), h.dtype), h)
             gradients = _accumulate(gradients, of_logits, h, weight, start)

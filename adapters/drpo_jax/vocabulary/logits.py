@@ -16,7 +16,7 @@ from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode
 from drpo_jax.loss import checked_policy_loss
 from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure
-from drpo_jax.vocabulary.softmax import masked, selected_log_prob
+from drpo_jax.vocabulary.softmax import selected_log_prob
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -143,11 +143,12 @@ def logits_policy_loss(
         result = selected_log_prob(temperature, entropy, logits, ids, mask)
         measured = measure(
             divergence,
-            logits=masked(jax.lax.stop_gradient(logits), mask),
+            logits=jax.lax.stop_gradient(logits),
             log_normalizer=jax.lax.stop_gradient(result.log_normalizer),
             tokens=ids,
             behavior_log_prob=keep_valid(mask, behavior_log_prob),
             temperature=temperature,
+            mask=mask,
         )
         poison = jnp.where(broken_tokens(ids, divergence, vocabulary), jnp.nan, 0.0).astype(result.log_prob.dtype)
         loss, statistics = checked_policy_loss(

@@ -14,6 +14,7 @@ from drpo_jax._sharding import in_auto_mode
 
 __all__ = [
     "TokenLogProb",
+    "entries",
     "entropy_of",
     "inside_vocabulary",
     "masked",
@@ -34,9 +35,7 @@ class TokenLogProb(NamedTuple):
     log_normalizer: jax.Array
 
 
-def token_log_prob(
-    *, logits: jax.Array, tokens: jax.Array, temperature: float = 1.0, entropy: bool = False
-) -> TokenLogProb:
+def token_log_prob(*, logits: jax.Array, tokens: jax.Array, temperature: float = 1.0, entropy: bool = False) -> TokenLogProb:
     """Log-prob log π(token) = logits(token)/T − log Σ_v e^(logits(v)/T) of each sampled token, differentiable in reverse mode.
 
     The backward pass forms the gradient in one expression, from the logits and the per-token results; nothing else of
@@ -124,9 +123,19 @@ def inside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
     return jnp.where(outside_vocabulary(ids, vocabulary), 0, ids.astype(jnp.int32))
 
 
-def select(rows: jax.Array, ids: jax.Array) -> jax.Array:
-    """The entry of each row that its id names; ids are inside the vocabulary."""
-    return jnp.take_along_axis(rows, ids[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+def entries(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The entries (…, K) of rows (…, V) at ids (…, K): 0 in rows that the mask leaves out, and anything for other ids."""
+    inside = inside_vocabulary(ids, rows.shape[-1])
+    if mask is None:
+        return jnp.take_along_axis(rows, inside, axis=-1, mode="promise_in_bounds")
+    # by an index beyond the row: of rows that are replaced beforehand, a gather would have all written to memory
+    inside = jnp.where(mask[..., None], inside, rows.shape[-1])
+    return jnp.take_along_axis(rows, inside, axis=-1, mode="fill", fill_value=0.0)
+
+
+def select(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The entry of each row that its one id names, as `entries`."""
+    return entries(rows, ids[..., None], mask)[..., 0]
 
 
 def one_hot(ids: jax.Array, like: jax.Array) -> jax.Array:
@@ -162,9 +171,7 @@ def _token_log_prob(
     log_normalizer, probability = normalize(z)
     entropies = entropy_of(z, log_normalizer, probability) if entropy else None
     outside = outside_vocabulary(tokens, logits.shape[-1])
-    # from the logits as they are: a gather's operand is written to memory
-    chosen = select(logits, inside_vocabulary(tokens, logits.shape[-1])).astype(z.dtype) / temperature
-    chosen = chosen if mask is None else jnp.where(mask, chosen, 0.0)
+    chosen = select(logits, tokens, mask).astype(z.dtype) / temperature
     return TokenLogProb(jnp.where(outside, jnp.nan, chosen - log_normalizer), entropies, log_normalizer)
 
 
