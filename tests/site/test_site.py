@@ -198,11 +198,11 @@ def test_the_reference_has_every_check(site):
 
 
 def modules():
-    """Every module of the three packages but those of frameworks that are not installed here."""
+    """Every module of the three packages but private ones, and those of frameworks that are not installed here."""
     for package in map(importlib.import_module, ("drpo_core", "drpo_torch", "drpo_jax")):
         yield package
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if ".integrations." not in found.name and not found.name.endswith("__main__"):
+            if ".integrations." not in found.name and "._" not in found.name:
                 yield importlib.import_module(found.name)
 
 
