@@ -14,7 +14,7 @@ from drpo_core.tokens import check_tokens
 from drpo_torch._checks import check_float, check_shape, check_tensors
 from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
-from drpo_torch.engines.namespace import namespace
+from drpo_torch.engines._namespace import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
