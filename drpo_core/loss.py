@@ -109,7 +109,7 @@ def token_loss_and_gradient(
     array([-1. , -1. ,  0.2])
     """
     check_objective(objective)
-    log_prob, behavior_log_prob, advantages = map(constant, (log_prob, behavior_log_prob, advantages))
+    log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     xp, weight = tokens.xp, weight_of(objective, tokens)
     loss, gradient = loss_of(objective, tokens), gradient_of(tokens, weight, mask=mask)
@@ -212,10 +212,10 @@ def policy_loss_and_gradient(
     check_objective(objective)
     if threads is not None:
         threads = int(check_number("threads", threads, at_least=1, whole=True))
-    log_prob, behavior_log_prob, advantages = map(constant, (log_prob, behavior_log_prob, advantages))
+    log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
+    coefficients = constant(reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp))
     arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
     numpy = is_numpy_namespace(xp)
     if engine == "compiled" and not numpy:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from array_api_compat import is_numpy_namespace
 
 from drpo_core._arrays import undivided
 from drpo_core._checks import (
@@ -348,7 +349,7 @@ def reduction_coefficients(
     xp = check_arrays(xp=xp, kind="bool", mask=mask)
     given = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     if callable(getattr(reduction, "coefficients", None)):
-        return reduction.coefficients(mask, dtype=dtype, **given, xp=xp)  # type: ignore[union-attr]
+        return _usable(reduction.coefficients(mask, dtype=dtype, **given, xp=xp), mask, dtype, xp=xp)  # type: ignore[union-attr]
     divisors, options = _known(reduction, given)
     normalizer, token_weights = options.pop("normalizer"), options.pop("token_weights")
     divisor, count = divisors(mask, options.pop("segment_ids"), dtype, xp=xp, **options)
@@ -427,6 +428,21 @@ def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., A
         msg = f"reduction: {function.__name__} has no argument {', '.join(sorted(unknown)) or 'horizon'}"
         raise TypeError(msg)
     return divisors, given | {name: value for name, value in options.items() if given.get(name) is None}
+
+
+def _usable(coefficients: Array, mask: Array, dtype: object, *, xp: Namespace) -> Array:
+    """Coefficients of a caller's own reduction, in a form that every engine knows: 0-d, one a row or one a token."""
+    check_dtype("coefficients of the reduction", coefficients, "real floating", xp=xp)
+    given, shape = tuple(coefficients.shape), tuple(mask.shape)
+    aligned = (1,) * (len(shape) - len(given)) + given
+    if len(aligned) != len(shape) or any(size not in (1, full) for size, full in zip(aligned, shape, strict=True)):
+        msg = f"coefficients of the reduction: expected a shape that broadcasts to the mask's, {shape}, got {given}"
+        raise ValueError(msg)
+    coefficients = xp.astype(coefficients, dtype, copy=False)
+    if given in ((), (*shape[:-1], 1)):
+        return coefficients
+    # NumPy would warn of what masked tokens are multiplied with
+    return xp.where(mask, coefficients, 0.0) if is_numpy_namespace(xp) else xp.broadcast_to(coefficients, shape)
 
 
 def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
@@ -531,7 +547,7 @@ def _number_or_array(
     if tuple(value.shape):
         msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    number = xp.asarray(value)
+    number = value if isinstance(value, type(like)) else xp.asarray(value)
     if not xp.isdtype(number.dtype, ("integral", "real floating")):
         msg = f"{name}: expected a real number, got a 0-d array of {number.dtype}"
         raise TypeError(msg)

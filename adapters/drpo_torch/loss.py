@@ -11,10 +11,10 @@ from drpo_core.loss import check_engine
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
-from drpo_torch._checks import check_float, check_same_shape, check_tensors
+from drpo_torch._checks import check_shape, check_tensor, check_tensors
 from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
-from drpo_torch.engines.namespace import namespace
+from drpo_torch.engines._namespace import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,7 +198,9 @@ def policy_loss(
 def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> LinearReduction:
     """A reduction from any linear function of the per-token losses: c = ∂function(v, mask)/∂v, at v = 0.
 
-    So a framework's own reduction has the loss and final gradient of one pass, on every engine.
+    So a framework's own reduction has the loss and final gradient of one pass, on every engine. Finding the coefficients
+    is a forward and a backward pass of the function, which may cost more than the loss; the reductions of drpo_core need
+    none, and most means are one of them with a `normalizer`.
 
     Parameters
     ----------
@@ -278,7 +280,8 @@ class _Linear:
         graph = not compiling and not mask.is_inference()
         with torch.enable_grad():
             zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=graph)
-            coefficients, at_zero = torch.func.grad_and_value(total)(zeros)
+            found: tuple[torch.Tensor, torch.Tensor] = torch.func.grad_and_value(total)(zeros)
+        coefficients, at_zero = found
         if coefficients.requires_grad:
             msg = "reduction: expected a linear function of the values, got one whose derivative depends on them"
             raise TypeError(msg)
@@ -288,6 +291,5 @@ class _Linear:
             raise ValueError(msg)
         if token_weights is None:
             return coefficients
-        check_float(token_weights=token_weights)
-        check_same_shape("token_weights", token_weights, "mask", mask)
+        check_shape("token_weights", check_tensor("token_weights", token_weights), mask.shape, "mask")
         return coefficients * torch.where(mask, token_weights.detach().to(dtype), 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     """`drpo_core.loss.policy_pass`."""
 
 __all__ = ["compilations", "run"]
+
+Result = TypeVar("Result")
 
 BLOCK = 4096
 """Tokens summed in the dtype of the arithmetic, before float64 takes over."""
@@ -188,7 +190,7 @@ def _made(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diag
     return _with_or_without_thresholds(recorded, objective, dtype)
 
 
-def _with_or_without_thresholds(record: Callable[[Trace, Any], Any], objective: Objective, dtype: np.dtype[Any]) -> Any:
+def _with_or_without_thresholds(record: Callable[[Trace, Any], Result], objective: Objective, dtype: np.dtype[Any]) -> Result:
     """What is recorded of an objective whose thresholds are symbols; or numbers, where its methods need their values."""
     epsilon = float(np.finfo(dtype).eps)
     trace = Trace(epsilon)

@@ -1,4 +1,4 @@
-"""Loss and gradient of one batch, whole and in every way of spreading it over processes; run by test_torch_distributed.py.
+"""Loss and gradient of one batch, whole and in every way of spreading it over processes; run by test_distributed.py.
 
 Four gloo processes on loopback; those of one and of two ranks are subgroups. Prints one line of JSON.
 """
@@ -139,6 +139,39 @@ def local_means(model, rows, reduction, layout, group):
     return loss / dist.get_world_size(group), diagnostics
 
 
+def idle_rank(rank, results):
+    """The last rank has no micro-batch, and so no mask; its collectives must still meet those of the others."""
+    rows = sequences(torch.float64)
+    masks = [] if rank == RANKS - 1 else [padded(rows[rank::3])["mask"]]
+    for name, reduction in REDUCTIONS.items():
+        total = global_normalizer(reduction, masks)
+        expected = sum(int(row["mask"].sum()) if name == "token_mean" else bool(row["mask"].any()) for row in rows)
+        results.append({"idle": name, "normalizer": float(total), "expected": expected, "dtype": str(total.dtype)})
+
+
+def diagnostics_of_ranks(rank, results):
+    """Names in another order on each rank, and one without tokens: as of all tokens at once."""
+    rows = sequences(torch.float64)
+    model = Policy(torch.float64)
+
+    def statistics(some):
+        batch = padded(some) if some else {k: v[:, :0] for k, v in padded(rows).items()}
+        return step(model, batch, token_mean, 1)[1]
+
+    mine = statistics([] if rank == RANKS - 1 else rows[rank::3])
+    names = list(mine)[rank:] + list(mine)[:rank]
+    merged = all_reduce_diagnostics({name: mine[name] for name in names})
+    expected = statistics(rows)
+    results.append(
+        {
+            "order": list(merged) == names,
+            "classes": all(type(merged[name]) is type(expected[name]) for name in expected),
+            "diagnostics": [[summarize(merged)[name], value] for name, value in summarize(expected).items()],
+            "none": [all_reduce_diagnostics({}), all_reduce_diagnostics(None)],
+        }
+    )
+
+
 def wrapped(kind, dtype, group):
     model = Policy(dtype)
     if kind == "DDP":
@@ -201,6 +234,8 @@ def work(rank, port, path):
             runs[f"{title}, sequences × tokens"] = partial(by_token, **how, shard_group=pair)
         for (name, run), kind in product(runs.items(), ("DDP", "FSDP2")):
             compare(name, run, kind=kind, group=group, dtype=dtype, reduction_name=reduction_name, results=results)
+    idle_rank(rank, results)
+    diagnostics_of_ranks(rank, results)
     if rank == 0:
         with open(path, "w") as file:  # noqa: PTH123
             json.dump(results, file)

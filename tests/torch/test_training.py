@@ -11,7 +11,7 @@ import pytest
 import torch
 from drpo_torch import linear_reduction, policy_loss, token_loss
 from torch_cases import ENGINES, REDUCTIONS, batch, each_engine, each_reduction, gradient_of
-from variants import ALL, ONE_A_FAMILY, each_family
+from variants import ALL, each_family
 
 from drpo_core import DRPO, merge_diagnostics, sequence_mean_token_sum, summarize, token_mean
 from drpo_core.objectives import label
@@ -19,6 +19,7 @@ from drpo_core.objectives import label
 SUBJECT = DRPO(delta=0.15)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(), (1,), (24,), (4, 6), (2, 3, 4), (0,), (3, 0), (40, 1000)]
+"""The last is more than a chunk of the array operations."""
 
 
 def losses(engine, objective=SUBJECT, data=None, **options):
@@ -106,7 +107,8 @@ def test_no_outputs_share_memory(engine, dtype, shape):
 
 def _span(tensor):
     start = tensor.data_ptr()
-    return start, start + tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())))
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + tensor.element_size() * (1 + last)
 
 
 # --- the backward pass ---
@@ -119,7 +121,7 @@ def test_keeping_the_graph_changes_nothing(engine, dtype, scale):
     found = []
     for retain in (False, True):
         data, loss, _ = losses(engine, data=of_dtype(dtype, (40, 100)))
-        (loss.sum() * scale).backward(retain_graph=retain)
+        (loss.mean() * scale).backward(retain_graph=retain)
         found.append(data["log_prob"].grad)
     torch.testing.assert_close(*found, rtol=0.0, atol=0.0)
     assert found[0].isfinite().all()
@@ -162,13 +164,9 @@ def test_gradients_accumulate_over_backward_passes_of_one_graph(engine, cotangen
     data, loss, _ = losses(engine, data=of_dtype(dtype))
     (once,) = torch.autograd.grad(cotangent * loss, data["log_prob"], retain_graph=True)
     expected = once.clone()
-    for passes in (1, 2, 4):
-        for _ in range(passes - (passes + 1) // 2 if passes > 1 else 1):
-            (cotangent * loss).backward(retain_graph=passes < 4)
-        break
-    torch.testing.assert_close(data["log_prob"].grad, expected, rtol=0.0, atol=0.0)
-    (cotangent * loss).backward()
-    torch.testing.assert_close(data["log_prob"].grad, 2 * expected, rtol=0.0, atol=0.0)
+    for passes in (1, 2):
+        (cotangent * loss).backward(retain_graph=passes < 2)
+        torch.testing.assert_close(data["log_prob"].grad, passes * expected, rtol=0.0, atol=0.0)
     torch.testing.assert_close(once, expected, rtol=0.0, atol=0.0)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
@@ -295,7 +293,8 @@ def test_diagnostics_in_a_checkpoint(engine):
 
 # --- numbers ---
 
-NOT_NUMBERS = ["3", None, True, np.bool_(True), [2.0], np.ones(1), np.ones(2), 1j, object()]
+NOT_NUMBERS = ["3", None, True, np.True_, [2.0], np.ones(1), np.ones(2), 1j, object(), torch.ones(1), torch.tensor([])]
+NOT_NUMBERS += [torch.ones(()).bool(), torch.ones(()) * 1j]
 OUT_OF_RANGE = [-1, -1e-300, math.nan, math.inf, -math.inf, np.float64(-1.0), np.float32(math.nan), np.array(-2.0), 10**400]
 
 
@@ -343,6 +342,3 @@ def test_what_is_passed_goes_before_what_is_bound():
     assert reduced(reduction=bound, normalizer=10.0) == reduced(normalizer=10.0)
     weights = torch.rand((4, 6), dtype=torch.float64)
     assert reduced(reduction=functools.partial(token_mean, token_weights=weights)) == reduced(token_weights=weights)
-
-
-assert len(ONE_A_FAMILY) > 1

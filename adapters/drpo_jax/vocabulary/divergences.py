@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
 __all__ = [
-    "Divergence",
     "Divergences",
     "FullDivergence",
     "LinearHead",

@@ -36,9 +36,7 @@ class TokenLogProb(NamedTuple):
     log_normalizer: jax.Array
 
 
-def token_log_prob(
-    *, logits: jax.Array, tokens: jax.Array, temperature: float = 1.0, entropy: bool = False
-) -> TokenLogProb:
+def token_log_prob(*, logits: jax.Array, tokens: jax.Array, temperature: float = 1.0, entropy: bool = False) -> TokenLogProb:
     """Log-prob log π(token) = logits(token)/T − log Σ_v e^(logits(v)/T) of each sampled token, differentiable in reverse mode.
 
     The backward pass forms the gradient in one expression, from the logits and the per-token results; nothing else of

@@ -13,7 +13,7 @@ from drpo_core import UntraceableError
 from drpo_core.diagnostics import map_diagnostics, separated
 from drpo_core.loss import CHUNK, PolicyLoss, chunked_pass, compiled_pass, may_compile, policy_pass
 from drpo_torch.autograd import has_memory
-from drpo_torch.engines.namespace import namespace
+from drpo_torch.engines._namespace import namespace
 from drpo_torch.engines.threads import in_threads
 
 if TYPE_CHECKING:

@@ -233,8 +233,10 @@ class ArrayRows:
                     p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
             p.scatter_add_(-1, pull.column[step, None], pull.at_column[step, None])
             self.tempering.pull_back_(p, z[key] if self.tempering.softcap is not None else p)
-            if not (kept and isinstance(key, slice)):
+            if not isinstance(key, slice):
                 out[key] = p.to(out.dtype)
+            elif not kept:
+                out[key].copy_(p)
 
     @staticmethod
     def _mean(p: torch.Tensor, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
