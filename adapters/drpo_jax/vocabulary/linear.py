@@ -19,7 +19,7 @@ from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode, varying_like
 from drpo_jax.vocabulary.divergences import FullDivergence, LinearHead, broken_tokens, check_divergence, measure
 from drpo_jax.vocabulary.logits import VocabularyLoss
-from drpo_jax.vocabulary.softmax import entropy_of, inside_vocabulary, normalize, one_hot, select
+from drpo_jax.vocabulary.softmax import Normalized, inside_vocabulary, one_hot, select
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -219,8 +219,8 @@ class _Step(NamedTuple):
     ) -> tuple[PolicyLoss, dict[str, jax.Array], jax.Array, jax.Array]:
         """Loss, c ∂L/∂log π and diagnostics; what is measured per token; the softmax; the logits before the temperature."""
         logits = head.logits(working_dtype(head.hidden, head.weight))
-        log_normalizer, probability = normalize(logits / self.temperature)
-        log_prob = select(logits, rows["tokens"]) / self.temperature - log_normalizer
+        policy = Normalized.of(logits / self.temperature)
+        log_prob = policy.log_prob(select(logits, rows["tokens"]) / self.temperature)
         divergence = rows["divergence"]
         broken = broken_tokens(rows["tokens"], divergence, logits.shape[-1])
         if behavior_head is not None:
@@ -228,7 +228,7 @@ class _Step(NamedTuple):
         divergence = measure(
             divergence,
             logits=logits,
-            log_normalizer=log_normalizer,
+            log_normalizer=policy.top + policy.log_total,
             tokens=rows["tokens"],
             behavior_log_prob=rows["behavior_log_prob"],
             temperature=self.temperature,
@@ -239,8 +239,8 @@ class _Step(NamedTuple):
         found = found._replace(loss=found.loss + jnp.sum(poison), gradient=found.gradient + poison)
         measured = {"log_prob": jnp.where(broken, jnp.nan, log_prob)}
         if self.entropy:
-            measured["entropy"] = entropy_of(logits / self.temperature, log_normalizer, probability)
-        return found, measured, probability, logits
+            measured["entropy"] = policy.entropy
+        return found, measured, policy.probability, logits
 
     def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
         """The kernel of drpo_core."""

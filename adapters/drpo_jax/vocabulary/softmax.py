@@ -13,12 +13,11 @@ from drpo_jax._checks import check_integers, check_logits, check_shape, working_
 from drpo_jax._sharding import in_auto_mode
 
 __all__ = [
+    "Normalized",
     "TokenLogProb",
     "entries",
-    "entropy_of",
     "inside_vocabulary",
     "masked",
-    "normalize",
     "one_hot",
     "outside_vocabulary",
     "poisoned",
@@ -95,19 +94,39 @@ def token_log_prob(*, logits: jax.Array, tokens: jax.Array, temperature: float =
     return result  # type: ignore[no-any-return]
 
 
-def normalize(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log Σ_v e^z and softmax(z) of rows."""  # noqa: D403 -- a formula
-    # the maximum of a row of −inf would make NaN of every entry
-    top = jnp.max(z, axis=-1, keepdims=True)
-    e = jnp.exp(z - jnp.where(top == -jnp.inf, 0.0, top))
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    return (top + jnp.log(total))[..., 0], e / total
+class Normalized(NamedTuple):
+    """Rows z as a softmax: `shifted` = z − m by the largest entry m, `top` = m, and `log_total` = log Σ e^(z − m).
 
+    log Σ e^z = m + `log_total`, but log π = `shifted` − `log_total`: for logits of some hundreds, z − log Σ e^z would
+    have lost its last digits.
+    """
 
-def entropy_of(z: jax.Array, log_normalizer: jax.Array, probability: jax.Array) -> jax.Array:
-    """log Σ e^z − Σ π z, where an entry of probability 0 counts nothing."""  # noqa: D403 -- a formula
-    # selected before multiplying: 0 · −inf is a NaN, which jax_debug_nans would raise for
-    return log_normalizer - jnp.sum(probability * jnp.where(probability > 0.0, z, 0.0), axis=-1)
+    shifted: jax.Array
+    top: jax.Array
+    log_total: jax.Array
+    probability: jax.Array
+
+    @classmethod
+    def of(cls, z: jax.Array) -> Normalized:
+        """Of rows (…, V)."""
+        # the maximum of a row of −inf would make NaN of every entry; what is subtracted has no derivative of its own
+        top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+        top = jnp.where(top == -jnp.inf, 0.0, top)
+        shifted = z - top
+        e = jnp.exp(shifted)
+        total = jnp.sum(e, axis=-1, keepdims=True)
+        return cls(shifted, top[..., 0], jnp.log(total)[..., 0], e / total)
+
+    @property
+    def entropy(self) -> jax.Array:
+        """−Σ π log π, where an entry of probability 0 counts nothing."""
+        # selected before multiplying: 0 · −inf is a NaN, which jax_debug_nans would raise for
+        expected = jnp.sum(self.probability * jnp.where(self.probability > 0.0, self.shifted, 0.0), axis=-1)
+        return self.log_total - expected
+
+    def log_prob(self, chosen: jax.Array) -> jax.Array:
+        """log π of an entry z of each row."""  # noqa: D403 -- a formula
+        return (chosen - self.top) - self.log_total
 
 
 def outside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
@@ -186,12 +205,18 @@ def _token_log_prob(
     tokens: jax.Array,
     mask: jax.Array | None,
 ) -> TokenLogProb:
-    z = _tempered(logits, mask, temperature)
-    log_normalizer, probability = normalize(z)
-    entropies = entropy_of(z, log_normalizer, probability) if entropy else None
-    outside = outside_vocabulary(tokens, logits.shape[-1])
-    chosen = select(logits, tokens, mask).astype(z.dtype) / temperature
-    return TokenLogProb(jnp.where(outside, jnp.nan, chosen - log_normalizer), entropies, log_normalizer)
+    return _forward(temperature, entropy, logits, tokens, mask)[0]
+
+
+class _Kept(NamedTuple):
+    """What the backward pass is given: the logits as they came, and per-token arrays."""
+
+    logits: jax.Array
+    tokens: jax.Array
+    mask: jax.Array | None
+    top: jax.Array
+    log_total: jax.Array
+    entropy: jax.Array | None
 
 
 def _forward(
@@ -200,20 +225,24 @@ def _forward(
     logits: jax.Array,
     tokens: jax.Array,
     mask: jax.Array | None,
-) -> tuple[TokenLogProb, tuple[jax.Array, jax.Array, jax.Array | None, TokenLogProb]]:
-    result = _token_log_prob(temperature, entropy, logits, tokens, mask)
-    return result, (logits, tokens, mask, result)
+) -> tuple[TokenLogProb, _Kept]:
+    z = _tempered(logits, mask, temperature)
+    rows = Normalized.of(z)
+    log_prob = rows.log_prob(select(logits, tokens, mask).astype(z.dtype) / temperature)
+    log_prob = jnp.where(outside_vocabulary(tokens, logits.shape[-1]), jnp.nan, log_prob)
+    result = TokenLogProb(log_prob, rows.entropy if entropy else None, rows.top + rows.log_total)
+    return result, _Kept(logits, tokens, mask, rows.top, rows.log_total, result.entropy)
 
 
 def _backward(
     temperature: float,
     entropy: bool,  # noqa: ARG001, FBT001 -- whether there is one shows in what was kept
-    kept: tuple[jax.Array, jax.Array, jax.Array | None, TokenLogProb],
+    kept: _Kept,
     cotangents: TokenLogProb,
 ) -> tuple[jax.Array, None, None]:
-    logits, tokens, mask, result = kept
+    logits, tokens, mask = kept.logits, kept.tokens, kept.mask
     z = _tempered(logits, mask, temperature)
-    log_probs = z - result.log_normalizer[..., None]
+    log_probs = (z - kept.top[..., None]) - kept.log_total[..., None]
     probability = jnp.exp(log_probs)
     outside = outside_vocabulary(tokens, logits.shape[-1])
     of_log_prob = jnp.where(outside & (cotangents.log_prob != 0.0), jnp.nan, cotangents.log_prob)[..., None]
@@ -221,9 +250,9 @@ def _backward(
     here = one_hot(inside_vocabulary(tokens, logits.shape[-1]), z)
     gradient = jnp.where(here, of_log_prob, 0.0) + probability * (of_normalizer - of_log_prob)
     reached = (of_log_prob != 0.0) | (of_normalizer != 0.0)
-    if result.entropy is not None and cotangents.entropy is not None:
+    if kept.entropy is not None and cotangents.entropy is not None:
         of_entropy = cotangents.entropy[..., None]
-        surprise = jnp.where(probability > 0.0, log_probs, 0.0) + result.entropy[..., None]
+        surprise = jnp.where(probability > 0.0, log_probs, 0.0) + kept.entropy[..., None]
         gradient = gradient - of_entropy * probability * surprise
         reached = reached | (of_entropy != 0.0)
     if mask is not None:

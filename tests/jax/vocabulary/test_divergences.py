@@ -84,7 +84,7 @@ def test_numbers_of_a_recorded_policy_are_kept_as_floats(given):
         ({"bias": jnp.zeros(V, int)}, TypeError, r"divergence\.behavior\.bias: expected a real floating dtype, got int64"),
         ({"bias": np.zeros(V)}, TypeError, r"divergence\.behavior\.bias: expected a jax\.Array, got ndarray"),
         (
-            {"weight": jnp.zeros((V + 1, H))},
+            {"weight": jnp.zeros((V + 1, H)), "bias": None},
             ValueError,
             r"divergence\.behavior\.weight: expected one row for each of the 7 tokens",
         ),

@@ -66,6 +66,18 @@ def test_every_row_of_the_gradient_sums_to_zero(scale, dtype):
     assert (jnp.abs(gradient) <= 1.0).all()
 
 
+def test_large_logits_lose_no_digits():
+    """Logits of some hundreds: their differences are exact, and so are log-probs and entropies of these."""
+    logits, tokens = make(64, 50)
+    small = logits.astype(jnp.float32)
+    # a power of two that takes none of the digits away
+    large = jnp.round(small * 2.0**10) / 2.0**10 + 512.0
+    found = token_log_prob(logits=large, tokens=tokens, entropy=True)
+    expected = token_log_prob(logits=(large - 512.0).astype(jnp.float64), tokens=tokens, entropy=True)
+    np.testing.assert_allclose(found.log_prob, expected.log_prob, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.entropy, expected.entropy, rtol=1e-6, atol=1e-6)
+
+
 def test_a_row_that_no_cotangent_reaches_has_a_gradient_of_zero():
     logits, tokens = make()
     dirty = logits.at[1].set(jnp.nan)
