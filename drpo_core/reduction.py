@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-from array_api_compat import is_numpy_namespace
 
 from drpo_core._checks import (
     check_arrays,
@@ -440,8 +439,8 @@ def _usable(coefficients: Array, mask: Array, dtype: object, *, xp: Namespace) -
     coefficients = xp.astype(coefficients, dtype, copy=False)
     if given in ((), (*shape[:-1], 1)):
         return coefficients
-    # NumPy would warn of what masked tokens are multiplied with
-    return xp.where(mask, coefficients, 0.0) if is_numpy_namespace(xp) else xp.broadcast_to(coefficients, shape)
+    # selected, because NumPy would warn of what masked tokens are multiplied with
+    return xp.where(mask, coefficients, 0.0)
 
 
 def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
