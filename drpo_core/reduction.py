@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from drpo_core._arrays import undivided
 from drpo_core._checks import (
     check_arrays,
     check_dtype,
@@ -500,6 +501,7 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     n = segment_ids.shape[0]
     if n == 0:
         return xp.astype(mask, dtype), count_true(mask, dtype, xp=xp)
+    segment_ids, mask = undivided(segment_ids, xp=xp), undivided(mask, xp=xp)
     place = xp.searchsorted(xp.sort(segment_ids), segment_ids, side="left")
     valid = xp.sort(xp.where(mask, place, n))
     length = xp.searchsorted(valid, place, side="right") - xp.searchsorted(valid, place, side="left")

@@ -143,7 +143,9 @@ def linear_policy_loss(
     dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
-    step = _Step(objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
+    step = _Step(
+        objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size))
+    )
 
     def run(
         hidden: jax.Array,
@@ -159,18 +161,17 @@ def linear_policy_loss(
         if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
             behavior_head = divergence.behavior
             divergence = replace(divergence, behavior=behavior_head.hidden)
-        flat_rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(leading) :]), rows | {"divergence": divergence})
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows["divergence"] = divergence
         loss, statistics, per_token = _with_gradients(
             step,
-            flat,
+            hidden,
             varying_like(hidden, weight),
             None if bias is None else varying_like(hidden, bias),
-            flat_rows.pop("mask"),
-            flat_rows,
+            rows.pop("mask"),
+            rows,
             behavior_head,
         )
-        return (loss, statistics), {name: array.reshape(leading) for name, array in per_token.items()}
+        return (loss, statistics), per_token
 
     constants = jax.lax.stop_gradient((batch, divergence, coefficients))
     (loss, statistics), per_token = in_auto_mode(run, hidden, weight, bias, *constants)
@@ -240,7 +241,9 @@ class _Step(NamedTuple):
             measured["entropy"] = entropy_of(logits / self.temperature, log_normalizer, probability)
         return found, measured, probability, logits
 
-    def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
+    def in_pass(
+        self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None
+    ) -> PolicyLoss:
         """The kernel of drpo_core."""
         return policy_pass(
             self.objective,
@@ -319,9 +322,9 @@ def _sweep(
 ) -> tuple[tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]], _Gradients]:
     """Take every valid token through `step`, a chunk at a time; the loop ends where the masked tokens begin."""
     dtype = working_dtype(hidden, weight)
-    n, chunk = mask.shape[0], step.chunk
+    n, chunk = mask.size, step.chunk
     padded = -(-n // chunk) * chunk
-    order = jnp.argsort(~mask, stable=True)
+    order = jnp.argsort(~mask.reshape(-1), stable=True)
     order = jnp.concatenate((order, jnp.zeros(padded - n, order.dtype)))
     count = jnp.sum(mask.astype(jnp.int32))
 
@@ -330,20 +333,21 @@ def _sweep(
         return jnp.zeros_like(hidden, dtype=dtype, shape=shape)
 
     measured = {name: zeros((padded,)) for name in ("log_prob", *(("entropy",) if step.entropy else ()))}
-    shapes = ((padded, hidden.shape[1]), weight.shape, (weight.shape[0],))
+    shapes = ((padded, hidden.shape[-1]), weight.shape, (weight.shape[0],))
     gradients = _Gradients(*(zeros(shape) if wanted else None for shape, wanted in zip(shapes, needed, strict=True)))
     carry: _Carry = (step.nothing(hidden, rows["divergence"]), measured, gradients)
 
     def body(i: jax.Array, carry: _Carry) -> _Carry:
         sums, measured, gradients = carry
         start = i * chunk
-        here = jax.lax.dynamic_slice_in_dim(order, start, chunk)
+        # not of flattened arrays, whose masked tokens jax_debug_nans would see
+        here = jnp.unravel_index(jax.lax.dynamic_slice_in_dim(order, start, chunk), mask.shape)
         valid = start + jnp.arange(chunk) < count
 
         def take(array: jax.Array) -> jax.Array:
             # what masked positions hold is replaced before any arithmetic
-            kept = valid.reshape(-1, *(1,) * (array.ndim - 1))
-            return jnp.where(kept, array[here], jnp.zeros((), array.dtype))
+            taken = array[here] if mask.ndim else array[None]
+            return jnp.where(valid.reshape(-1, *(1,) * (taken.ndim - 1)), taken, jnp.zeros((), array.dtype))
 
         h, chunk_rows = take(hidden), jax.tree.map(take, rows)
         head = LinearHead(h, weight, bias, step.logit_softcap)
@@ -363,7 +367,7 @@ def _sweep(
     if n:
         carry = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, body, carry)
     sums, measured, gradients = carry
-    place = jnp.argsort(order[:n])
+    place = jnp.argsort(order[:n]).reshape(mask.shape)
     measured = {name: array[place] for name, array in measured.items()}
     of_hidden = None if gradients.hidden is None else gradients.hidden[place]
     return (*sums, measured), gradients._replace(hidden=of_hidden)

@@ -21,6 +21,7 @@ __all__ = [
     "normalize",
     "one_hot",
     "outside_vocabulary",
+    "poisoned",
     "select",
     "selected_log_prob",
     "token_log_prob",
@@ -141,6 +142,24 @@ def select(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> ja
 def one_hot(ids: jax.Array, like: jax.Array) -> jax.Array:
     """True at each row's id, by a comparison: unlike a scatter, it fuses with what follows."""
     return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, like.shape, like.ndim - 1)
+
+
+@jax.custom_vjp
+def poisoned(x: jax.Array, broken: jax.Array) -> jax.Array:
+    """x, with NaN where it is broken: in value, and in the derivative if a cotangent reaches it."""
+    return jnp.where(broken, jnp.nan, x)
+
+
+def _poisoned_forward(x: jax.Array, broken: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return poisoned(x, broken), broken
+
+
+def _poisoned_backward(broken: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    # not a product with NaN, which would turn a cotangent of 0 into NaN
+    return jnp.where(broken & (cotangent != 0.0), jnp.nan, cotangent), None
+
+
+poisoned.defvjp(_poisoned_forward, _poisoned_backward)
 
 
 def masked(rows: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -257,13 +257,13 @@ def test_memory_does_not_grow_with_the_tokens():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected 1 or more, got 0"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected a finite number, 1 or more, got 0"),
         ({"logit_softcap": -1.0}, ValueError, "logit_softcap: expected a finite number greater than 0, got -1.0"),
-        ({"weight": jnp.zeros((V, H + 1))}, ValueError, r"weight: expected shape \(13, 5\), got \(13, 6\)"),
-        ({"bias": jnp.zeros(V - 1)}, ValueError, r"bias: expected shape \(13,\), got \(12,\)"),
+        ({"weight": jnp.zeros((V, H + 1))}, ValueError, r"weight: expected the shape of the vocabulary and hidden, \(V, H\), \(13, 5\), got \(13, 6\)"),
+        ({"bias": jnp.zeros(V - 1)}, ValueError, r"bias: expected the shape of the vocabulary, \(V,\), \(13,\), got \(12,\)"),
         ({"mask": jnp.ones((4, 6))}, TypeError, "mask: expected a bool dtype"),
         ({"hidden": np.zeros((4, 6, H))}, TypeError, "hidden: expected a jax.Array, got ndarray"),
-        ({"reduction": lambda *_, **__: 0.0}, TypeError, "reduction: expected one of drpo_core's"),
+        ({"reduction": lambda *_, **__: 0.0}, TypeError, "reduction: expected token_mean, .* or a linear_reduction"),
     ],
 )
 def test_errors(change, error, message):
