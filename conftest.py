@@ -21,7 +21,7 @@ collect_ignore_glob = [
     "docs/integrations/*.py",
     "docs/_ext/*.py",
     "docs/conf.py",
-    "docs/study/study/*.py",
+    "studies/study/*.py",
 ]
 
 PYTHON = CodeBlockParser("python", PythonEvaluator())

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE / "study"), str(HERE.parent), str(HERE.parent / "adapters")]
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent), str(HERE.parent / "studies"), str(HERE.parent / "adapters")]
 
 import drpo_core  # noqa: E402 - found through the line above
 

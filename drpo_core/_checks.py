@@ -81,14 +81,15 @@ def check_number(
     """
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
-    number: Any = value
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+    given: Any = value
+    kind: Any = numbers.Integral if whole else numbers.Real
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind):
         expected = "a whole number" if whole else "a real number"
         got = f"{type(value).__name__} {value!r}" if isinstance(value, numbers.Real) else _described(value)
         msg = f"{name}: expected {expected}, got {got}"
         raise TypeError(msg)
     try:
-        number = int(number) if whole else float(number)
+        number = int(given) if whole else float(given)
         finite = math.isfinite(number)
     except OverflowError:
         finite = False
@@ -96,7 +97,7 @@ def check_number(
         bound = f" greater than {above:g}" if above is not None else f", {at_least:g} or more" if at_least is not None else ""
         msg = f"{name}: expected a finite number{bound}, got {_short(value)}"
         raise ValueError(msg)
-    return number  # type: ignore[no-any-return]
+    return number
 
 
 def compute_dtype(*arrays: Array, xp: Namespace) -> Any:

@@ -183,10 +183,10 @@ def expand_advantages(
             first = int(wrong.argmax())
             msg = f"segment_ids: expected ids in [0, {count}) at valid tokens, got {int(segment_ids[first])} at index {first}"
             raise ValueError(msg)
-        if count == 0:
-            advantages = xp.full_like(mask, xp.nan, dtype=advantages.dtype)[:1]
         if 0 in mask.shape:
             return xp.astype(mask, advantages.dtype)
+        if count == 0:
+            advantages = xp.full_like(mask, xp.nan, dtype=advantages.dtype)[:1]
         chosen = xp.take(advantages, xp.where(mask & ~wrong, segment_ids, 0), axis=0)
         return xp.where(mask, xp.where(wrong, xp.nan, chosen), 0.0)
     if mask.ndim != 2 or mask.shape[0] != advantages.shape[0]:

@@ -13,7 +13,7 @@ from array_api_compat import array_namespace, to_device
 from drpo_core.divergence import k3_of
 from drpo_core.objectives.protocol import check_objective, inside_of, weight_of
 from drpo_core.reduction import count_true
-from drpo_core.tokens import Tokens
+from drpo_core.tokens import Tokens, constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -152,6 +152,7 @@ def token_diagnostics(
     (0.666667, 0.285714)
     """
     check_objective(objective)
+    log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     return separated(diagnostics_of(tokens, weight_of(objective, tokens), inside_of(objective, tokens), mask), xp=tokens.xp)
 
@@ -189,14 +190,7 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
         msg = "parts: expected at least one dict of diagnostics, got none"
         raise ValueError(msg)
     for part in parts:
-        given: object = part
-        if not isinstance(given, dict):
-            msg = f"parts: expected dicts of diagnostics, got {type(given).__name__}"
-            raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(given, (list, tuple)) else ""))
-        if part.keys() != parts[0].keys():
-            differing = sorted(part.keys() ^ parts[0].keys())
-            msg = f"parts: expected the same names in every dict of diagnostics, got {differing} in some only"
-            raise ValueError(msg)
+        _check_part(part, parts[0])
     if not parts[0]:
         return {}
     xp = array_namespace(next(iter(parts[0].values())).count)
@@ -207,13 +201,24 @@ def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
     return combine_diagnostics(map_diagnostics(stacked, *parts), xp=xp)
 
 
+def _check_part(part: object, first: Diagnostics) -> None:
+    if not isinstance(part, dict):
+        msg = f"parts: expected dicts of diagnostics, got {type(part).__name__}"
+        raise TypeError(msg + ("; pass merge_diagnostics(*parts)" if isinstance(part, (list, tuple)) else ""))
+    if part.keys() != first.keys():
+        differing = sorted(part.keys() ^ first.keys())
+        msg = f"parts: expected the same names in every dict of diagnostics, got {differing} in some only"
+        raise ValueError(msg)
+
+
 def combine_diagnostics(stacked: Diagnostics, *, xp: Namespace) -> Diagnostics:
     """One batch's statistics from those whose fields are 1-D arrays with an element a part."""
+    extremes: Mapping[type, Callable[[Array], Array]] = {Maximum: xp.max, Minimum: xp.min}
 
     def combined(statistic: Statistic) -> Statistic:
         first, *others = statistic
-        combine = xp.max if isinstance(statistic, Maximum) else xp.min if isinstance(statistic, Minimum) else xp.sum
-        return type(statistic)(combine(first), *(xp.sum(field) for field in others))
+        first = extremes.get(type(statistic), xp.sum)(first)
+        return type(statistic)(first, *map(xp.sum, others))
 
     return {name: combined(statistic) for name, statistic in stacked.items()}
 
@@ -246,7 +251,10 @@ def map_diagnostics(function: Callable[..., Any], *diagnostics: Diagnostics) -> 
     {'ratio_mean': Mean(total=6.0, count=4.0)}
     """
     first, *others = diagnostics
-    return {name: type(s)(*map(function, s, *(other[name] for other in others))) for name, s in first.items()}
+    return {
+        name: type(statistic)(*map(function, statistic, *(other[name] for other in others)))
+        for name, statistic in first.items()
+    }
 
 
 def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:
@@ -282,69 +290,111 @@ def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:
 
 def diagnostics_of(tokens: Tokens, weight: Array, inside: Array, mask: Array | None) -> Diagnostics:
     """`token_diagnostics` of tokens whose weight and trust region are known."""
-    xp, a, ell, r = tokens.xp, tokens.advantages, tokens.log_ratio, tokens.ratio
+    sets = token_sets(tokens, mask)
+    return data_diagnostics(tokens, sets) | objective_diagnostics(tokens, weight, inside, sets)
 
-    def total(x: Array, over: _Subset) -> Array:
-        return xp.sum(xp.where(over.where, x, 0.0))
 
-    def subset(where: Array) -> _Subset:
-        return _Subset(where, count_true(where, a.dtype, xp=xp))
+class Subset(NamedTuple):
+    """Some of the tokens, and how many."""
 
-    def mean(x: Array, over: _Subset) -> Mean:
-        return Mean(total(x, over), over.count)
+    where: Array
+    count: Array
 
-    def fraction(condition: Array, over: _Subset) -> Mean:
-        return Mean(count_true(condition & over.where, a.dtype, xp=xp), over.count)
 
-    def maximum(x: Array, over: _Subset) -> Maximum:
-        candidates = xp.where(over.where, x, -xp.inf)
-        return Maximum(xp.max(candidates) if 0 not in x.shape else xp.sum(candidates) - xp.inf, over.count)
+class TokenSets(NamedTuple):
+    """Which tokens the statistics are over, and what else does not depend on the objective."""
+
+    finite: Array
+    counted: Subset
+    valid: Subset
+    active: Subset
+    diverging: Array
+    converging: Array
+    magnitude: Array
+    """abs(A) r where active, else 0."""
+
+
+def token_sets(tokens: Tokens, mask: Array | None) -> TokenSets:
+    """The sets of tokens; computed once, they serve any number of objectives."""
+    xp, a = tokens.xp, tokens.advantages
+
+    def subset(where: Array) -> Subset:
+        return Subset(where, count_true(where, a.dtype, xp=xp))
 
     finite = xp.isfinite(a) & xp.isfinite(tokens.behavior_log_prob) & (tokens.log_prob < xp.inf)
     counted = subset(xp.ones_like(a) == 1.0 if mask is None else mask)
     valid = subset(counted.where & finite)
     active = subset(valid.where & (a != 0.0))
-    outside, direction = ~inside, tokens.along_advantage(tokens.ratio_minus_one)
-    diverging, converging, positive, negative = direction > 0.0, direction < 0.0, a > 0.0, a < 0.0
+    direction = tokens.along_advantage(tokens.ratio_minus_one)
     # selected before multiplying, as inf·0 is a NaN
-    magnitude = r * xp.where(active.where, xp.abs(a), 0.0)
-    effective_weight = xp.where(active.where, xp.abs(weight), 0.0)
-    effective = r * effective_weight
+    magnitude = tokens.ratio * xp.where(active.where, xp.abs(a), 0.0)
+    return TokenSets(finite, counted, valid, active, direction > 0.0, direction < 0.0, magnitude)
+
+
+def data_diagnostics(tokens: Tokens, sets: TokenSets) -> Diagnostics:
+    """The statistics that are the same for every objective."""
+    ell, r, valid, xp = tokens.log_ratio, tokens.ratio, sets.valid, tokens.xp
     binary_tv = xp.abs(tokens.shift)
-    largest_negated_weight = maximum(-weight, active)
     return {
-        "ratio_mean": mean(r, valid),
-        "ratio_max": maximum(r, valid),
-        "log_ratio_abs_mean": mean(xp.abs(ell), valid),
-        "k1_mean": mean(-ell, valid),
-        "k3_mean": mean(k3_of(tokens), valid),
-        "binary_tv_mean": mean(binary_tv, valid),
-        "binary_tv_max": maximum(binary_tv, valid),
-        "invalid_fraction": fraction(~finite, counted),
-        "outside_fraction": fraction(outside, active),
-        "outside_positive_diverging_fraction": fraction(outside & positive & diverging, active),
-        "outside_positive_converging_fraction": fraction(outside & positive & converging, active),
-        "outside_negative_diverging_fraction": fraction(outside & negative & diverging, active),
-        "outside_negative_converging_fraction": fraction(outside & negative & converging, active),
-        "dropped_fraction": fraction(weight == 0.0, active),
-        "attenuated_fraction": fraction((weight > 0.0) & (weight < 1.0), active),
-        "amplified_fraction": fraction(weight > 1.0, active),
-        "corrective_fraction": fraction(weight < 0.0, active),
-        "weight_mean": mean(weight, active),
+        "ratio_mean": _mean(r, valid, xp=xp),
+        "ratio_max": _maximum(r, valid, xp=xp),
+        "log_ratio_abs_mean": _mean(xp.abs(ell), valid, xp=xp),
+        "k1_mean": _mean(-ell, valid, xp=xp),
+        "k3_mean": _mean(k3_of(tokens), valid, xp=xp),
+        "binary_tv_mean": _mean(binary_tv, valid, xp=xp),
+        "binary_tv_max": _maximum(binary_tv, valid, xp=xp),
+        "invalid_fraction": _fraction(~sets.finite, sets.counted, tokens),
+    }
+
+
+def objective_diagnostics(tokens: Tokens, weight: Array, inside: Array, sets: TokenSets) -> Diagnostics:
+    """The statistics of one objective."""
+    a, active, xp = tokens.advantages, sets.active, tokens.xp
+    outside, positive, negative = ~inside, a > 0.0, a < 0.0
+    effective_weight = xp.where(active.where, xp.abs(weight), 0.0)
+    effective = tokens.ratio * effective_weight
+    largest_negated_weight = _maximum(-weight, active, xp=xp)
+
+    def fraction(condition: Array) -> Mean:
+        return _fraction(condition, active, tokens)
+
+    return {
+        "outside_fraction": fraction(outside),
+        "outside_positive_diverging_fraction": fraction(outside & positive & sets.diverging),
+        "outside_positive_converging_fraction": fraction(outside & positive & sets.converging),
+        "outside_negative_diverging_fraction": fraction(outside & negative & sets.diverging),
+        "outside_negative_converging_fraction": fraction(outside & negative & sets.converging),
+        "dropped_fraction": fraction(weight == 0.0),
+        "attenuated_fraction": fraction((weight > 0.0) & (weight < 1.0)),
+        "amplified_fraction": fraction(weight > 1.0),
+        "corrective_fraction": fraction(weight < 0.0),
+        "weight_mean": _mean(weight, active, xp=xp),
         "weight_min": Minimum(-largest_negated_weight.value, largest_negated_weight.count),
-        "weight_max": maximum(weight, active),
-        "gradient_mass_kept": Mean(total(magnitude * effective_weight, active), total(magnitude, active)),
+        "weight_max": _maximum(weight, active, xp=xp),
+        "gradient_mass_kept": Mean(
+            _total(sets.magnitude * effective_weight, active, xp=xp), _total(sets.magnitude, active, xp=xp)
+        ),
         "effective_sample_size": EffectiveSampleSize(
-            total(effective, active), total(effective * effective, active), active.count
+            _total(effective, active, xp=xp), _total(effective * effective, active, xp=xp), active.count
         ),
     }
 
 
-class _Subset(NamedTuple):
-    """Some of the tokens, and how many."""
+def _total(x: Array, over: Subset, *, xp: Namespace) -> Array:
+    return xp.sum(xp.where(over.where, x, 0.0))
 
-    where: Array
-    count: Array
+
+def _mean(x: Array, over: Subset, *, xp: Namespace) -> Mean:
+    return Mean(_total(x, over, xp=xp), over.count)
+
+
+def _fraction(condition: Array, over: Subset, tokens: Tokens) -> Mean:
+    return Mean(count_true(condition & over.where, tokens.advantages.dtype, xp=tokens.xp), over.count)
+
+
+def _maximum(x: Array, over: Subset, *, xp: Namespace) -> Maximum:
+    candidates = xp.where(over.where, x, -xp.inf)
+    return Maximum(xp.max(candidates) if 0 not in x.shape else xp.sum(candidates) - xp.inf, over.count)
 
 
 def _quotient(numerator: Array, denominator: Array) -> Array:

@@ -83,7 +83,7 @@ def binary_kl(
     Returns
     -------
     array
-        KL in nats, ≥ 0; infinite where π = 0 < μ or μ < 1 = π.
+        KL in nats, ≥ 0; infinite where π = 0 < μ. A log π of 0 stands for the π nearest μ that rounds to 1.
 
     Raises
     ------
@@ -110,10 +110,13 @@ def binary_kl_of(tokens: Tokens) -> Float[Array, "*tokens"]:
     """Binary KL(μ‖π) of tokens whose ℓ and d are known."""
     xp, d, b = tokens.xp, tokens.shift, tokens.behavior_log_prob
     sampled = _kl_term(xp.exp(b), tokens.log_ratio, d, xp=xp)
-    # log π = 0 is a rounded number: it says that π is within half a unit in the last place of 1, not that KL is infinite
+    mu_rest = _complement(b, xp=xp)
+    # log π = 0 is a rounded number: π is within half a unit in the last place of 1, and taken as near μ as that allows
     half_unit = 2.0**-54 if _is_double(d, xp=xp) else 2.0**-25
-    pi_rest = xp.where(tokens.log_prob < 0.0, _complement(tokens.log_prob, xp=xp), half_unit)
-    return sampled + _kl_of_rest(pi_rest, _complement(b, xp=xp), -d, xp=xp)
+    certain = tokens.log_prob >= 0.0
+    nearest = xp.where(mu_rest < half_unit, mu_rest, half_unit)
+    pi_rest = xp.where(certain, nearest, _complement(tokens.log_prob, xp=xp))
+    return sampled + _kl_of_rest(pi_rest, mu_rest, xp.where(certain, nearest - mu_rest, -d), xp=xp)
 
 
 def top_k_tv(

@@ -12,7 +12,7 @@ from array_api_compat import is_numpy_namespace
 
 from drpo_core._checks import check_number
 from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
-from drpo_core.engines.trace import UntraceableError
+from drpo_core.engines.trace import BOOL, FLOAT, Trace, UntraceableError
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, weight_of
 from drpo_core.reduction import reduction_coefficients, token_mean
@@ -109,7 +109,7 @@ def token_loss_and_gradient(
     array([-1. , -1. ,  0.2])
     """
     check_objective(objective)
-    log_prob, behavior_log_prob, advantages = map(constant, (log_prob, behavior_log_prob, advantages))
+    log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     xp, weight = tokens.xp, weight_of(objective, tokens)
     loss, gradient = loss_of(objective, tokens), gradient_of(tokens, weight, mask=mask)
@@ -212,10 +212,10 @@ def policy_loss_and_gradient(
     check_objective(objective)
     if threads is not None:
         threads = int(check_number("threads", threads, at_least=1, whole=True))
-    log_prob, behavior_log_prob, advantages = map(constant, (log_prob, behavior_log_prob, advantages))
+    log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
+    coefficients = constant(reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp))
     arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
     numpy = is_numpy_namespace(xp)
     if engine == "compiled" and not numpy:
@@ -303,24 +303,26 @@ def may_compile(engine: Engine) -> bool:
     return False
 
 
-def chunked_pass(objective: Objective, *arrays: Array, dtype: Any, diagnostics: bool, xp: Namespace) -> PolicyLoss:
-    """`policy_pass` in chunks of tokens, where the objective is one of the library's and so looks at one token at a time."""
+def chunked_pass(
+    objective: Objective, *arrays: Array, dtype: Any, diagnostics: bool, chunk: int = CHUNK, xp: Namespace
+) -> PolicyLoss:
+    """`policy_pass` in chunks of tokens, where the objective looks at one token at a time."""
     log_prob, mask = arrays[0], arrays[3]
     size = 1
     for extent in log_prob.shape:
         size *= extent
-    if size <= CHUNK or not is_known(objective):
+    if size <= chunk or not is_elementwise(objective):
         return policy_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     flat = [None if a is None else xp.reshape(xp.broadcast_to(a, mask.shape), (-1,)) for a in arrays]
     gradient = xp.empty_like(flat[0], dtype=dtype)
     losses: list[Array] = []
     parts: list[Any] = []
-    for start in range(0, size, CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for start in range(0, size, chunk):
+        part = slice(start, start + chunk)
         result = policy_pass(
-            objective, *(None if a is None else a[chunk] for a in flat), dtype=dtype, diagnostics=diagnostics, xp=xp
+            objective, *(None if a is None else a[part] for a in flat), dtype=dtype, diagnostics=diagnostics, xp=xp
         )
-        gradient[chunk] = result.gradient
+        gradient[part] = result.gradient
         losses.append(result.loss)
         parts.append(result.diagnostics)
     merged = None
@@ -359,6 +361,23 @@ def compiled_pass(
         policy_pass, objective, arrays, gradient.reshape(-1), diagnostics=diagnostics, **threading
     )
     return PolicyLoss(loss, gradient.astype(log_prob.dtype, copy=False), statistics)
+
+
+def is_elementwise(objective: Objective) -> bool:
+    """Whether tokens may come to the objective in chunks: its methods do nothing across tokens.
+
+    A user's own are run on symbols to see that, at every call, because they may have changed.
+    """
+    if is_known(objective):
+        return True
+    trace = Trace()
+    names = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients", "divergence")
+    tokens = (trace.input(name, BOOL if name == "mask" else FLOAT) for name in names)
+    try:
+        traced = policy_pass(objective, *tokens, dtype=FLOAT, diagnostics=False, select=False, xp=trace.namespace)
+    except (UntraceableError, AttributeError, TypeError, ValueError):
+        return False
+    return not traced.gradient.reduced
 
 
 @cache

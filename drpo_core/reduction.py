@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from array_api_compat import is_numpy_namespace
 
 from drpo_core._checks import (
     check_arrays,
@@ -347,7 +348,7 @@ def reduction_coefficients(
     xp = check_arrays(xp=xp, kind="bool", mask=mask)
     given = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     if callable(getattr(reduction, "coefficients", None)):
-        return reduction.coefficients(mask, dtype=dtype, **given, xp=xp)  # type: ignore[union-attr]
+        return _usable(reduction.coefficients(mask, dtype=dtype, **given, xp=xp), mask, dtype, xp=xp)  # type: ignore[union-attr]
     divisors, options = _known(reduction, given)
     normalizer, token_weights = options.pop("normalizer"), options.pop("token_weights")
     divisor, count = divisors(mask, options.pop("segment_ids"), dtype, xp=xp, **options)
@@ -411,8 +412,8 @@ def reduction_count(
 
 def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function to a reduction's divisors and count, and its options: what was given, else what `partial` has bound."""
-    function: Any
-    function, bound = (reduction.func, reduction.keywords) if isinstance(reduction, partial) else (reduction, {})
+    function: Any = reduction.func if isinstance(reduction, partial) else reduction
+    bound = reduction.keywords if isinstance(reduction, partial) else {}
     divisors = _DIVISORS.get(function) if callable(function) and getattr(function, "__hash__", None) else None
     if divisors is None or (isinstance(reduction, partial) and reduction.args):
         msg = (
@@ -426,6 +427,21 @@ def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., A
         msg = f"reduction: {function.__name__} has no argument {', '.join(sorted(unknown)) or 'horizon'}"
         raise TypeError(msg)
     return divisors, given | {name: value for name, value in options.items() if given.get(name) is None}
+
+
+def _usable(coefficients: Array, mask: Array, dtype: object, *, xp: Namespace) -> Array:
+    """Coefficients of a caller's own reduction, in a form that every engine knows: 0-d, one a row or one a token."""
+    check_dtype("coefficients of the reduction", coefficients, "real floating", xp=xp)
+    given, shape = tuple(coefficients.shape), tuple(mask.shape)
+    aligned = (1,) * (len(shape) - len(given)) + given
+    if len(aligned) != len(shape) or any(size not in (1, full) for size, full in zip(aligned, shape, strict=True)):
+        msg = f"coefficients of the reduction: expected a shape that broadcasts to the mask's, {shape}, got {given}"
+        raise ValueError(msg)
+    coefficients = xp.astype(coefficients, dtype, copy=False)
+    if given in ((), (*shape[:-1], 1)):
+        return coefficients
+    # NumPy would warn of what masked tokens are multiplied with
+    return xp.where(mask, coefficients, 0.0) if is_numpy_namespace(xp) else xp.broadcast_to(coefficients, shape)
 
 
 def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
@@ -511,17 +527,28 @@ def _denominator(normalizer: float | Array | None, count: Array, *, xp: Namespac
     return _nonzero(number, xp=xp)
 
 
-def _number_or_array(name: str, value: float | Array, *, like: Array, xp: Namespace, **bounds: Any) -> float | Array:
+def _number_or_array(
+    name: str,
+    value: float | Array,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    like: Array,
+    xp: Namespace,
+) -> float | Array:
     """A number within its bounds, as a Python float; or a 0-d array, in the dtype of another, NaN where it is outside them.
 
     An array's value may be on a device, and unknown while a compiler traces, so that nothing can be raised.
     """
-    if isinstance(value, (numbers.Real, np.ndarray, str)) or not hasattr(value, "shape"):
-        return check_number(name, value, **bounds)
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic, str)) or not hasattr(value, "shape"):
+        return check_number(name, value, above=above, at_least=at_least)
     if tuple(value.shape):
         msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    number = xp.astype(xp.asarray(value), like.dtype)
-    low = bounds.get("above", bounds.get("at_least"))
-    right = (number > low) if "above" in bounds else (number >= low)
+    number = value if isinstance(value, type(like)) else xp.asarray(value)
+    if not xp.isdtype(number.dtype, ("integral", "real floating")):
+        msg = f"{name}: expected a real number, got a 0-d array of {number.dtype}"
+        raise TypeError(msg)
+    number = xp.astype(number, like.dtype)
+    right = number > above if at_least is None else number >= at_least
     return xp.where(right & (number < xp.inf), number, xp.nan)

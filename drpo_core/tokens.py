@@ -138,9 +138,10 @@ def check_tokens(
     return xp, compute_dtype(*arrays.values(), xp=xp)
 
 
-def constant(array: Array) -> Array:
-    """The array without its graph, where its library keeps one (torch): its gradient is returned, not left to autograd."""
-    return array.detach() if hasattr(array, "detach") else array
+def constant(array: Array | None) -> Array | None:
+    """The array without its graph, where its library keeps one (torch), or None: a returned gradient is not autograd's."""
+    detach = getattr(array, "detach", None)
+    return array if detach is None else detach()
 
 
 def log_ratio(

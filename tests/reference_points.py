@@ -126,7 +126,9 @@ def objective(name, t):
 def divergences(t):
     """In the order of DIVERGENCES."""
     d = t.pi - t.mu
-    return t.ell, t.r, d, abs(d), binary_kl(t), -t.ell, t.ell**2 / 2, t.r - 1 - min(t.ell, 20)
+    # beyond the saturated ratio k3 goes on along its tangent
+    k3 = t.r - 1 - min(t.ell, 20) + mp.expm1(20) * max(t.ell - 20, 0)
+    return t.ell, t.r, d, abs(d), binary_kl(t), -t.ell, t.ell**2 / 2, k3
 
 
 def distribution_divergences(log_prob, behavior, sampled, top):

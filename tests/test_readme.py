@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from drpo_core import plots
+from drpo_core.audit import plots
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_figure_is_what_the_library_draws(tmp_path):
     plots.save(plots.weight_figure(), tmp_path / "weights.svg")
     drawn, committed = ((folder / "weights.svg").read_bytes() for folder in (tmp_path, ROOT / "docs" / "figures"))
-    assert drawn == committed, "redraw it: python -m drpo_core.plots docs/figures/weights.svg"
+    assert drawn == committed, "redraw it: python -m drpo_core.audit.plots docs/figures/weights.svg"
 
 
 def test_both_commands_install_with_the_tested_pins():
@@ -25,6 +25,10 @@ def test_both_commands_install_with_the_tested_pins():
 
 def test_code_stands_within_the_first_ten_lines():
     assert README.splitlines().index("```python") < 10
+
+
+def test_no_line_is_wider_than_120_characters():
+    assert [line for line in README.splitlines() if len(line) > 120] == []
 
 
 def test_relative_links_lead_somewhere():

@@ -3,30 +3,35 @@
 At vocabulary scale, they start from logits or from hidden states and never keep a log-softmax of all tokens.
 """
 
-from drpo_jax.divergence import (
+from drpo_jax._reduction import linear_reduction
+from drpo_jax.loss import policy_loss, token_loss
+from drpo_jax.vocabulary import (
     Divergences,
     FullDivergence,
     LinearHead,
+    TokenLogProb,
     TopKDivergence,
+    VocabularyLoss,
     full_divergences,
+    linear_policy_loss,
+    logits_policy_loss,
+    token_log_prob,
     top_k_divergences,
 )
-from drpo_jax.linear import linear_policy_loss
-from drpo_jax.loss import policy_loss, token_loss
-from drpo_jax.vocabulary import SelectedLogProb, VocabularyLoss, logits_policy_loss, selective_log_prob
 
 __all__ = [
     "Divergences",
     "FullDivergence",
     "LinearHead",
-    "SelectedLogProb",
+    "TokenLogProb",
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",
     "linear_policy_loss",
+    "linear_reduction",
     "logits_policy_loss",
     "policy_loss",
-    "selective_log_prob",
+    "token_log_prob",
     "token_loss",
     "top_k_divergences",
 ]

@@ -1,7 +1,7 @@
-"""The denominator of a batch that is spread over devices and micro-batches, and its diagnostics: under `jax.shard_map`.
+"""The denominator and the diagnostics of a batch that `jax.shard_map` divides over devices.
 
-Nothing here is needed under `jit` with sharded arrays: `policy_loss` then sees the whole batch, and XLA adds up.
-Sum the shares of the loss with `jax.lax.psum`; don't average them.
+Nothing here is needed under `jit` with sharded arrays, whose mesh axes may be Auto or Explicit: `policy_loss` then sees
+the whole batch, and XLA adds up. Sum the devices' losses with `jax.lax.psum`; don't average them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from drpo_core.diagnostics import Maximum, Minimum
+from drpo_core.diagnostics import combine_diagnostics, map_diagnostics
 from drpo_core.reduction import reduction_coefficients, reduction_count
 
 if TYPE_CHECKING:
-    from drpo_core.diagnostics import Diagnostics, Statistic
+    from drpo_core.diagnostics import Diagnostics
     from drpo_core.reduction import Reduction
 
 __all__ = ["all_reduce_diagnostics", "global_coefficients", "global_normalizer"]
@@ -29,7 +29,7 @@ def global_normalizer(
     segment_ids: jax.Array | None = None,
     shard_axis_name: str | None = None,
 ) -> jax.Array:
-    """Denominator of the whole batch: valid tokens, or sequences that have one, over devices.
+    """Denominator of the whole batch over devices: the number of valid tokens, or of sequences that have one.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def global_normalizer(
     axis_name
         Mesh axes along which the batch is divided, `shard_axis_name` included.
     segment_ids
-        Of packed tokens: which sequence each belongs to.
+        The sequence of each packed token, any integers.
     shard_axis_name
         Mesh axis along which the tokens of each sequence are divided (sequence or context parallelism).
 
@@ -52,7 +52,7 @@ def global_normalizer(
     Raises
     ------
     TypeError
-        If nothing is known of the reduction, or a dtype is wrong.
+        If the reduction is another one, or a dtype is wrong.
     ValueError
         If the shapes differ.
 
@@ -73,8 +73,6 @@ def global_normalizer(
         segment_ids=None if segment_ids is None else _whole(segment_ids, shard_axis_name),
         xp=jnp,
     )
-    if count is None:
-        raise _unknown(reduction)
     total: jax.Array = jax.lax.psum(count, axis_name)  # type: ignore[no-untyped-call]
     # devices that hold parts of the same sequences have counted the same ones
     return total if shard_axis_name is None else total / jax.lax.axis_size(shard_axis_name)
@@ -88,10 +86,10 @@ def global_coefficients(
     shard_axis_name: str,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """What each token's loss is multiplied with in the reduction of the whole batch, where sequences lie across devices.
+    """Coefficients c in the whole batch's reduction Σ m c L, where sequences lie across devices.
 
-    A device that holds a part of each sequence can't count the tokens of a sequence. With these coefficients c the whole
-    reduction is Σ m c L over all devices: pass them as `token_weights`, with ``reduction=token_mean, normalizer=1``.
+    A device that holds a part of each sequence can't count the tokens of a sequence by itself. Pass the coefficients as
+    `token_weights`, with ``reduction=token_mean, normalizer=1``, and sum the losses of all devices.
 
     Parameters
     ----------
@@ -104,17 +102,17 @@ def global_coefficients(
     shard_axis_name
         Mesh axis along which the tokens of each sequence are divided.
     segment_ids
-        Of packed tokens: which sequence each belongs to, by numbers that mean the same on all these devices.
+        The sequence of each packed token, integers that mean the same on all these devices.
 
     Returns
     -------
     jax.Array
-        Of the mask's shape; anything at masked tokens.
+        c, an array of the mask's shape; anything at masked tokens.
 
     Raises
     ------
     TypeError
-        If nothing is known of the reduction, or a dtype is wrong.
+        If the reduction is another one, or a dtype is wrong.
     ValueError
         If the shapes differ.
 
@@ -137,8 +135,6 @@ def global_coefficients(
     coefficients = reduction_coefficients(
         reduction, whole, dtype=jnp.result_type(float), normalizer=normalizer, segment_ids=segments, xp=jnp
     )
-    if coefficients is None:
-        raise _unknown(reduction)
     start = jax.lax.axis_index(shard_axis_name) * mask.shape[-1]
     return jax.lax.dynamic_slice_in_dim(jnp.broadcast_to(coefficients, whole.shape), start, mask.shape[-1], axis=-1)
 
@@ -149,7 +145,7 @@ def all_reduce_diagnostics(diagnostics: Diagnostics, *, axis_name: str | tuple[s
     Parameters
     ----------
     diagnostics
-        This device's.
+        Those of this device's tokens.
     axis_name
         Mesh axes along which the batch is divided.
 
@@ -157,21 +153,29 @@ def all_reduce_diagnostics(diagnostics: Diagnostics, *, axis_name: str | tuple[s
     -------
     dict
         Statistics by name. `drpo_core.summarize` makes numbers of them, outside `jit`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from drpo_core import DRPO, summarize, token_diagnostics
+    >>> from drpo_jax.distributed import all_reduce_diagnostics
+    >>> def step(log_prob):  # two devices; vmap stands for shard_map
+    ...     diagnostics = token_diagnostics(DRPO(delta=0.5), log_prob, jnp.log(jnp.array([0.25])), jnp.array([1.0]))
+    ...     return all_reduce_diagnostics(diagnostics, axis_name="data")
+    >>> of_all = jax.vmap(step, axis_name="data")(jnp.log(jnp.array([[0.5], [0.25]])))
+    >>> summarize(jax.tree.map(lambda field: field[0], of_all))["ratio_mean"]
+    1.5
     """
-    return {name: _all_reduce(statistic, axis_name) for name, statistic in diagnostics.items()}
 
+    def of_all_devices(field: jax.Array) -> jax.Array:
+        # a sum of vectors that are zero but for one element, rather than an all_gather: JAX knows its result to be the
+        # same on all devices, as an out_spec of P() asks
+        slots = jnp.zeros(jax.lax.axis_size(axis_name), dtype=field.dtype)
+        mine = slots.at[jax.lax.axis_index(axis_name)].set(field)
+        return jax.lax.psum(mine, axis_name)  # type: ignore[no-any-return, no-untyped-call]
 
-def _all_reduce(statistic: Statistic, axis_name: str | tuple[str, ...]) -> Statistic:
-    added: Statistic = jax.lax.psum(statistic, axis_name)  # type: ignore[no-untyped-call]
-    if not isinstance(statistic, Maximum | Minimum):
-        return added
-    # a sum of vectors that are zero but for one element, rather than an all_gather: its result is known to be the same on
-    # all devices, as an out_spec of P() wants; and rather than a pmax, which need not pass on a NaN
-    slots = jnp.zeros(jax.lax.axis_size(axis_name), dtype=statistic.value.dtype)
-    mine = slots.at[jax.lax.axis_index(axis_name)].set(statistic.value)
-    everyone = jax.lax.psum(mine, axis_name)  # type: ignore[no-untyped-call]
-    extreme = jnp.max if isinstance(statistic, Maximum) else jnp.min
-    return type(statistic)(extreme(everyone), added.count)
+    return combine_diagnostics(map_diagnostics(of_all_devices, diagnostics), xp=jnp)
 
 
 def _whole(shard: jax.Array, axis_name: str | None) -> jax.Array:
@@ -180,10 +184,3 @@ def _whole(shard: jax.Array, axis_name: str | None) -> jax.Array:
         return shard
     whole: jax.Array = jax.lax.all_gather(shard, axis_name, axis=shard.ndim - 1, tiled=True)
     return whole
-
-
-def _unknown(reduction: object) -> TypeError:
-    msg = (
-        f"reduction: expected one of drpo_core, whose denominator is known, got {reduction!r}; count its denominator yourself"
-    )
-    return TypeError(msg)

@@ -8,24 +8,28 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from drpo_core import TokenLoss, token_diagnostics, token_loss_and_gradient, token_mean
-from drpo_core.diagnostics import Maximum, Minimum
-from drpo_core.tokens import check_tokens
+from drpo_core import token_loss_and_gradient, token_mean
+from drpo_core.diagnostics import combine_diagnostics
+from drpo_core.loss import PolicyLoss, policy_pass
+from drpo_core.objectives import is_known
+from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
-from drpo_jax.checks import check_jax_arrays
-from drpo_jax.elementary import xp
+from drpo_core.tokens import check_tokens
+from drpo_jax._checks import check_jax_arrays, working_dtype
+from drpo_jax._namespace import xp
+from drpo_jax._sharding import is_explicitly_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from drpo_core import Objective
+    from drpo_core import Objective, TokenLoss
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.reduction import Reduction
 
-__all__ = ["coefficients_of", "policy_loss", "token_loss"]
+__all__ = ["policy_loss", "token_loss"]
 
-# tokens that stay in the cache of a core
-_BLOCK = 1 << 14
+_CHUNK = 1 << 15
+"""Tokens at a time on a CPU: their intermediate results stay in a core's cache."""
 
 
 def token_loss(
@@ -40,8 +44,8 @@ def token_loss(
     """Unreduced loss L of an objective, with ∂L/∂log π = −A r w as its derivative.
 
     Only `log_prob` is differentiated, in forward and reverse mode; the other arrays are constants. Only the gradient is
-    kept for the backward pass. Works under `jit`, `vmap`, `grad`, `shard_map`, with x64 on or off. A second derivative
-    is that of the formula −A r w.
+    kept for the backward pass. A second derivative is that of the formula −A r w. Works under `jit`, `vmap`, `grad` and
+    `shard_map`, on explicit mesh axes, and with x64 on or off.
 
     Parameters
     ----------
@@ -62,7 +66,7 @@ def token_loss(
     Raises
     ------
     TypeError
-        If an argument is not a JAX array or a dtype is wrong.
+        If an array is not a JAX array or has a wrong dtype.
     ValueError
         If the shapes differ.
 
@@ -85,10 +89,19 @@ def token_loss(
     >>> [round(g, 4) for g in gradient.tolist()]
     [-1.0, -1.0, 0.2]
     """
-    check_jax_arrays(
-        log_prob=log_prob, behavior_log_prob=behavior_log_prob, advantages=advantages, mask=mask, divergence=divergence
-    )
-    return _token_loss(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
+    arrays = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+    check_jax_arrays(**arrays, mask=mask, divergence=divergence)
+
+    def run(log_prob: jax.Array, *constants: Any) -> TokenLoss:  # noqa: ANN401 -- the other arrays
+        behavior_log_prob, advantages, mask, divergence = constants
+        return token_loss_and_gradient(
+            objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
+        )
+
+    log_prob = _in_working_dtype(log_prob, behavior_log_prob, advantages, divergence)
+    constants = jax.lax.stop_gradient((behavior_log_prob, advantages, mask, divergence))
+    result = run(jax.lax.stop_gradient(log_prob), *constants)
+    return _attached(lambda *arrays: run(*arrays).gradient, result.loss, result.gradient, log_prob, constants)
 
 
 def policy_loss(
@@ -103,11 +116,13 @@ def policy_loss(
     token_weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     divergence: jax.Array | None = None,
-) -> tuple[jax.Array, Diagnostics]:
-    """Scalar loss of a batch of tokens to differentiate, and diagnostics (for `has_aux=True`).
+    diagnostics: bool = True,
+) -> tuple[jax.Array, Diagnostics | None]:
+    """Scalar loss Σ m c L of a batch of tokens to differentiate, and diagnostics (for `has_aux=True`).
 
-    Only `log_prob` is differentiated, as in `token_loss`. With a reduction of drpo_core, the final gradient
-    ∂(Σ m c L)/∂log π = −m c A r w is formed in one pass and is all that is kept. Meant to be called under `jit`.
+    Only `log_prob` is differentiated, as in `token_loss`. The coefficients c are those of the reduction, so that one pass
+    gives loss, diagnostics and the final gradient −m c A r w, which is all that is kept for the backward pass. A second
+    derivative is that of this formula. Meant to be called under `jit`.
 
     Parameters
     ----------
@@ -118,30 +133,32 @@ def policy_loss(
     mask
         Boolean, True at tokens that count; the others may hold anything.
     reduction
-        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean`, `drpo_core.sequence_mean_token_sum` (with its
-        horizon bound by `functools.partial`) or a function with the same arguments.
+        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`, also with
+        arguments bound by `functools.partial`; or a `linear_reduction`. Reduce `token_loss` yourself by what is not linear.
     normalizer
-        Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
+        Denominator of the whole batch, where this call sees a micro-batch or a shard of it: a number or a 0-d array.
     token_weights
         Constant factors of the per-token losses (truncated importance weights, say).
     segment_ids
         Of packed tokens: which sequence each belongs to.
     divergence
         Per-token divergence for ``DPPO(divergence="per_token")``.
+    diagnostics
+        Also compute them, in the pass that gives the loss.
 
     Returns
     -------
     loss : jax.Array
         0-d, float32 at least.
-    diagnostics : dict
-        See `drpo_core.diagnostics`; a pytree of 0-d arrays.
+    diagnostics : dict or None
+        See `drpo_core.token_diagnostics`; a pytree of 0-d arrays. None where they were not asked for.
 
     Raises
     ------
     TypeError
-        If an argument is not a JAX array or a dtype is wrong.
+        If an array is not a JAX array or has a wrong dtype, or the reduction is unknown.
     ValueError
-        If the shapes differ.
+        If the shapes differ, or the normalizer is negative or not finite.
 
     Examples
     --------
@@ -165,152 +182,118 @@ def policy_loss(
     """
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
     check_jax_arrays(**tokens, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
-    options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    check_objective(objective)
     _, dtype = check_tokens(**tokens, mask=mask, divergence=divergence, xp=xp)
-    statistics = _diagnostics(objective, *jax.lax.stop_gradient((*tokens.values(), mask, divergence)))
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
-    if coefficients is None:
-        losses = token_loss(objective, **tokens, mask=mask, divergence=divergence)
-        options["token_weights"] = jax.lax.stop_gradient(token_weights)
-
-        # differentiated on its own, a reduction would keep arrays of the tokens' shape, some of them zeros
-        @partial(jax.checkpoint, prevent_cse=False)
-        def reduce(losses: jax.Array) -> jax.Array:
-            return reduction(losses, mask, **options, xp=xp)  # type: ignore[no-any-return]
-
-        return reduce(losses), statistics
-    constants = jax.lax.stop_gradient((behavior_log_prob, advantages, mask, divergence, coefficients))
-    return _reduced_loss(objective, log_prob, *constants), statistics
+    options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
+    return checked_policy_loss(objective, *arrays, dtype=dtype, diagnostics=diagnostics)
 
 
-def coefficients_of(reduction: Reduction, mask: jax.Array, dtype: object, options: dict[str, Any]) -> jax.Array:
-    """`reduction_coefficients`, or a TypeError for a reduction that has none."""
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
-    if coefficients is None:
-        msg = f"reduction: expected one of drpo_core's, whose coefficients are known beforehand, got {reduction!r}"
-        raise TypeError(msg)
-    return jax.lax.stop_gradient(coefficients)  # type: ignore[no-any-return]
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _reduced_loss(
+def checked_policy_loss(
     objective: Objective,
     log_prob: jax.Array,
-    behavior_log_prob: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
-    divergence: jax.Array | None,
-    coefficients: jax.Array,
-) -> jax.Array:
-    """Σ m c L."""
-    spread = jnp.broadcast_to(coefficients, mask.shape) if coefficients.ndim else None
+    *constants: Any,  # noqa: ANN401 -- the other arrays of `policy_pass`
+    dtype: Any,  # noqa: ANN401 -- a dtype of the namespace
+    diagnostics: bool,
+) -> tuple[jax.Array, Diagnostics | None]:
+    """Σ m c L, differentiable in `log_prob`, and diagnostics; checks nothing."""
 
-    def total(*arrays: Any) -> jax.Array:  # noqa: ANN401
-        *tokens, mask, spread = arrays
-        return jnp.sum(_weighted(objective, tokens, mask, coefficients if spread is None else spread).loss)
+    def run(*arrays: Any, diagnostics: bool) -> PolicyLoss:  # noqa: ANN401 -- those of `policy_pass`
+        return policy_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
 
-    result: jax.Array = _in_blocks(total, jnp.sum, (log_prob, behavior_log_prob, advantages, divergence, mask, spread))
-    return result
-
-
-# linear in the tangent, as that of `_token_loss`; what is kept is the final gradient. An expression of its own, and not an
-# output of the sum's blocks: XLA fuses it to one loop wherever the tokens are, and differentiates it as the formula it is
-@_reduced_loss.defjvp
-def _reduced_loss_jvp(
-    objective: Objective, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-    log_prob, behavior_log_prob, advantages, mask, divergence, coefficients = primals
-    gradient = _weighted(objective, (log_prob, behavior_log_prob, advantages, divergence), mask, coefficients).gradient
-    return _reduced_loss(objective, *primals), jnp.sum(gradient * tangents[0].astype(gradient.dtype))
+    constants = jax.lax.stop_gradient(constants)
+    # without its derivative: differentiated, a loop would have its constants made arrays that it reads again and again
+    arrays = (jax.lax.stop_gradient(log_prob), *constants)
+    result = _one_pass(run, *arrays, diagnostics=diagnostics, in_chunks=is_known(objective))
+    formula = lambda *arrays: run(*arrays, diagnostics=False).gradient  # noqa: E731
+    return _attached(formula, result.loss, result.gradient, log_prob, constants), result.diagnostics
 
 
-def _weighted(objective: Objective, tokens: Any, mask: jax.Array, coefficients: jax.Array) -> TokenLoss:  # noqa: ANN401
-    """C L and c ∂L/∂log π, exactly 0 at masked tokens and, the gradient, where the weight is 0."""
-    log_prob, behavior_log_prob, advantages, divergence = tokens
-    result = token_loss_and_gradient(
-        objective,
-        log_prob.astype(coefficients.dtype),
-        behavior_log_prob,
-        advantages,
-        mask=mask,
-        divergence=divergence,
-        xp=xp,
-    )
-    # a masked coefficient may be anything
-    loss = jnp.where(mask, coefficients * result.loss, 0.0)
-    return TokenLoss(loss, jnp.where(result.gradient == 0.0, 0.0, coefficients * result.gradient), result.weight)
+def _one_pass(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool, in_chunks: bool) -> PolicyLoss:  # noqa: ANN401
+    """``run(*arrays)``; on a CPU, the sums in chunks of tokens, unless the objective may look across tokens.
 
-
-def _diagnostics(objective: Objective, *arrays: Any) -> Diagnostics:  # noqa: ANN401
-    """`drpo_core.diagnostics`, in blocks."""
-
-    def statistics(*arrays: Any) -> Diagnostics:  # noqa: ANN401
-        *tokens, mask, divergence = arrays
-        return token_diagnostics(objective, *tokens, mask=mask, divergence=divergence, xp=xp)
-
-    result: Diagnostics = _in_blocks(statistics, _merged, arrays)
-    return result
-
-
-def _merged(parts: Diagnostics) -> Diagnostics:
-    """`drpo_core.merge_diagnostics` of parts whose fields are stacked to arrays."""
-    merged = {}
-    for name, part in parts.items():
-        combine: Callable[[jax.Array], jax.Array] = jnp.sum
-        if isinstance(part, (Maximum, Minimum)):
-            combine = jnp.max if isinstance(part, Maximum) else jnp.min
-        merged[name] = type(part)(combine(part[0]), *(jnp.sum(field) for field in part[1:]))
-    return merged
-
-
-def _in_blocks(function: Callable[..., Any], merge: Callable[[Any], Any], arrays: tuple[jax.Array | None, ...]) -> Any:  # noqa: ANN401
-    """Figures of all tokens: on a CPU, those of blocks of tokens, merged; else of all of them at once.
-
-    XLA's CPU compiler makes a loop of every sum, writes what it is going to sum to memory first, and reads the tokens
-    again for the next: of a block, to and from the cache. It would also have the loops of the sums and of the gradient
-    share intermediate results through memory, were all of the same shape.
+    XLA's CPU compiler makes a loop of every sum. It writes what it is going to sum to memory first, and reads the tokens
+    again for the next sum: those of a chunk, to and from the cache. The gradient is no output of the chunks, because
+    XLA fuses it to one loop of its own, wherever the tokens are.
     """
-    size = arrays[0].size  # type: ignore[union-attr]
-    if size <= _BLOCK:
-        return function(*arrays)
-    blocks, rest = divmod(size, _BLOCK)
+    log_prob, behavior_log_prob, advantages, mask, coefficients, divergence = arrays
+    whole = partial(run, diagnostics=diagnostics)
+    size = log_prob.size
+    if size <= _CHUNK or not in_chunks or is_explicitly_sharded(arrays):
+        return whole(*arrays)
+    spread = jnp.broadcast_to(coefficients, mask.shape) if coefficients.ndim else None
+    chunks, rest = divmod(size, _CHUNK)
 
-    def by_block(*arrays: jax.Array | None) -> Any:  # noqa: ANN401
-        flat = [None if a is None else a.reshape(-1) for a in arrays]
+    def sums(*tokens: Any) -> tuple[jax.Array, Diagnostics | None]:  # noqa: ANN401
+        *tokens, divergence, spread = tokens
+        result = whole(*tokens, coefficients if spread is None else spread, divergence)
+        return result.loss, result.diagnostics
 
-        def block(i: jax.Array) -> Any:  # noqa: ANN401
-            return function(*(None if a is None else jax.lax.dynamic_slice_in_dim(a, i * _BLOCK, _BLOCK) for a in flat))
+    def on_cpu(*arrays: Any) -> PolicyLoss:  # noqa: ANN401
+        *tokens, _, divergence = arrays
+        flat = [None if a is None else a.reshape(-1) for a in (*tokens, divergence, spread)]
 
-        parts = jax.lax.map(block, jnp.arange(blocks))
+        def chunk(i: jax.Array) -> tuple[jax.Array, Diagnostics | None]:
+            return sums(*(None if a is None else jax.lax.dynamic_slice_in_dim(a, i * _CHUNK, _CHUNK) for a in flat))
+
+        parts = jax.lax.map(chunk, jnp.arange(chunks))
         if rest:
-            last = function(*(None if a is None else a[-rest:] for a in flat))
-            parts = jax.tree.map(jnp.append, parts, last)
-        return merge(parts)
+            parts = jax.tree.map(jnp.append, parts, sums(*(None if a is None else a[-rest:] for a in flat)))
+        losses, statistics = parts
+        gradient = run(*arrays, diagnostics=False).gradient
+        return PolicyLoss(jnp.sum(losses), gradient, None if statistics is None else combine_diagnostics(statistics, xp=jnp))
 
-    return jax.lax.platform_dependent(*arrays, cpu=by_block, default=function)
+    result: PolicyLoss = jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=whole)
+    return result
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _token_loss(
-    objective: Objective,
-    log_prob: jax.Array,
-    behavior_log_prob: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array | None,
-    divergence: jax.Array | None,
+def _attached(
+    formula: Callable[..., jax.Array],  # noqa: ARG001 -- for the derivative of the gradient
+    loss: jax.Array,
+    gradient: jax.Array,  # noqa: ARG001 -- for the derivative
+    log_prob: jax.Array,  # noqa: ARG001
+    constants: tuple[jax.Array | None, ...],  # noqa: ARG001
 ) -> jax.Array:
-    loss: jax.Array = token_loss_and_gradient(
-        objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
-    ).loss
+    """The loss, of which `gradient` is the derivative in `log_prob`: per token, or of their sum."""
     return loss
 
 
-# a forward rule: it is linear in the tangent, so JAX transposes it for reverse mode and keeps only the gradient
-@_token_loss.defjvp
-def _token_loss_jvp(objective: Objective, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    log_prob, behavior_log_prob, advantages, mask, divergence = primals
-    result = token_loss_and_gradient(
-        objective, log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp
-    )
-    dtype = result.loss.dtype
-    return result.loss, result.gradient.astype(dtype) * tangents[0].astype(dtype)
+# a forward rule, linear in the tangent: JAX transposes it for reverse mode and keeps only the gradient
+@_attached.defjvp
+def _attached_jvp(
+    formula: Callable[..., jax.Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    loss, *others = primals
+    gradient = _gradient(formula, *others)
+    change = gradient * tangents[2].astype(gradient.dtype)
+    return _attached(formula, *primals), change if change.shape == loss.shape else jnp.sum(change)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradient(
+    formula: Callable[..., jax.Array],  # noqa: ARG001 -- for the derivative
+    gradient: jax.Array,
+    log_prob: jax.Array,  # noqa: ARG001
+    constants: tuple[jax.Array | None, ...],  # noqa: ARG001
+) -> jax.Array:
+    """The gradient, whose derivative is that of the formula by which it was computed."""
+    return gradient
+
+
+@_gradient.defjvp
+def _gradient_jvp(
+    formula: Callable[..., jax.Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    _, log_prob, constants = primals
+    _, change = jax.jvp(lambda x: formula(x, *constants), (log_prob,), (tangents[1],))
+    return _gradient(formula, *primals), change
+
+
+def _in_working_dtype(log_prob: jax.Array, *others: jax.Array | None) -> jax.Array:
+    """`log_prob` in the dtype of the arithmetic, so that its gradient is not rounded; what is no float is left to checks."""
+    given = [a for a in (log_prob, *others) if a is not None]
+    if log_prob is None or not jnp.issubdtype(log_prob.dtype, jnp.floating):
+        return log_prob
+    return log_prob.astype(working_dtype(*given))

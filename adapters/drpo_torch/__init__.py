@@ -3,6 +3,7 @@
 At vocabulary scale, they start from logits or from hidden states and never form a log-softmax of all tokens.
 """
 
+from drpo_torch._checkpoints import register_classes
 from drpo_torch.loss import linear_reduction, policy_loss, token_loss
 from drpo_torch.vocabulary import (
     Divergences,
@@ -34,3 +35,5 @@ __all__ = [
     "token_loss",
     "top_k_divergences",
 ]
+
+register_classes()

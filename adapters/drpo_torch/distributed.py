@@ -16,7 +16,7 @@ import array_api_compat.torch as xp
 import torch
 import torch.distributed as dist
 
-from drpo_core import merge_diagnostics
+from drpo_core.diagnostics import combine_diagnostics, map_diagnostics
 from drpo_core.reduction import reduction_coefficients, reduction_count
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def global_normalizer(
     reduction
         `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`.
     masks
-        The mask of this rank's tokens, or those of its micro-batches, as many as there are; True at tokens that count.
+        The mask of this rank's tokens, or those of its micro-batches, as many as there are, none included; True at tokens
+        that count.
     segment_ids
         Of packed tokens: which sequence each belongs to; one for each mask.
     group
@@ -66,6 +67,9 @@ def global_normalizer(
     """
     masks = [masks] if isinstance(masks, torch.Tensor) else masks
     ids = [segment_ids] if isinstance(segment_ids, torch.Tensor) else segment_ids
+    if ids is not None and len(ids) != len(masks):
+        msg = f"segment_ids: expected one for each of {len(masks)} masks, got {len(ids)}"
+        raise ValueError(msg)
     counts = [
         reduction_count(
             reduction,
@@ -76,9 +80,11 @@ def global_normalizer(
         )
         for i, mask in enumerate(masks)
     ]
-    if any(count is None for count in counts):
-        raise _unknown(reduction)
-    total = torch.stack(counts).sum()  # type: ignore[arg-type]
+    if not counts:
+        # the other ranks wait for this one's
+        none = torch.zeros(0, dtype=torch.bool)
+        counts = [reduction_count(reduction, none, dtype=torch.float64, xp=xp).to(_device(group))]
+    total = torch.stack(counts).sum()
     dist.all_reduce(total, group=group)
     # ranks that hold parts of the same sequences have counted the same ones
     return total if shard_group is None else total / dist.get_world_size(shard_group)
@@ -128,38 +134,50 @@ def global_coefficients(
     whole = _whole(mask, shard_group)
     segments = None if segment_ids is None else _whole(segment_ids, shard_group)
     coefficients = reduction_coefficients(reduction, whole, dtype=dtype, normalizer=normalizer, segment_ids=segments, xp=xp)
-    if coefficients is None:
-        raise _unknown(reduction)
     start = dist.get_rank(shard_group) * mask.shape[-1]
     shard: torch.Tensor = coefficients.expand(whole.shape).narrow(-1, start, mask.shape[-1])
     return shard
 
 
-def all_reduce_diagnostics(diagnostics: Diagnostics, *, group: dist.ProcessGroup | None = None) -> Diagnostics:
+def all_reduce_diagnostics(
+    diagnostics: Diagnostics | None, *, group: dist.ProcessGroup | None = None
+) -> Diagnostics | None:
     """Diagnostics of all ranks, as if they had been one: the same on each of them, with one small collective.
 
-    Merge those of a rank's micro-batches first, with `drpo_core.merge_diagnostics`.
+    Merge those of a rank's micro-batches first, with `drpo_core.merge_diagnostics`. A rank that has none takes those of
+    tensors without elements, ``drpo_core.token_diagnostics(objective, empty, empty, empty)``.
 
     Parameters
     ----------
     diagnostics
-        This rank's; the same names on all.
+        This rank's; the same names on all, in any order. None where they were not asked for.
     group
         The ranks; default: all.
 
     Returns
     -------
-    dict
-        Statistics by name. `drpo_core.summarize` makes numbers of them.
+    dict or None
+        Statistics by name, in this rank's order. `drpo_core.summarize` makes numbers of them. Without any, what was given;
+        then there is no collective.
     """
-    mine = torch.stack([field for statistic in diagnostics.values() for field in statistic])
+    if not diagnostics:
+        return diagnostics
+    # by name, because the ranks may have put them in different orders
+    in_order = {name: diagnostics[name] for name in sorted(diagnostics)}
+    mine = torch.stack([field for statistic in in_order.values() for field in statistic])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    parts = []
-    for fields in everyone:
-        field = iter(fields)
-        parts.append({name: type(old)(*(next(field) for _ in old)) for name, old in diagnostics.items()})
-    return merge_diagnostics(*parts)
+    of_field = iter(torch.stack(everyone, dim=1))
+    merged = combine_diagnostics(map_diagnostics(lambda _: next(of_field), in_order), xp=xp)
+    return {name: merged[name] for name in diagnostics}
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where this group's collectives take tensors from."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or "gloo" in dist.get_backend(group):
+        return torch.device("cpu")
+    return accelerator
 
 
 def _whole(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -172,9 +190,3 @@ def _whole(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
     dist.all_gather(parts, mine, group=group)
     return torch.cat(parts, dim=-1).to(shard.dtype)
 
-
-def _unknown(reduction: object) -> TypeError:
-    msg = (
-        f"reduction: expected one of drpo_core, whose denominator is known, got {reduction!r}; count its denominator yourself"
-    )
-    return TypeError(msg)

@@ -11,10 +11,10 @@ from drpo_core.loss import check_engine
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
-from drpo_torch._checks import check_float, check_tensors
-from drpo_torch.autograd import with_gradient
+from drpo_torch._checks import check_shape, check_tensor, check_tensors
+from drpo_torch.autograd import has_memory, with_gradient
 from drpo_torch.engines import Batch, run_pass
-from drpo_torch.engines.namespace import namespace
+from drpo_torch.engines._namespace import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,7 +198,9 @@ def policy_loss(
 def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> LinearReduction:
     """A reduction from any linear function of the per-token losses: c = ∂function(v, mask)/∂v, at v = 0.
 
-    So a framework's own reduction has the loss and final gradient of one pass, on every engine.
+    So a framework's own reduction has the loss and final gradient of one pass, on every engine. Finding the coefficients
+    is a forward and a backward pass of the function, which may cost more than the loss; the reductions of drpo_core need
+    none, and most means are one of them with a `normalizer`.
 
     Parameters
     ----------
@@ -215,7 +217,7 @@ def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tens
     Raises
     ------
     TypeError
-        When used, if the function does not return a 0-d tensor that depends on the values.
+        When used, if the function does not return a 0-d tensor that depends on the values, or is seen not to be linear.
     ValueError
         When used, if its value at 0 is not 0 (known on a CPU only), or `normalizer` or `segment_ids` are given.
 
@@ -261,21 +263,33 @@ class _Linear:
             if value is not None:
                 msg = f"{name}: expected None, because a linear_reduction does its own normalising, got {type(value).__name__}"
                 raise ValueError(msg)
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            values = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=True)
-            total = self._function(values, mask)
-            if not isinstance(total, torch.Tensor) or total.ndim:
-                got = f"shape {tuple(total.shape)}" if isinstance(total, torch.Tensor) else type(total).__name__
+
+        def total(values: torch.Tensor) -> torch.Tensor:
+            result = self._function(values, mask)
+            if not isinstance(result, torch.Tensor) or result.ndim:
+                got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
                 msg = f"reduction: expected a function to a 0-d tensor, got {got}"
                 raise TypeError(msg)
-            if not total.requires_grad:
-                msg = "reduction: expected a differentiable function of its first argument, got one that does not depend on it"
+            if not result.requires_grad:
+                msg = "reduction: expected a differentiable function of the values, got one that does not depend on them"
                 raise TypeError(msg)
-            (coefficients,) = torch.autograd.grad(total, values)
-        if total.device.type == "cpu" and type(total) is torch.Tensor and total.item() != 0.0:
-            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {total.item():g}"
+            return result
+
+        compiling = torch.compiler.is_compiling()
+        # a graph through the derivative shows whether it depends on the values; it can't hold tensors of inference mode
+        graph = not compiling and not mask.is_inference()
+        with torch.enable_grad():
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=graph)
+            found: tuple[torch.Tensor, torch.Tensor] = torch.func.grad_and_value(total)(zeros)
+        coefficients, at_zero = found
+        if coefficients.requires_grad:
+            msg = "reduction: expected a linear function of the values, got one whose derivative depends on them"
+            raise TypeError(msg)
+        # NaN is 0/0, of a batch without a valid token, where no coefficient is used
+        if not compiling and has_memory(at_zero) and at_zero.device.type == "cpu" and abs(at_zero.item()) > 0.0:
+            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
             raise ValueError(msg)
         if token_weights is None:
             return coefficients
-        check_float(token_weights=token_weights)
+        check_shape("token_weights", check_tensor("token_weights", token_weights), mask.shape, "mask")
         return coefficients * torch.where(mask, token_weights.detach().to(dtype), 0.0)

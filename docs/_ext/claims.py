@@ -9,18 +9,19 @@ from functools import cache
 from pathlib import Path
 
 import drpo_core
+from drpo_core import objectives
 
 DOCS = Path(__file__).parents[1]
 PROOFS = DOCS.parent / "tests" / "proofs"
 CITATION = re.compile(r"`(test_\w+\.py::test_\w+)`")
 LABEL = re.compile(r"\*\*([A-Z]\d+)\.\*\*")
-FILE = re.compile(r"\]\(\.\./\.\./(drpo_core/\w+\.py)\)")
+FILE = re.compile(r"\]\(\.\./\.\./(drpo_core/[\w/]+\.py)\)")
 PROPERTY = re.compile(r"\bP(\d+)\b")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A function of tests/proofs: where it is, who proves what, and which modules of the core it runs."""
+    """A function of tests/proofs: where it is, who proves what, and what of the core it runs."""
 
     name: str
     line: int
@@ -46,8 +47,8 @@ class Claim:
 
     @property
     def implemented_by(self) -> tuple[str, ...]:
-        """Public functions whose kernels the proofs run; else the files of the core that the page is about."""
-        names = dict.fromkeys(name for proof in self.proofs for kernel in proofs()[proof].runs for name in _public(kernel))
+        """Public classes and functions that the proofs run; else the files of the core that the page is about."""
+        names = dict.fromkeys(name for proof in self.proofs for run in proofs()[proof].runs for name in _public(run))
         return tuple(names) or self.files
 
 
@@ -59,46 +60,51 @@ def proofs() -> dict[str, Proof]:
         if path.name == "test_citations.py":  # the tests of the citations themselves
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        imported = _imports(tree)
+        runs = _runs(tree)
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 name = f"{path.name}::{node.name}"
                 statement = (ast.get_docstring(node) or "").partition("\n")[0]
-                found[name] = Proof(name, node.lineno, statement, _runs(node, imported))
+                found[name] = Proof(name, node.lineno, statement, runs[node.name])
     return found
 
 
-def _imports(tree: ast.Module) -> dict[str, str]:
-    """Names that a file of proofs has from drpo_core, with where they come from."""
-    return {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
+def _runs(tree: ast.Module) -> dict[str, tuple[str, ...]]:
+    """What of drpo_core each name of a file needs, itself or through other names of the file: ``DRPO``, ``k3_of``."""
+    imported = {
+        alias.asname or alias.name: alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("drpo_core")
         for alias in node.names
     }
+    needs = {
+        defined: [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+        for node in tree.body
+        for defined in _defined(node)
+    }
+
+    def closure(name: str, seen: dict[str, None]) -> dict[str, None]:
+        if name not in seen:
+            seen[name] = None
+            for needed in needs.get(name, []):
+                closure(needed, seen)
+        return seen
+
+    return {name: tuple(imported[needed] for needed in closure(name, {}) if needed in imported) for name in needs}
 
 
-def _runs(node: ast.FunctionDef, imported: dict[str, str]) -> tuple[str, ...]:
-    """What of drpo_core the function names: ``drpo.weight``, ``divergence.k3_of``, ``dppo``."""
-    used = {}
-    for part in ast.walk(node):
-        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in imported:
-            used[f"{imported[part.value.id]}.{part.attr}"] = None
-        elif isinstance(part, ast.Name) and part.id in imported:
-            used[imported[part.id]] = None
-    return tuple(name.removeprefix("drpo_core.") for name in used)
+def _defined(node: ast.stmt) -> list[str]:
+    """Names that a statement of a module defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
 
 
-def _public(kernel: str) -> list[str]:
-    """The public names of a kernel: ``drpo.mask_weight`` is mask_drpo_weight's, ``divergence.k3_of`` is k3's."""
-    module, _, name = kernel.partition(".")
-    family = {"ppo": "ppo_clip"}.get(module, module)
-    candidates = (
-        name,
-        name.removesuffix("_of"),
-        f"mask_{family}_{name[5:]}" if name.startswith("mask_") else f"{family}_{name}",
-    )
-    return [candidate for candidate in candidates if candidate in drpo_core.__all__]
+def _public(name: str) -> list[str]:
+    """The public names of what a proof runs: ``k3_of`` is the kernel of `k3`, and the table stands for every class."""
+    if name == "OBJECTIVES":
+        return list(dict.fromkeys(family.objective.__name__ for family in objectives.OBJECTIVES))
+    return [candidate for candidate in (name, name.removesuffix("_of")) if candidate in drpo_core.__all__]
 
 
 def claims(page: Path) -> list[Claim]:

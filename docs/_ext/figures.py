@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -11,11 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from study.objectives import Penalised
 
-from drpo_core import DRPO, SPO, Tokens, binary_tv, plots
-from drpo_core.audit import audit, rows
-from drpo_core.cli import BUNDLED
-from drpo_core.explorer import COLOURS
-from drpo_core.rollouts import open_rollouts
+from drpo_core import DRPO, SPO, Tokens, binary_tv
+from drpo_core.audit import BUNDLED, audit, open_rollouts, plots, rows
+from drpo_core.audit.palette import colours
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -44,35 +42,35 @@ def _panels(count: int, height: float = 3.2) -> tuple[Figure, list[mpl.axes.Axes
 
 
 def _report(snapshot: str) -> Report:
-    with as_file(files("drpo_core") / "data" / BUNDLED) as path:
+    with as_file(BUNDLED) as path:
         rollouts = open_rollouts(path, snapshots=[snapshot])
         return audit(rollouts, rows(delta=[0.15], eps=[0.2], max_ratio=[]), curves=True)
 
 
 def weights() -> str:
-    """Weights of the five objectives with a region, for a rare and a common token."""
+    """Weights of the objectives with a region, for a rare and a common token."""
     return _svg(plots.weight_figure(), "Gradient weight against the trained probability, for a rare and a common token")
 
 
 def alternatives() -> str:
     """Weights of other penalties."""
-    delta = 0.15
+    delta, colour = 0.15, colours()
     penalties: dict[str, tuple[Objective, str]] = {
-        "DRPO": (DRPO(delta=delta), COLOURS["DRPO"]),
-        "χ² (SPO)": (SPO(eps=delta), COLOURS["SPO"]),
+        "DRPO": (DRPO(delta=delta), colour["DRPO"]),
+        "χ² (SPO)": (SPO(eps=delta), colour["SPO"]),
         "k1": (Penalised(penalty="k1", delta=delta), "#999999"),
-        "k2": (Penalised(penalty="k2", delta=delta), COLOURS["DPPO-KL"]),
-        "k3": (Penalised(penalty="k3", delta=delta), COLOURS["Mask-DRPO"]),
-        "TV": (Penalised(penalty="tv", delta=delta), COLOURS["PPO-clip"]),
+        "k2": (Penalised(penalty="k2", delta=delta), colour["DPPO-KL"]),
+        "k3": (Penalised(penalty="k3", delta=delta), colour["Mask-DRPO"]),
+        "TV": (Penalised(penalty="tv", delta=delta), colour["PPO-clip"]),
     }
     with mpl.rc_context(STYLE):
         figure, axes = _panels(2)
         for axis, mu in zip(axes, (0.01, 0.5), strict=True):
             pi = np.unique(np.concatenate((np.linspace(0.001, 1, 800), np.geomspace(0.001, 1, 800))))
-            tokens = Tokens.of(np.log(pi), np.full_like(pi, np.log(mu)), np.ones_like(pi), xp=np)
-            for name, (objective, colour) in penalties.items():
+            tokens = Tokens.checked(np.log(pi), np.full_like(pi, np.log(mu)), np.ones_like(pi))
+            for name, (objective, shade) in penalties.items():
                 w = objective.weight(tokens)
-                axis.plot(pi, w, label=name, color=colour, linewidth=2.4 if name == "DRPO" else 1.4)
+                axis.plot(pi, w, label=name, color=shade, linewidth=2.4 if name == "DRPO" else 1.4)
             axis.axhline(0, color="#666666", linewidth=0.7)
             axis.axvline(mu, color="#bbbbbb", linewidth=1)
             axis.set(xlim=(0, 1), ylim=(-6, 6), xlabel="π", ylabel="w")
@@ -90,7 +88,7 @@ def masked_and_corrected() -> str:
 
 def shifts() -> str:
     """Share of tokens that moved by more than a threshold, at each snapshot."""
-    with mpl.rc_context(STYLE), as_file(files("drpo_core") / "data" / BUNDLED) as path, np.load(path) as data:
+    with mpl.rc_context(STYLE), as_file(BUNDLED) as path, np.load(path) as data:
         figure, (axis,) = _panels(1, 3.4)
         figure.set_figwidth(6.2)
         mask = data["mask"]

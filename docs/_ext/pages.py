@@ -1,18 +1,19 @@
-"""Directives: a figure or table that the library draws while the site is built, and the table of claims."""
+"""Directives: what the library draws or tabulates while the site is built."""
 
 from __future__ import annotations
 
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from typing import TYPE_CHECKING, Any
 
 import claims
+import families
 import figures
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from drpo_core.cli import BUNDLED
-from drpo_core.explorer import explorer_data, explorer_html
-from drpo_core.rollouts import open_rollouts
+from drpo_core.audit import BUNDLED, open_rollouts
+from drpo_core.audit.explorer import explorer_data
+from drpo_core.audit.page import explorer_html
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -40,7 +41,7 @@ class Explorer(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Compute and embed."""
         self.env.note_reread()
-        with as_file(files("drpo_core") / "data" / BUNDLED) as path:
+        with as_file(BUNDLED) as path:
             data = explorer_data(open_rollouts(path))
         return [nodes.raw("", explorer_html(data), format="html")]
 
@@ -65,9 +66,25 @@ class Claims(SphinxDirective):
         return [nodes.container("", *self.parse_text_to_nodes("\n".join(lines)), classes=["claims"])]
 
 
+class Objectives(SphinxDirective):
+    """``{objectives}``: every family of objectives as a table; ``{objectives} classes``: the reference of their classes."""
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Tabulate, or document."""
+        self.env.note_reread()
+        lines = families.table()
+        if self.arguments:
+            documented = [f".. autoclass:: {name}\n   :members:\n   :inherited-members:\n" for name in families.classes()]
+            lines = ["```{eval-rst}", *documented, "```"]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_directive("drawn", Drawn)
     app.add_directive("claims", Claims)
     app.add_directive("explorer", Explorer)
+    app.add_directive("objectives", Objectives)
     return {"parallel_read_safe": False, "version": "1"}

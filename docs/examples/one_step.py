@@ -26,7 +26,7 @@ Arrays = dict[str, np.ndarray]
 
 def load_rollouts() -> Arrays:
     """16 prompts × 8 sampled answers of at most 48 tokens, with token ids renumbered to a small vocabulary."""
-    recorded = np.load(str(files("drpo_core") / "data" / "gemma3_270m_arithmetic.npz"))
+    recorded = np.load(str(files("drpo_core.audit") / "data" / "gemma3_270m_arithmetic.npz"))
     vocabulary, tokens = np.unique(recorded["tokens"], return_inverse=True)
     tokens = tokens.reshape(recorded["tokens"].shape)
     mask = recorded["mask"]

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import GRPOConfig
 
 from drpo_core import DRPO
-from drpo_core.plots import save
+from drpo_core.audit.plots import save
 
 OBJECTIVE = DRPO(delta=0.15)
 # one shot shows the format; numbers of two and of one digit, so that prompts and answers are all equally long

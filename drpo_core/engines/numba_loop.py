@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
@@ -19,6 +19,8 @@ from drpo_core.engines.elementary import functions, wide_vectors
 from drpo_core.engines.threads import in_threads
 from drpo_core.engines.trace import BOOL, FLOAT, Symbol, Trace, UntraceableError, floats_of, parametrised, statics_of
 from drpo_core.objectives import is_known
+from drpo_core.objectives.protocol import inside_of, loss_of, weight_of
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compilations", "run"]
 
+Result = TypeVar("Result")
+
 BLOCK = 4096
 """Tokens summed in the dtype of the arithmetic, before float64 takes over."""
 
@@ -42,6 +46,9 @@ SEGMENTS = 64
 
 TOKENS_PER_THREAD = 1 << 16
 """Below so many, starting a thread takes longer than it saves."""
+
+MOST_PROGRAMS = 256
+"""Compiled loops that a process keeps."""
 
 ARRAYS = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients", "divergence")
 
@@ -138,40 +145,62 @@ _programs: dict[tuple[Any, ...], Program] = {}
 
 
 def program_of(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, measured: bool) -> Program:
-    """The objective's loop, compiled unless one of the same source was before.
-
-    The library's objectives are known by their class and what is not a threshold. Any other is traced at every call,
-    because nothing else tells what its methods do now: they may read attributes and globals that have changed.
-    """
-    kind = type(objective)
-    if not is_known(objective):
-        try:
-            return _trace(policy_pass, objective, dtype, diagnostics=diagnostics, measured=measured)
-        except (AttributeError, TypeError, ValueError) as error:
-            # what does not work on symbols may on arrays; if not, array operations say so
-            msg = f"an objective that raises {error!r}"
-            raise UntraceableError(msg) from error
-    key = (kind, kind.loss, kind.weight, getattr(kind, "inside", None), statics_of(objective), dtype, diagnostics, measured)
+    """The objective's program: one that was made before, if the objective is known to be the same but for its thresholds."""
+    key = (*_identity(objective, measured=measured), dtype, diagnostics, measured)
     if key not in _programs:
-        _programs[key] = _trace(policy_pass, objective, dtype, diagnostics=diagnostics, measured=measured)
+        if len(_programs) >= MOST_PROGRAMS:
+            # the oldest: objectives whose methods need the values of their numbers have a program for each value
+            del _programs[next(iter(_programs))]
+        _programs[key] = _made(policy_pass, objective, dtype, diagnostics=diagnostics, measured=measured)
     return _programs[key]
 
 
-def _trace(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, measured: bool) -> Program:
-    def recorded(*, thresholds: bool) -> tuple[Trace, Any]:
-        trace = Trace(float(np.finfo(dtype).eps))
+def _identity(objective: Objective, *, measured: bool) -> tuple[Any, ...]:
+    """What tells an objective from all others, apart from its thresholds.
+
+    The library's are known by their class and what is not a threshold. Of any other, the methods are run on symbols at
+    every call, because nothing else tells what they do now: they may read attributes and globals that have changed.
+    """
+    kind = type(objective)
+    if is_known(objective):
+        return kind, kind.loss, kind.weight, getattr(kind, "inside", None), statics_of(objective)
+
+    def recorded(trace: Trace, traced: Objective) -> tuple[Any, ...]:
+        numbers = {name: trace.input(name) for name in Tokens._fields if name not in ("divergence", "xp")}
+        tokens = Tokens(**numbers, divergence=trace.input("divergence") if measured else None, xp=trace.namespace)
+        results = [function(traced, tokens) for function in (loss_of, weight_of, inside_of)]
+        return (*(result.name for result in results), *trace.signature())
+
+    try:
+        return _with_or_without_thresholds(recorded, objective, np.dtype(np.float64))
+    except (AttributeError, TypeError, ValueError) as error:
+        # what does not work on symbols may on arrays; if not, array operations say so
+        msg = f"an objective that raises {error!r}"
+        raise UntraceableError(msg) from error
+
+
+def _made(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, measured: bool) -> Program:
+    def recorded(trace: Trace, traced: Objective) -> Program:
         inputs = [trace.input(name, BOOL if name == "mask" else FLOAT) for name in ARRAYS]
         if not measured:
             inputs[-1] = None  # type: ignore[call-overload]
-        traced = parametrised(objective, trace) if thresholds else objective
         options: dict[str, Any] = {"dtype": FLOAT, "diagnostics": diagnostics, "select": False, "xp": trace.namespace}
-        return trace, policy_pass(traced, *inputs, **options)
+        return Program(trace, policy_pass(traced, *inputs, **options), dtype)
 
-    try:
-        trace, result = recorded(thresholds=True)
-    except Exception:  # noqa: BLE001 -- whatever a user's method does with a number that has no value
-        trace, result = recorded(thresholds=False)
-    return Program(trace, result, dtype)
+    return _with_or_without_thresholds(recorded, objective, dtype)
+
+
+def _with_or_without_thresholds(record: Callable[[Trace, Any], Result], objective: Objective, dtype: np.dtype[Any]) -> Result:
+    """What is recorded of an objective whose thresholds are symbols; or numbers, where its methods need their values."""
+    epsilon = float(np.finfo(dtype).eps)
+    trace = Trace(epsilon)
+    traced = parametrised(objective, trace)
+    if traced is not objective:
+        try:
+            return record(trace, traced)
+        except Exception:  # noqa: BLE001 -- whatever a method does with a number that has no value
+            trace = Trace(epsilon)
+    return record(trace, objective)
 
 
 def _source(per_token: list[str], uniforms: list[Symbol], gradient: Symbol, sums: list[Symbol], maxima: list[Symbol]) -> str:
@@ -210,7 +239,7 @@ def loop({", ".join(f"all_{name}" for name in ARRAYS)}, uniforms, all_gradient, 
 """
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MOST_PROGRAMS)
 def _compile(source: str, constants: tuple[tuple[str, float], ...], dtype: np.dtype[Any]) -> Callable[..., None]:
     namespace: dict[str, Any] = {
         **functions(dtype)._asdict(),

@@ -309,6 +309,10 @@ class Trace:
         """All symbols that are a ``"sum"`` or ``"max"`` over tokens."""
         return [symbol for symbol in self._symbols.values() if symbol.operation == operation]
 
+    def signature(self) -> tuple[Any, ...]:
+        """All that was recorded, to be compared with another recording."""
+        return tuple(self._symbols), tuple(self.constants.items())
+
     def uniforms(self) -> list[Symbol]:
         """Symbols other than constants that are known before the tokens and used for each of them."""
         used = {a.name: a for s in self._symbols.values() if not s.uniform for a in s.arguments if a.uniform}

@@ -77,8 +77,8 @@ class DPPO:
         set_thresholds(self, "delta")
         given: object = self.divergence
         if not isinstance(given, str) or given not in DIVERGENCES:
-            given = repr(given) if isinstance(given, str) else type(given).__name__
-            msg = f"divergence: expected 'binary_tv', 'binary_kl' or 'per_token', got {given}"
+            got = repr(given) if isinstance(given, str) else type(given).__name__
+            msg = f"divergence: expected 'binary_tv', 'binary_kl' or 'per_token', got {got}"
             raise ValueError(msg)
         if self.max_ratio is not None:
             set_number(self, "max_ratio")

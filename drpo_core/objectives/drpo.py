@@ -80,7 +80,7 @@ class DRPO(_ShiftRegion):
     """
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
-        """−A r + |A| (r − 1) d / (2δ); μ (r − 1)² would overflow where (r − 1) d does not."""
+        """−A r + abs(A) (r − 1) d / (2δ); μ (r − 1)² would overflow where (r − 1) d does not."""
         a, r, excess, d = tokens.advantages, tokens.ratio, tokens.ratio_minus_one, tokens.shift
         half_inverse = tokens.by_advantage(*self.region.each(lambda delta: 0.5 / delta))
         return -a * r + tokens.xp.abs(a) * excess * d * half_inverse
@@ -131,7 +131,7 @@ class MaskDRPO(_ShiftRegion):
     """
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
-        """−A r + |A| |r − 1| (d² − δ²) / (2δ |d|) where diverging and outside, else −A r."""
+        """−A r + abs(A) abs(r − 1) (d² − δ²) / (2δ abs(d)) where diverging and outside, else −A r."""
         a, r, xp = tokens.advantages, tokens.ratio, tokens.xp
         delta = tokens.by_advantage(*self.region)
         outside = tokens.along_advantage(tokens.shift) > delta

@@ -67,7 +67,7 @@ class SPO:
         return within(tokens.ratio_minus_one, self.region)
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
-        """−A r + |A| (r − 1)² / (2ε)."""
+        """−A r + abs(A) (r − 1)² / (2ε)."""
         a, r, excess = tokens.advantages, tokens.ratio, tokens.ratio_minus_one
         half_inverse = tokens.by_advantage(*self.region.each(lambda eps: 0.5 / eps))
         return -a * r + tokens.xp.abs(a) * excess * excess * half_inverse

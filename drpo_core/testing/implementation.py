@@ -19,10 +19,11 @@ import numpy as np
 from drpo_core import divergence as divergences
 from drpo_core import reduction as reductions
 from drpo_core.loss import token_loss_and_gradient
-from drpo_core.objectives import CISPO
+from drpo_core.objectives import CISPO, parameters_of
+from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing.frameworks import Framework, Outputs, framework_named
 from drpo_core.testing.oracle import SATURATION
-from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
+from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -403,22 +404,27 @@ def from_core(
 
     @cache
     def build(objective: Objective) -> Implementation:
-        call = f"partial(token_loss_and_gradient, {describe(objective)})"
         analytic = partial(token_loss_and_gradient, objective)
 
         def value(log_prob: Any, behavior_log_prob: Any, advantages: Any, mask: Any = None) -> Any:
-            return analytic(log_prob, behavior_log_prob, advantages, mask=mask).loss
+            # not token_loss_and_gradient, whose results have no graph; a masked token has A = 0, so L = 0
+            return objective.loss(Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask))
 
+        made = describe(objective)
+        names, call = (
+            ("Tokens", f"lambda **batch: {made}.loss(Tokens.checked(**batch))")
+            if autodiff
+            else ("token_loss_and_gradient", f"partial(token_loss_and_gradient, {made})")
+        )
         return from_function(
             value if autodiff else analytic,
             glue,
             returns_gradient=not autodiff,
             transform=transform,
-            name=f"core[{label}]-{describe(objective)}",
+            name=f"core[{label}]-{made}",
             call_source=(
                 "from functools import partial\n\n"
-                f"from drpo_core import {type(objective).__name__}, token_loss_and_gradient\n\n"
-                f"function = {'lambda **batch: ' + call + '(**batch).loss' if autodiff else call}"
+                f"from drpo_core import {type(objective).__name__}, {names}\n\nfunction = {call}"
             ),
             **{"objective": objective, "form": form_of(objective), "family": build} | claimed,  # type: ignore[arg-type]
         )
@@ -503,8 +509,10 @@ def form_of(objective: Objective) -> str:
 
 
 def describe(objective: object) -> str:
-    """The repr of an objective without the hyper-parameters that are not set."""
+    """The objective as one would write it in Python, without hyper-parameters that are not set."""
     fields = getattr(type(objective), "__dataclass_fields__", None)
+    if fields is None and type(objective).__repr__ is object.__repr__:
+        return f"{type(objective).__name__}({', '.join(f'{k}={v!r}' for k, v in parameters_of(objective).items())})"
     if fields is None:
         return repr(objective)
     default = {name: f.default for name, f in fields.items()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mpmath
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip
+from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
 
 if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray
@@ -32,6 +32,7 @@ __all__ = [
     "reference",
     "references",
     "shift",
+    "threshold_name",
     "thresholds",
 ]
 
@@ -74,19 +75,27 @@ class References:
 
 
 def knows(objective: object) -> bool:
-    """Whether the oracle has a formula for an objective."""
-    if isinstance(objective, DPPO):
+    """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
+    if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
-    return isinstance(objective, (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO))
+    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO)
+
+
+def threshold_name(objective: object) -> str | None:
+    """The parameter that bounds an objective's trust region: the table's, or ``delta`` or ``eps`` of another objective."""
+    family = family_of(objective)
+    if family.measure is not None:
+        return family.threshold
+    return next((name for name in ("delta", "eps") if hasattr(objective, name)), None)
 
 
 def thresholds(objective: Any) -> tuple[float, float] | None:
     """(low, high) of an objective with a trust region; None if it has none."""
-    for name in ("delta", "eps"):
-        if hasattr(objective, name):
-            value = getattr(objective, name)
-            return (getattr(objective, name + "_low"), getattr(objective, name + "_high")) if value is None else (value, value)
-    return None
+    name = threshold_name(objective)
+    if name is None:
+        return None
+    value = getattr(objective, name)
+    return (getattr(objective, f"{name}_low"), getattr(objective, f"{name}_high")) if value is None else (value, value)
 
 
 def references(
@@ -174,7 +183,8 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
             rounding = max(pi, mu, bound) if kind == "binary_tv" else 1 + bound + mu * (abs(x) + abs(b))
             if sign * ell > 0:
                 kept = measured <= bound
-                jump = abs(measured - bound) / rounding
+                # log π = 0 is a rounded number, whose KL is a matter of convention
+                jump = 0 if kind == "binary_kl" and x >= 0 else abs(measured - bound) / rounding
             surrogate, truncated = _truncated(a, r, c)
             loss, weight = (surrogate, truncated) if kept else (_MP.mpf(0), _MP.mpf(0))
             terms = abs(loss)

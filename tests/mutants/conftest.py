@@ -1,3 +1,3 @@
-"""No tests here: `tests/test_mutants.py` runs the mutants."""
+"""No tests here: `tests/core/testing/test_mutants.py` runs the mutants."""
 
 collect_ignore_glob = ["*.py"]

@@ -1,12 +1,13 @@
 # ruff: noqa: D105  # operators mean what they mean for arrays
-"""What the proofs share: the kernels of `drpo_core` run on symbols, and provers that never pass in silence.
+"""What the proofs share: the objectives of `drpo_core` run on symbols, and provers that never pass in silence.
 
-A kernel reads `Tokens` and a namespace. Given symbols and a namespace of symbolic functions, it returns its own
+An objective reads `Tokens` and a namespace. Given symbols and a namespace of symbolic functions, it returns its own
 formula, so that the theorems are about the code and not about a copy of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from fractions import Fraction
@@ -17,8 +18,8 @@ from typing import Any
 import sympy
 import z3
 
-from drpo_core.ratio import Tokens
-from drpo_core.thresholds import Bounds
+from drpo_core.objectives.thresholds import Bounds
+from drpo_core.tokens import Tokens
 
 SECONDS = 30
 
@@ -51,6 +52,20 @@ def same(x: Any, y: Any) -> None:
     difference = sympy.nsimplify(x - y, rational=True).replace(sympy.log, lambda z: sympy.log(sympy.factor(z)))
     difference = sympy.simplify(sympy.expand_log(difference, force=True))
     assert difference == 0, f"{x} differs from {y} by {difference}"
+
+
+def symbolic(kind: type, **fields: Any) -> Any:
+    """An objective whose thresholds are symbols, without the checks that only numbers pass; `Bounds` are two of them."""
+    objective = object.__new__(kind)
+    values = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, value in fields.items():
+        values |= {f"{name}_low": value.low, f"{name}_high": value.high} if isinstance(value, Bounds) else {name: value}
+    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    assert not unknown, f"{kind.__name__} has no {unknown}"
+    for name, value in values.items():
+        assert value is not dataclasses.MISSING, f"{kind.__name__} needs {name}"
+        object.__setattr__(objective, name, value)
+    return objective
 
 
 # --- real numbers, in z3 ---------------------------------------------------------------------------------------------
@@ -124,6 +139,7 @@ for _name, _function in (("lt", operator.lt), ("le", operator.le), ("gt", operat
 sympy_xp = SimpleNamespace(
     inf=sympy.oo,
     finfo=lambda _: SimpleNamespace(eps=2.0**-52),
+    astype=lambda x, _, copy: x,  # noqa: ARG005 -- the Array API's name
     where=lambda condition, x, y: Term(sympy.Piecewise((Term(x).e, condition), (Term(y).e, True))),
     maximum=lambda x, y: sympy_xp.where(x > y, x, y),
     minimum=lambda x, y: sympy_xp.where(x < y, x, y),
@@ -261,15 +277,6 @@ class Float:
         return z3.fpIsNaN(self.term)
 
 
-class Threshold(Float):
-    """A threshold, which the kernels compare with the other side's when they are built, not when they run."""
-
-    __hash__ = None
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
 FORMATS = {"float16": z3.Float16(), "bfloat16": z3.FPSort(8, 8), "float32": z3.Float32()}
 
 
@@ -286,7 +293,7 @@ def float_tokens(name: str) -> tuple[Tokens, Bounds, list[Any]]:
 
     fields = {field: Float(z3.FP(field, sort)) for field in Tokens._fields[:-1]}
     tokens = Tokens(**fields, xp=SimpleNamespace(where=where, ones_like=lambda _: 1.0, full_like=lambda _, value: value))
-    bounds = Bounds(*(Threshold(z3.FP(side, sort)) for side in ("low", "high")))
+    bounds = Bounds(*(Float(z3.FP(side, sort)) for side in ("low", "high")))
     given = [z3.And(bound > 0.0, bound < math.inf) for bound in bounds]
     for x in (tokens.shift, tokens.ratio_minus_one):
         log_ratio = tokens.log_ratio

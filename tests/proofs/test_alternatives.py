@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import pytest
 import sympy
-from provers import Term, delta_high, mu, prove, r, real_bounds, real_tokens, refute, same, sympy_tokens
+from provers import Term, delta_high, mu, prove, r, real_bounds, real_tokens, refute, same, symbolic, sympy_tokens
 
-from drpo_core import drpo, policy_gradient, spo
+from drpo_core import DRPO, SPO, PolicyGradient
 from drpo_core.divergence import k3_of
-from drpo_core.thresholds import Bounds
 
 a, delta = sympy.symbols("a delta", positive=True)
 SIGNS = (1, -1)
-AT = Bounds(delta_high, delta_high)
+SMOOTH = {"DRPO": symbolic(DRPO, delta=delta_high), "chi squared": symbolic(SPO, eps=delta_high)}
 
 
 def penalty_of(objective, advantage):
     """P(r, μ) of an objective's own loss L = −A r + |A| P/δ."""
     tokens = sympy_tokens(advantages=advantage)
-    difference = (objective.loss(tokens, AT) - policy_gradient.loss(tokens, None)).e
+    difference = (objective.loss(tokens) - PolicyGradient().loss(tokens)).e
     return sympy.simplify(difference * delta_high / sympy.Abs(advantage))
 
 
@@ -29,8 +28,8 @@ def k3_penalty():
 
 
 PENALTIES = {
-    "DRPO": penalty_of(drpo, a),
-    "chi squared": penalty_of(spo, a),
+    "DRPO": penalty_of(SMOOTH["DRPO"], a),
+    "chi squared": penalty_of(SMOOTH["chi squared"], a),
     "k1": -sympy.log(r),
     "k2": sympy.log(r) ** 2 / 2,
     "k3": k3_penalty(),
@@ -72,7 +71,7 @@ def test_margins(name):
 
 def test_both_signs_have_one_penalty():
     """SymPy: the code's DRPO and SPO penalties are |A| P/δ with the same P for A > 0 and A < 0."""
-    for objective in (drpo, spo):
+    for objective in SMOOTH.values():
         same(penalty_of(objective, a), penalty_of(objective, -a))
 
 
@@ -142,7 +141,8 @@ def test_the_library_weighs_by_the_advantage():
     tokens, facts = real_tokens()
     bounds, positive = real_bounds()
     twice = tokens._replace(advantages=2 * tokens.advantages)
-    prove(drpo.weight(twice, bounds) == drpo.weight(tokens, bounds), *facts, *positive)
+    objective = symbolic(DRPO, delta=bounds)
+    prove(objective.weight(twice) == objective.weight(tokens), *facts, *positive)
 
     def without(t):
         return 1 - t.shift / (bounds.high * t.advantages)
@@ -185,24 +185,24 @@ def test_curvatures():
     for sign in SIGNS:
         tokens = sympy_tokens(advantages=sign * a)
         surrogate = -sign * a * r
-        same(second(policy_gradient.loss(tokens, None).e), surrogate)
-        same(second(spo.loss(tokens, AT).e), surrogate * (1 - sign * (2 * r - 1) / delta_high))
-        same(second(drpo.loss(tokens, AT).e), surrogate * (1 - sign * (2 * mu * r - mu) / delta_high))
+        same(second(PolicyGradient().loss(tokens).e), surrogate)
+        same(second(SMOOTH["chi squared"].loss(tokens).e), surrogate * (1 - sign * (2 * r - 1) / delta_high))
+        same(second(SMOOTH["DRPO"].loss(tokens).e), surrogate * (1 - sign * (2 * mu * r - mu) / delta_high))
 
 
 def test_curvature_on_policy():
     """SymPy: at π = μ SPO's penalty adds |A|/ε to every token, DRPO's adds |A| μ/δ: it holds common tokens, not rare ones."""
     for sign in SIGNS:
         tokens = sympy_tokens(advantages=sign * a)
-        same(second(spo.loss(tokens, AT).e).subs(r, 1), -sign * a + a / delta_high)
-        same(second(drpo.loss(tokens, AT).e).subs(r, 1), -sign * a + a * mu / delta_high)
+        same(second(SMOOTH["chi squared"].loss(tokens).e).subs(r, 1), -sign * a + a / delta_high)
+        same(second(SMOOTH["DRPO"].loss(tokens).e).subs(r, 1), -sign * a + a * mu / delta_high)
 
 
 def test_convex_in_the_ratio():
     """SymPy: ∂²L/∂r² is |A|/ε (SPO) and |A| μ/δ (DRPO), both positive: each has one minimum in π."""
     for sign in SIGNS:
         tokens = sympy_tokens(advantages=sign * a)
-        for objective, expected in ((spo, a / delta_high), (drpo, a * mu / delta_high)):
-            curvature = sympy.simplify(sympy.diff(Term(objective.loss(tokens, AT)).e, r, 2))
+        for name, expected in (("chi squared", a / delta_high), ("DRPO", a * mu / delta_high)):
+            curvature = sympy.simplify(sympy.diff(Term(SMOOTH[name].loss(tokens)).e, r, 2))
             assert sympy.simplify(curvature - expected) == 0
             assert curvature.is_positive

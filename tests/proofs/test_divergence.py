@@ -187,9 +187,13 @@ def test_kl_as_sum_of_phi():
 
 
 def test_k3():
-    """SymPy: the code's k3 is r − 1 − ℓ = φ(ℓ); so E_μ of it is KL (the sum of φ above)."""
+    """SymPy: the code's k3 is r − 1 − ℓ = φ(ℓ), so E_μ of it is KL (the sum of φ above); beyond ℓ = 20 it is φ's tangent."""
     tokens = sympy_tokens(at=FAR, log_ratio=sympy.log(pi / mu), ratio_minus_one=pi / mu - 1)
     same(k3_of(tokens).e, pi / mu - 1 - sympy.log(pi / mu))
+    beyond = k3_of(sympy_tokens(at={t: 30}, log_ratio=t, ratio_minus_one=sympy.exp(20) - 1)).e
+    assert sympy.diff(beyond, t, 2) == 0
+    assert abs(sympy.diff(beyond, t) / sympy.diff(phi, t).subs(t, 20) - 1).evalf(30) < 1e-15
+    assert abs(beyond.subs(t, 20) / phi.subs(t, 20) - 1).evalf(30) < 1e-15
 
 
 def test_merging_tv():

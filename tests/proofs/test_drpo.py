@@ -19,21 +19,23 @@ from provers import (
     real_tokens,
     refute,
     same,
+    symbolic,
     sympy_tokens,
 )
 
-from drpo_core import dppo, drpo, policy_gradient, spo
-from drpo_core.dppo import BINARY_TV
-from drpo_core.ratio import Tokens
-from drpo_core.thresholds import Bounds
+from drpo_core import DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, Tokens
+from drpo_core.objectives.thresholds import Bounds
 
 TOKENS, FACTS = real_tokens()
 DELTA, POSITIVE = real_bounds()
 GIVEN = [*FACTS, *POSITIVE]
-WEIGHT = drpo.weight(TOKENS, DELTA)
+OBJECTIVE = symbolic(DRPO, delta=DELTA)
+MASK = symbolic(MaskDRPO, delta=DELTA)
+MASKED = symbolic(DPPO, delta=DELTA)
+WEIGHT = OBJECTIVE.weight(TOKENS)
 ADVANTAGE, RATIO, MU = TOKENS.advantages, TOKENS.ratio, z3.Real("mu")
 PI = MU * RATIO
-SYMMETRIC = Bounds(delta_high, delta_high)
+SYMMETRIC = symbolic(DRPO, delta=delta_high)
 
 
 class ManyThresholds(Tokens):
@@ -47,7 +49,7 @@ class ManyThresholds(Tokens):
 def _weight(sign, shift, thresholds):
     advantages = np.full_like(thresholds, sign)
     tokens = ManyThresholds(*[None] * 2, advantages, *[None] * 3, shift, None, np)
-    return drpo.weight(tokens, Bounds(thresholds, thresholds))
+    return symbolic(DRPO, delta=thresholds).weight(tokens)
 
 
 def magnitude(x):
@@ -56,15 +58,15 @@ def magnitude(x):
 
 def test_gradient():
     """SymPy + z3: ∂L/∂log π = −A r w."""
-    tokens, delta = sympy_tokens(), Bounds(delta_low, delta_high)
-    gradient_is_minus_a_r_w(drpo.loss(tokens, delta), drpo.weight(tokens, delta))
+    tokens, objective = sympy_tokens(), symbolic(DRPO, delta=Bounds(delta_low, delta_high))
+    gradient_is_minus_a_r_w(objective.loss(tokens), objective.weight(tokens))
 
 
 def test_weight_is_the_published_one():
     """z3: for A ≠ 0, w = 1 − sign(A (r − 1)) |π − μ| / δ."""
     delta = z3.Real("delta")
     signed = z3.If(ADVANTAGE * (RATIO - 1) > 0, magnitude(PI - MU), -magnitude(PI - MU))
-    prove(drpo.weight(TOKENS, Bounds(delta, delta)) == 1 - signed / delta, *FACTS, delta > 0, ADVANTAGE != 0)
+    prove(symbolic(DRPO, delta=delta).weight(TOKENS) == 1 - signed / delta, *FACTS, delta > 0, ADVANTAGE != 0)
 
 
 def test_weight_bounds():
@@ -79,14 +81,14 @@ def test_weight_bounds_are_tight():
     """z3: for any μ and δ each bound is the value of w at π = 1 or π = 0."""
     one, zero = ({"ratio": 1 / MU, "shift": 1 - MU}, {"ratio": z3.RealVal(0), "shift": -MU})
     for ends, sign in (((one, zero), ADVANTAGE > 0), ((zero, one), ADVANTAGE < 0)):
-        least, most = (drpo.weight(TOKENS._replace(**end), DELTA) for end in ends)
+        least, most = (OBJECTIVE.weight(TOKENS._replace(**end)) for end in ends)
         bound = z3.And(least <= WEIGHT, most >= WEIGHT)
         prove(bound, *GIVEN, sign)
 
 
 def test_same_region_as_dppo():
     """z3: w ≥ 0 iff DPPO Binary-TV at the same δ keeps the token."""
-    prove((WEIGHT >= 0) == (dppo.weight(TOKENS, DELTA, BINARY_TV, None) == 1), *GIVEN)
+    prove((WEIGHT >= 0) == (MASKED.weight(TOKENS) == 1), *GIVEN)
 
 
 def test_same_region_strict():
@@ -123,7 +125,8 @@ def test_reciprocal_form_is_not_exact():
 def test_adaptive_spo():
     """z3: DRPO(δ) = SPO(ε = δ/μ), loss and weight, low and high."""
     eps = Bounds(DELTA.low / MU, DELTA.high / MU)
-    prove(z3.And(spo.weight(TOKENS, eps) == WEIGHT, drpo.loss(TOKENS, DELTA) == spo.loss(TOKENS, eps)), *GIVEN)
+    spo = symbolic(SPO, eps=eps)
+    prove(z3.And(spo.weight(TOKENS) == WEIGHT, OBJECTIVE.loss(TOKENS) == spo.loss(TOKENS)), *GIVEN)
 
 
 def test_converging_and_diverging():
@@ -138,30 +141,29 @@ def test_lipschitz():
     """z3: |w(π) − w(π′)| = |π − π′|/δ, so w is continuous, at r = 1 too."""
     other, facts = real_tokens("2", mu=MU)
     threshold = TOKENS.by_advantage(*DELTA)
-    change = magnitude(WEIGHT - drpo.weight(other, DELTA)) * threshold
+    change = magnitude(WEIGHT - OBJECTIVE.weight(other)) * threshold
     prove(change == magnitude(TOKENS.shift - other.shift), *GIVEN, *facts, ADVANTAGE != 0)
 
 
 def test_symmetry_in_advantage():
     """z3: w(A) + w(−A) = 2 with one δ."""
-    delta = Bounds(DELTA.high, DELTA.high)
-    opposite = TOKENS._replace(advantages=-ADVANTAGE)
-    prove(drpo.weight(TOKENS, delta) + drpo.weight(opposite, delta) == 2, *GIVEN)
+    objective, opposite = symbolic(DRPO, delta=DELTA.high), TOKENS._replace(advantages=-ADVANTAGE)
+    prove(objective.weight(TOKENS) + objective.weight(opposite) == 2, *GIVEN)
 
 
 def test_symmetry_in_policies():
     """z3: w(π, μ) + w(μ, π) = 2."""
     swapped = TOKENS._replace(ratio=1 / RATIO, ratio_minus_one=1 / RATIO - 1, shift=PI * (1 / RATIO - 1))
-    prove(WEIGHT + drpo.weight(swapped, DELTA) == 2, *GIVEN, RATIO > 0)
+    prove(WEIGHT + OBJECTIVE.weight(swapped) == 2, *GIVEN, RATIO > 0)
 
 
 def test_stationary_point():
     """z3: L ≥ L(r*) at every r, with equality only at r* = 1 + sign(A) δ/μ, i.e. π* = μ + sign(A) δ, where w = 0."""
     star = z3.If(ADVANTAGE > 0, 1 + DELTA.high / MU, 1 - DELTA.low / MU)
     at_star = TOKENS._replace(ratio=star, ratio_minus_one=star - 1, shift=MU * (star - 1))
-    loss, best = drpo.loss(TOKENS, DELTA), drpo.loss(at_star, DELTA)
+    loss, best = OBJECTIVE.loss(TOKENS), OBJECTIVE.loss(at_star)
     prove(z3.And(loss >= best, (loss == best) == (star == RATIO)), *GIVEN, ADVANTAGE != 0)
-    prove(drpo.weight(at_star, DELTA) == 0, *GIVEN, ADVANTAGE != 0)
+    prove(OBJECTIVE.weight(at_star) == 0, *GIVEN, ADVANTAGE != 0)
 
 
 def test_stationary_point_reachable():
@@ -175,7 +177,7 @@ def test_second_derivative():
     """SymPy: ∂²(−L)/∂(log π)² = r A [1 − sign(A) (2π − μ)/δ]."""
     a = sympy.Symbol("a", positive=True)
     for sign in (1, -1):
-        objective = -drpo.loss(sympy_tokens(advantages=sign * a), SYMMETRIC).e
+        objective = -SYMMETRIC.loss(sympy_tokens(advantages=sign * a)).e
         second = r * sympy.diff(r * sympy.diff(objective, r), r)
         same(second, r * sign * a * (1 - sign * (2 * mu * r - mu) / delta_high))
 
@@ -183,7 +185,7 @@ def test_second_derivative():
 def test_gradient_bound():
     """z3: |∂L/∂log π| μ = |A| π |w| ≤ |A| (1 + 1/δ)."""
     delta = z3.Real("delta")
-    weight = drpo.weight(TOKENS, Bounds(delta, delta))
+    weight = symbolic(DRPO, delta=delta).weight(TOKENS)
     gradient = magnitude(ADVANTAGE * RATIO * weight)
     prove(gradient * MU <= magnitude(ADVANTAGE) * (1 + 1 / delta), *FACTS, delta > 0)
 
@@ -191,14 +193,14 @@ def test_gradient_bound():
 def test_gradient_unbounded():
     """z3: no constant bounds r w; 10⁶ is exceeded at δ = 0.15."""
     delta = z3.RealVal("0.15")
-    refute(magnitude(RATIO * drpo.weight(TOKENS, Bounds(delta, delta))) <= 10**6, *FACTS, ADVANTAGE > 0)
+    refute(magnitude(RATIO * symbolic(DRPO, delta=delta).weight(TOKENS)) <= 10**6, *FACTS, ADVANTAGE > 0)
 
 
 def test_vacuous():
     """z3: at δ ≥ 1, w ≥ 0: nothing is corrected; at δ = 12.5, 0.92 ≤ w ≤ 1.08."""
     prove(WEIGHT >= 0, *GIVEN, DELTA.low >= 1, DELTA.high >= 1)
     paper = z3.RealVal("12.5")
-    weight = drpo.weight(TOKENS, Bounds(paper, paper))
+    weight = symbolic(DRPO, delta=paper).weight(TOKENS)
     prove(z3.And(weight >= z3.RealVal("0.92"), weight <= z3.RealVal("1.08")), *FACTS)
 
 
@@ -207,7 +209,7 @@ def test_limits():
     a = sympy.Symbol("a", positive=True)
     for sign in (1, -1):
         tokens = sympy_tokens(advantages=sign * a)
-        loss, weight = drpo.loss(tokens, SYMMETRIC).e, drpo.weight(tokens, SYMMETRIC).e
+        loss, weight = SYMMETRIC.loss(tokens).e, SYMMETRIC.weight(tokens).e
         assert sympy.limit(weight, delta_high, sympy.oo) == 1
         same(sympy.limit(loss, delta_high, sympy.oo), -sign * a * r)
         same(sympy.limit(sympy.expand(delta_high * loss), delta_high, 0), a * mu * (r - 1) ** 2 / 2)
@@ -218,7 +220,7 @@ def test_expected_penalty():
     a, pi = sympy.symbols("a pi", positive=True)
     for sign in (1, -1):
         tokens = sympy_tokens(advantages=sign * a)
-        penalty = Term(drpo.loss(tokens, SYMMETRIC) - policy_gradient.loss(tokens, None)).e
+        penalty = Term(SYMMETRIC.loss(tokens) - PolicyGradient().loss(tokens)).e
         same((mu * penalty).subs(r, pi / mu), a * (pi - mu) ** 2 / (2 * delta_high))
 
 
@@ -231,7 +233,7 @@ def test_population_optimum():
         shifts = [delta_high * (sign - multiplier / size) for sign, size in zip(signs, sizes, strict=True)]
         assert sympy.simplify(sum(shifts)) == 0
         for sign, size, shift in zip(signs, sizes, shifts, strict=True):
-            loss = drpo.loss(sympy_tokens(advantages=sign * size), SYMMETRIC).e
+            loss = SYMMETRIC.loss(sympy_tokens(advantages=sign * size)).e
             share = (-mu * loss).subs(r, pi / mu)  # of the objective Σ μ (−L)
             assert sympy.simplify(sympy.diff(share, pi).subs(pi, mu + shift) - multiplier) == 0
             assert sympy.simplify(sympy.diff(share, pi, 2)).is_negative
@@ -239,8 +241,8 @@ def test_population_optimum():
 
 def test_mask_drpo_weight():
     """z3: Mask-DRPO's w is 1 where DPPO Binary-TV keeps the token, DRPO's where it drops it."""
-    kept = dppo.weight(TOKENS, DELTA, BINARY_TV, None) == 1
-    prove(drpo.mask_weight(TOKENS, DELTA) == z3.If(kept, z3.RealVal(1), WEIGHT), *GIVEN)
+    kept = MASKED.weight(TOKENS) == 1
+    prove(MASK.weight(TOKENS) == z3.If(kept, z3.RealVal(1), WEIGHT), *GIVEN)
 
 
 def test_mask_drpo_loss():
@@ -248,10 +250,10 @@ def test_mask_drpo_loss():
     threshold = TOKENS.by_advantage(*DELTA)
     squares = (RATIO - 1) * (RATIO - 1) - threshold * threshold / (MU * MU)
     penalty = magnitude(ADVANTAGE) * MU * squares / (2 * threshold)
-    dropped = dppo.weight(TOKENS, DELTA, BINARY_TV, None) == 0
+    dropped = MASKED.weight(TOKENS) == 0
     expected = -ADVANTAGE * RATIO + z3.If(dropped, penalty, z3.RealVal(0))
     for sign in (ADVANTAGE > 0, ADVANTAGE < 0):
-        prove(drpo.mask_loss(TOKENS, DELTA) == expected, *GIVEN, sign)
+        prove(MASK.loss(TOKENS) == expected, *GIVEN, sign)
 
 
 @pytest.mark.parametrize("shift", [-0.4, -0.1, 0.1, 0.4])
@@ -259,18 +261,19 @@ def test_mask_drpo_loss():
 def test_mask_drpo_gradient(sign, shift):
     """SymPy: ∂L/∂log π = −A r w on every branch: outside or inside on either side of μ, either sign of A."""
     point = {A: sign, mu: sympy.Rational(1, 2), r: 1 + 2 * shift, delta_high: sympy.Rational(1, 4)}
-    tokens = sympy_tokens(at=point)
-    gradient = r * sympy.diff(drpo.mask_loss(tokens, SYMMETRIC).e, r)
-    same(gradient, -A * r * drpo.mask_weight(tokens, SYMMETRIC).e)
+    tokens, objective = sympy_tokens(at=point), symbolic(MaskDRPO, delta=delta_high)
+    gradient = r * sympy.diff(objective.loss(tokens).e, r)
+    same(gradient, -A * r * objective.weight(tokens).e)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["A > 0", "A < 0"])
 def test_mask_drpo_continuity(sign):
     """SymPy: from outside, L tends to −A r at the boundary and w to 0; inside w is 1."""
     a, h = sympy.symbols("a h", positive=True)
+    objective = symbolic(MaskDRPO, delta=delta_high)
     for beyond, expected in ((h, 0), (-delta_high * h / (1 + h), 1)):
         shift = sign * (delta_high + beyond)
         tokens = sympy_tokens(advantages=sign * a, ratio=1 + shift / mu, ratio_minus_one=shift / mu, shift=shift)
-        loss, weight = (sympy.simplify(f(tokens, SYMMETRIC).e) for f in (drpo.mask_loss, drpo.mask_weight))
+        loss, weight = (sympy.simplify(f(tokens).e) for f in (objective.loss, objective.weight))
         same(sympy.limit(loss, h, 0), -sign * a * (1 + sign * delta_high / mu))
         same(sympy.limit(weight, h, 0), expected)

@@ -5,34 +5,41 @@ from __future__ import annotations
 import pytest
 import sympy
 import z3
-from provers import A, c, mu, prove, r, real_bounds, real_tokens, sympy_tokens
+from provers import A, c, mu, prove, r, real_bounds, real_tokens, symbolic, sympy_tokens
 
-from drpo_core import cispo, dppo, drpo, policy_gradient, ppo, spo
-from drpo_core.dppo import BINARY_TV, PER_TOKEN
+from drpo_core import CISPO, DPPO, PolicyGradient, PPOClip
+from drpo_core.objectives import OBJECTIVES
 
 CAP = z3.Real("c")
-OBJECTIVES = {
-    "PG-IS": (lambda t, _: policy_gradient.loss(t, None), lambda t, _: policy_gradient.weight(t, None)),
-    "truncated": (None, lambda t, _: policy_gradient.weight(t, CAP)),
-    "PPO clip": (lambda t, b: ppo.loss(t, b, None), lambda t, b: ppo.weight(t, b, None)),
-    "dual clip": (lambda t, b: ppo.loss(t, b, CAP), lambda t, b: ppo.weight(t, b, CAP)),
-    "SPO": (spo.loss, spo.weight),
-    "DPPO TV": (lambda t, b: dppo.loss(t, b, BINARY_TV, None), lambda t, b: dppo.weight(t, b, BINARY_TV, None)),
-    "DPPO D": (lambda t, b: dppo.loss(t, b, PER_TOKEN, None), lambda t, b: dppo.weight(t, b, PER_TOKEN, CAP)),
-    "DRPO": (drpo.loss, drpo.weight),
-    "Mask-DRPO": (drpo.mask_loss, drpo.mask_weight),
+VARIANTS = {
+    "truncated": lambda _: symbolic(PolicyGradient, max_ratio=CAP),
+    "dual clip": lambda bounds: symbolic(PPOClip, eps=bounds, dual_clip=CAP),
+    "DPPO D": lambda bounds: symbolic(DPPO, delta=bounds, divergence="per_token"),
+    "DPPO D, truncated": lambda bounds: symbolic(DPPO, delta=bounds, divergence="per_token", max_ratio=CAP),
 }
+NOT_IN_Z3 = {"DPPO-KL"}  # whose D is a logarithm: DPPO D is it, for any D
+LOGARITHMIC = {"CISPO", "truncated", "DPPO D, truncated"}  # losses
+NAMES = [*(family.name for family in OBJECTIVES if family.name not in NOT_IN_Z3), *VARIANTS]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+def objective(name, bounds):
+    """An objective of the library's table or a variant of one, with symbols for thresholds."""
+    if name in VARIANTS:
+        return VARIANTS[name](bounds)
+    (family,) = (family for family in OBJECTIVES if family.name == name)
+    thresholds = {family.threshold: CAP if family.threshold == "max_ratio" else bounds} if family.threshold else {}
+    return symbolic(family.objective, **thresholds, **family.fixed)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_on_policy(name):
     """z3: at π = μ, w = 1 and r = 1: every objective's gradient is −A (for caps c ≥ 1)."""
     tokens, facts = real_tokens()
     bounds, positive = real_bounds()
-    prove(OBJECTIVES[name][1](tokens, bounds) == 1, *facts, *positive, CAP >= 1, tokens.ratio == 1)
+    prove(objective(name, bounds).weight(tokens) == 1, *facts, *positive, CAP >= 1, tokens.ratio == 1)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "truncated"])
+@pytest.mark.parametrize("name", NAMES)
 def test_homogeneous(name):
     """z3: L(k A) = k L(A) and w(k A) = w(A) for k > 0; so the gradient scales with A, and at A = 0 loss and gradient are 0."""
     tokens, facts = real_tokens()
@@ -40,17 +47,20 @@ def test_homogeneous(name):
     k = z3.Real("k")
     scaled = tokens._replace(advantages=k * tokens.advantages)
     given = [*facts, *positive, CAP > 1, k > 0]
-    loss, weight = OBJECTIVES[name]
-    prove(weight(scaled, bounds) == weight(tokens, bounds), *given)
+    made = objective(name, bounds)
+    prove(made.weight(scaled) == made.weight(tokens), *given)
+    if name in LOGARITHMIC:
+        return
     for sign in (tokens.advantages > 0, tokens.advantages < 0):
-        prove(loss(scaled, bounds) == k * loss(tokens, bounds), *given, sign)
-    prove(loss(tokens, bounds) == 0, *given, tokens.advantages == 0)
+        prove(made.loss(scaled) == k * made.loss(tokens), *given, sign)
+    prove(made.loss(tokens) == 0, *given, tokens.advantages == 0)
 
 
-def test_homogeneous_with_logarithm():
+@pytest.mark.parametrize("kind", [PolicyGradient, CISPO])
+def test_homogeneous_with_logarithm(kind):
     """SymPy: the truncated and the CISPO loss are linear in A."""
-    for loss in (policy_gradient.loss, cispo.loss):
-        for ratio in (1, 3):
-            piece = loss(sympy_tokens(at={r: ratio, c: 2, mu: sympy.Rational(1, 4)}), c).e
-            assert sympy.simplify(piece - A * sympy.diff(piece, A)) == 0
-            assert A not in sympy.diff(piece, A).free_symbols
+    for ratio in (1, 3):
+        tokens = sympy_tokens(at={r: ratio, c: 2, mu: sympy.Rational(1, 4)})
+        piece = symbolic(kind, max_ratio=c).loss(tokens).e
+        assert sympy.simplify(piece - A * sympy.diff(piece, A)) == 0
+        assert A not in sympy.diff(piece, A).free_symbols

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import z3
-from provers import c, delta_high, delta_low, gradient_is_minus_a_r_w, prove, real_bounds, real_tokens, sympy_tokens
+from provers import c, delta_high, delta_low, gradient_is_minus_a_r_w, prove, real_bounds, real_tokens, symbolic, sympy_tokens
 
-from drpo_core import ppo
-from drpo_core.thresholds import Bounds
+from drpo_core import PPOClip
+from drpo_core.objectives.thresholds import Bounds
 
 
 def smaller(x, y):
@@ -28,7 +28,8 @@ def test_loss_is_the_published_one(dual):
     published = larger(-a * ratio, -a * clipped)
     if dual:
         published = z3.If(a < 0, smaller(published, -a * cap), published)
-    prove(ppo.loss(tokens, eps, cap if dual else None) == published, *facts, *positive, cap > 1)
+    objective = symbolic(PPOClip, eps=eps, dual_clip=cap if dual else None)
+    prove(objective.loss(tokens) == published, *facts, *positive, cap > 1)
 
 
 def test_weight():
@@ -37,12 +38,13 @@ def test_weight():
     eps, positive = real_bounds("eps")
     a, ratio, cap = tokens.advantages, tokens.ratio, z3.Real("c")
     dropped = z3.Or(z3.And(a > 0, ratio > 1 + eps.high), z3.And(a < 0, ratio < 1 - eps.low), z3.And(a < 0, ratio > cap))
-    prove(ppo.weight(tokens, eps, cap) == z3.If(dropped, z3.RealVal(0), z3.RealVal(1)), *facts, *positive, cap > 1)
+    weight = symbolic(PPOClip, eps=eps, dual_clip=cap).weight(tokens)
+    prove(weight == z3.If(dropped, z3.RealVal(0), z3.RealVal(1)), *facts, *positive, cap > 1)
 
 
 def test_gradient():
     """SymPy + z3: ∂L/∂log π = −A r w off the kinks r = 1 − ε_low, 1 + ε_high, c."""
-    tokens, eps = sympy_tokens(), Bounds(delta_low, delta_high)
+    tokens, objective = sympy_tokens(), symbolic(PPOClip, eps=Bounds(delta_low, delta_high), dual_clip=c)
     ratio, low, high, cap = z3.Reals("r delta_low delta_high c")
     kinks = [ratio != 1 - low, ratio != 1 + high, ratio != cap]
-    gradient_is_minus_a_r_w(ppo.loss(tokens, eps, c), ppo.weight(tokens, eps, c), *kinks)
+    gradient_is_minus_a_r_w(objective.loss(tokens), objective.weight(tokens), *kinks)

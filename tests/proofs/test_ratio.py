@@ -11,7 +11,7 @@ from mpmath import iv
 from provers import Term, prove, same, xp_at
 
 from drpo_core import probability_shift
-from drpo_core.ratio import Tokens
+from drpo_core.tokens import Tokens
 
 iv.dps = 40
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}  # the unit roundoff u: a correctly rounded result is x (1 + e), |e| ≤ u
@@ -21,7 +21,7 @@ x, b = sympy.symbols("x b", negative=True)
 
 
 def computed(log_pi, log_mu) -> Tokens:
-    return Tokens.of(Term(x), Term(b), Term(sympy.Symbol("A")), xp=xp_at({x: log_pi, b: log_mu}))
+    return Tokens.of(Term(x), Term(b), Term(sympy.Symbol("A")), dtype=None, xp=xp_at({x: log_pi, b: log_mu}))
 
 
 @pytest.mark.parametrize("point", [(-2, -1), (-1, -2)], ids=["where l < 0", "where l > 0"])

@@ -20,7 +20,7 @@ from study.cells import (
     tuning_cells,
 )
 from study.intervals import MISSING, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Interval
-from study.results import MAXIMA, Result, path_of, write
+from study.results import MAXIMA, Result, path_of, read_all, write
 from study.train import WEIGHT_EDGES
 
 ROLLOUTS, BLOCKS = 120, 30
@@ -79,7 +79,7 @@ def folder(tmp_path):
 
 
 def test_verdicts_are_those_of_the_numbers_that_were_put_in(folder):
-    runs = analysis.grouped(r for r in analysis.read_all(folder) if r.cell.seed in SEEDS and r.cell.training == DEFAULT)
+    runs = analysis.grouped(r for r in read_all(folder) if r.cell.seed in SEEDS and r.cell.training == DEFAULT)
     found = verdicts.decide(runs, TUNED, SEEDS)
     assert [v.name for v in found] == ["H1", "H2", "H3", "H4", "H4", "H4", "H4", "H4", "H5", "H6", "H7", "H8"]
     decided = {(v.name, v.claim.split()[1] if v.name == "H4" else ""): v.decision for v in found}
@@ -116,7 +116,7 @@ def test_among_equals_the_best_of_several_is_ahead_by_luck_only():
 
 
 def test_the_report_has_every_cell_and_writes_every_figure(folder):
-    text = analysis.report(folder, folder / "figures")
+    text = analysis.report(folder, folder / "tables.txt", folder / "figures")
     assert text == (folder / "tables.txt").read_text()
     table = text.split("**Final reward**")[1].split("**")[0]
     rows = {row.split("|")[1].strip().removesuffix(" (tuned)"): row for row in table.strip().splitlines()}
@@ -130,7 +130,7 @@ def test_the_report_has_every_cell_and_writes_every_figure(folder):
 def test_a_missing_run_is_shown_and_keeps_its_verdicts_back(folder):
     cell = Cell("moe-bf16", "k2", TUNED["k2"], 3)
     path_of(folder, cell).unlink()
-    text = analysis.report(folder, folder / "figures")
+    text = analysis.report(folder, folder / "tables.txt", folder / "figures")
     assert "(4 of 5 runs)" in text
     assert "(29 of 30 runs)" in text
     (row,) = (row for row in text.splitlines() if row.startswith("| H4 | the k2"))
@@ -142,7 +142,7 @@ def test_a_report_works_from_a_few_runs_and_verdicts_from_none(tmp_path):
     assert {verdict.decision for verdict in verdicts.decide({}, {}, SEEDS)} == {MISSING}
     write(tmp_path, made_up(Cell("dense-bf16", "drpo", 12.5, 0), 0.7))
     write(tmp_path, made_up(tuning_cells()[-1], 0.7))
-    text = analysis.report(tmp_path, tmp_path / "few")
+    text = analysis.report(tmp_path, tmp_path / "few.txt", tmp_path / "few")
     assert "(1 of 5 runs)" in text
     assert text.count(MISSING) == 12
 
@@ -230,7 +230,7 @@ def test_weights_of_the_gemma_rollouts_at_the_papers_delta_are_all_near_one(snap
 
 
 def test_tuning_is_shown_with_its_choice(folder):
-    tuning = analysis.grouped(r for r in analysis.read_all(folder) if r.cell.setting == TUNED_IN and r.cell.seed >= 100)
+    tuning = analysis.grouped(r for r in read_all(folder) if r.cell.setting == TUNED_IN and r.cell.seed >= 100)
     (row,) = (row for row in analysis.tuning_table(tuning, TUNED).splitlines() if row.startswith("| DRPO |"))
     assert row.count("**") == 2
     assert "**0.15: 0.800**" in row

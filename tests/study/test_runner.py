@@ -1,6 +1,5 @@
 """Runs: the same bytes whenever they are computed, whatever was interrupted; every method and setting trains."""
 
-import json
 import os
 import signal
 import subprocess
@@ -108,23 +107,6 @@ def test_the_pool_runs_what_is_missing_and_nothing_else(tmp_path, starts, monkey
     assert [path.suffix for path in folder.iterdir() if ".part" in path.name] == []
 
 
-def test_a_result_reads_as_it_was_written(tmp_path):
-    cell = Cell("moe-bf16", "k3", 0.5, 3, TINY)
-    curves = {"reward": [0.125, 0.25], "norm": [1.5], "kept": [float("nan")], "ratio_max": [float("inf")]}
-    results.write(tmp_path, results.Result(cell, {"steps": 4, "reward": 0.2}, curves, [0, 3, 1]))
-    (found,) = results.read_all(tmp_path)
-    assert (found.cell, found.prefit, found.weights) == (cell, {"steps": 4, "reward": 0.2}, [0, 3, 1])
-    assert found.curves["reward"] == [0.125, 0.25]
-    assert np.isnan(found.curves["kept"] + found.curves["ratio_max"]).all()
-    for line in results.path_of(tmp_path, cell).read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
-def test_blocks_are_means_or_largest_and_leave_out_what_is_unknown():
-    curves = {"reward": [1.0] * 6, "tv": [1.0, 2.0, 3.0, float("nan"), 5.0, 7.0], "norm": [1.0, 9.0, 2.0, 3.0, 4.0, 5.0]}
-    assert results.compact(curves) == {"reward": [1.0] * 6, "tv": [2.0, 6.0], "norm": [9.0, 5.0]}
-
-
 def test_names_tell_runs_apart():
     cells = [*tuning_cells(), *comparison_cells({name: 0.05 for name, m in METHODS.items() if m.grid})]
     distinct = set(cells)
@@ -189,12 +171,11 @@ def test_tuning_takes_the_best_threshold_and_of_equals_the_largest(tmp_path):
     for cell in tuning_cells():
         reward = {0.05: 0.3, 0.5: 0.7, 2.5: 0.7}.get(cell.threshold, 0.2)
         results.write(tmp_path, results.Result(cell, {}, {"reward": [reward] * 5}, []))
-    tuned = runner.tuned_thresholds(tmp_path)
+    tuned = runner.tuned_thresholds(results.read_all(tmp_path))
     assert "pg-is" not in tuned
     assert tuned["drpo"] == 2.5
     assert tuned["dppo-kl"] == 0.5
     assert "0 of" in runner.status(tmp_path).splitlines()[1]
     next(tmp_path.glob("*.drpo.*")).unlink()
-    with pytest.raises(FileNotFoundError):
-        runner.tuned_thresholds(tmp_path)
+    assert runner.tuned_thresholds(results.read_all(tmp_path)) == {}
     assert "comparison" in runner.status(tmp_path)

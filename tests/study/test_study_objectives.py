@@ -8,9 +8,8 @@ import pytest
 from study.cells import METHODS, objective
 from study.objectives import PENALTIES, SMALL, Penalised, nonzero
 
-from drpo_core import DRPO, SPO, Tokens, token_loss_and_gradient
+from drpo_core import DRPO, SPO, Tokens, VacuousTrustRegionWarning, token_loss_and_gradient
 from drpo_core.testing import check_implementation, from_function
-from drpo_core.thresholds import VacuousTrustRegionWarning
 
 CASES = [Penalised(penalty=p, delta=d, by_advantage=a) for p, d, a in itertools.product(PENALTIES, (0.15, 2.5), (True, False))]
 

@@ -13,10 +13,11 @@ none); set as an attribute what the dataclass of your learner does not declare:
 `drpo_core_ppo_clip`            ``PPOClip(eps_low=epsilon, eps_high=epsilon_high, dual_clip=epsilon_c)``
 `drpo_core_spo`                 ``SPO(eps_low=epsilon, eps_high=epsilon_high)``
 `drpo_core_cispo`               ``CISPO(max_ratio=1 + epsilon_high)``
-`drpo_core_policy_gradient`     ``PolicyGradient(max_ratio=epsilon_c)``
+`drpo_core_pg_is`               ``PolicyGradient(max_ratio=epsilon_c)``
 ==============================  ======================================================================================
 
-`register` adds another objective, or one with its thresholds bound. `loss_agg_mode`, `beta`, `kl_loss_mode`,
+The names are those of `drpo_core.objectives.OBJECTIVES`; `register` adds another objective, or one with its thresholds bound.
+`loss_agg_mode`, `beta`, `kl_loss_mode`,
 `kl_clamp_value` and ``loss_algo="gspo-token"`` mean what they mean for tunix's own loss, and are computed by its functions.
 """
 
@@ -34,54 +35,22 @@ from tunix.rl import common
 from tunix.rl.algo_core import compute_entropy_from_logits, masked_mean
 from tunix.rl.function_registry import register_policy_loss_fn
 
-from drpo_core import (
-    CISPO,
-    DPPO,
-    DRPO,
-    SPO,
-    MaskDRPO,
-    PolicyGradient,
-    PPOClip,
-    diagnostics,
-    importance_ratio,
-    merge_diagnostics,
-    summarize,
-)
+from drpo_core import PolicyGradient, importance_ratio, merge_diagnostics, summarize, token_diagnostics
+from drpo_core.objectives import family_of
+from drpo_core.objectives.configured import at_clip_range, families_by_name, resolved
+from drpo_jax import linear_reduction, policy_loss, token_loss
 from drpo_jax.integrations import BehaviorPolicyWarning
-from drpo_jax.loss import token_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics, Mean, Statistic
+    from drpo_core.objectives import Family
 
-__all__ = ["OBJECTIVES", "log_diagnostics", "register"]
+__all__ = ["log_diagnostics", "register"]
 
 _PREFIX = "trust_region/"
-
-
-def _region(name: str, config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Both sides of the trust region, with tunix's own fallback on `epsilon`."""
-    high = getattr(config, "epsilon_high", None)
-    return {f"{name}_low": config.epsilon, f"{name}_high": config.epsilon if high is None else high}
-
-
-def _cap(config: Any) -> float | None:  # noqa: ANN401
-    cap: float | None = getattr(config, "epsilon_c", None)
-    return cap
-
-
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "drpo": lambda config: DRPO(**_region("delta", config)),
-    "drpo_core_mask_drpo": lambda config: MaskDRPO(**_region("delta", config)),
-    "drpo_core_dppo_tv": lambda config: DPPO(**_region("delta", config), max_ratio=_cap(config)),
-    "drpo_core_dppo_kl": lambda config: DPPO(**_region("delta", config), max_ratio=_cap(config), divergence="binary_kl"),
-    "drpo_core_ppo_clip": lambda config: PPOClip(**_region("eps", config), dual_clip=_cap(config)),
-    "drpo_core_spo": lambda config: SPO(**_region("eps", config)),
-    "drpo_core_cispo": lambda config: CISPO(max_ratio=1.0 + _region("eps", config)["eps_high"]),
-    "drpo_core_policy_gradient": lambda config: PolicyGradient(max_ratio=_cap(config)),
-}
 
 
 def register(name: str, objective: Objective | Callable[[Any], Objective]) -> None:
@@ -112,8 +81,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective]) -> No
         if not hasattr(algo_config, "loss_agg_mode"):
             msg = f"algo_config: expected the configuration of a GRPO learner, got {type(algo_config).__name__}"
             raise ValueError(msg)
-        chosen = objective(algo_config) if callable(objective) else objective
-        return _loss(chosen, model, train_example, algo_config, pad_id, eos_id)
+        return _loss(resolved(objective, algo_config), model, train_example, algo_config, pad_id, eos_id)
 
     register_policy_loss_fn(name)(loss)
 
@@ -181,19 +149,21 @@ def _loss(
         behavior_log_prob = _sequence_anchor(log_prob, behavior_log_prob, mask)
 
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob.astype(jnp.float32), "advantages": advantages}
-    losses = token_loss(objective, **tokens, mask=mask)
-    weights = jnp.ones_like(losses) if example.sampler_is_weights is None else example.sampler_is_weights
-    loss = policy_loss = aggregate(losses * jax.lax.stop_gradient(jnp.where(mask, weights, 0.0)))
+    weights = example.sampler_is_weights
+    reduction = linear_reduction(lambda values, _: aggregate(values))
+    loss, statistics = policy_loss(objective, **tokens, mask=mask, reduction=reduction, token_weights=weights)
+    assert statistics is not None
+    of_objective = loss
     figures = {"kl": jnp.zeros(()), "kl_loss": jnp.zeros(())}
     if example.ref_per_token_logps is not None:
         reference = jnp.where(mask, example.ref_per_token_logps, log_prob)
         kl = common.compute_kl_divergence(log_prob, reference, config.kl_loss_mode, clamp_value=config.kl_clamp_value)
         figures = {"kl": masked_mean(kl, mask), "kl_loss": aggregate(kl)}
         if config.beta:
-            loss = policy_loss + config.beta * figures["kl_loss"]
-    figures |= {"pg_loss": policy_loss, "entropy": aggregate(compute_entropy_from_logits(jax.lax.stop_gradient(logits)))}
+            loss = loss + config.beta * figures["kl_loss"]
+    figures |= {"pg_loss": of_objective, "entropy": aggregate(compute_entropy_from_logits(jax.lax.stop_gradient(logits)))}
 
-    statistics = diagnostics(objective, **jax.lax.stop_gradient(tokens), mask=mask, xp=jnp)
+    losses = token_loss(objective, **tokens, mask=mask)
     figures |= _tunix_metrics(statistics, **tokens, losses=losses, weights=weights, mask=mask)
     return loss, jax.lax.stop_gradient(figures) | {_PREFIX + name: statistic for name, statistic in statistics.items()}
 
@@ -224,7 +194,7 @@ def _check_anchor(example: Any, config: Any) -> None:  # noqa: ANN401
 
 
 def _check_sequence_level(objective: Objective, example: Any) -> None:  # noqa: ANN401
-    if isinstance(objective, (DPPO, DRPO, MaskDRPO)):
+    if family_of(objective).threshold == "delta":
         msg = (
             f"loss_algo: expected 'grpo' with {type(objective).__name__}, whose trust region is of tokens' probabilities, "
             "got 'gspo-token', the ratio of sequences"
@@ -249,10 +219,11 @@ def _tunix_metrics(
     behavior_log_prob: jax.Array,
     advantages: jax.Array,
     losses: jax.Array,
-    weights: jax.Array,
+    weights: jax.Array | None,
     mask: jax.Array,
 ) -> dict[str, jax.Array]:
     """What tunix's learners log of their own loss, under their names."""
+    weights = jnp.ones_like(losses) if weights is None else weights
     ratio = importance_ratio(log_prob, jnp.where(mask, behavior_log_prob, log_prob), xp=jnp)
     low, high = (cast("Mean", statistics[f"outside_{sign}_diverging_fraction"]) for sign in ("negative", "positive"))
 
@@ -285,7 +256,15 @@ def _summary(parts: Sequence[Statistic]) -> float:
     return summarize(merge_diagnostics(*({"all": part} for part in jax.device_get(parts))))["all"]
 
 
-_DIAGNOSTICS = tuple(diagnostics(PolicyGradient(), *3 * [np.zeros(1)]))
+_DIAGNOSTICS = tuple(token_diagnostics(PolicyGradient(), *3 * [np.zeros(1)]))
 
-for _name, _objective in OBJECTIVES.items():
-    register(_name, _objective)
+
+def _of(family: Family, config: Any) -> Objective:  # noqa: ANN401
+    """At the learner's thresholds, with tunix's own fallback on `epsilon`."""
+    high, cap = (getattr(config, name, None) for name in ("epsilon_high", "epsilon_c"))
+    objective: Objective = at_clip_range(family, config.epsilon, config.epsilon if high is None else high, cap=cap)
+    return objective
+
+
+for _name, _family in families_by_name().items():
+    register(_name, partial(_of, _family))

@@ -5,20 +5,18 @@ Both run `drpo_core.loss.policy_pass`, where the formulas are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from drpo_core import UntraceableError
 from drpo_core.diagnostics import map_diagnostics, separated
-from drpo_core.loss import PolicyLoss, chunked_pass, compiled_pass, may_compile, policy_pass
+from drpo_core.loss import CHUNK, PolicyLoss, chunked_pass, compiled_pass, may_compile, policy_pass
 from drpo_torch.autograd import has_memory
-from drpo_torch.engines.namespace import namespace
+from drpo_torch.engines._namespace import namespace
 from drpo_torch.engines.threads import in_threads
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from numpy.typing import NDArray
 
     from drpo_core import Objective
@@ -52,10 +50,15 @@ def run_pass(
         except UntraceableError:
             if engine == "compiled":
                 raise
-    on_cpu = not transformed and batch.log_prob.device.type == "cpu"
-    xp = namespace()
-    result = (chunked_pass if on_cpu else policy_pass)(objective, *batch, dtype=dtype, diagnostics=diagnostics, xp=xp)
-    statistics = result.diagnostics if transformed or result.diagnostics is None else separated(result.diagnostics, xp=xp)
+    options: dict[str, Any] = {"dtype": dtype, "diagnostics": diagnostics, "xp": namespace()}
+    if transformed or batch.log_prob.device.type != "cpu":
+        result = policy_pass(objective, *batch, **options)
+    else:
+        # each of torch's threads has its own cache
+        result = chunked_pass(objective, *batch, chunk=CHUNK * torch.get_num_threads(), **options)
+    statistics = (
+        result.diagnostics if transformed or result.diagnostics is None else separated(result.diagnostics, xp=options["xp"])
+    )
     return PolicyLoss(result.loss, result.gradient.to(gradient_dtype), statistics)
 
 

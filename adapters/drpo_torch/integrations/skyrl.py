@@ -8,16 +8,17 @@ losses registered. Thresholds are those of SkyRL's own losses, below `trainer.al
 ===========================  ======================================================================================
 `drpo`                       ``DRPO(delta_low=dppo.delta_low, delta_high=dppo.delta_high)``
 `drpo_core_mask_drpo`        ``MaskDRPO(delta_low=dppo.delta_low, delta_high=dppo.delta_high)``
-`drpo_core_dppo`             ``DPPO(delta_low=dppo.delta_low, delta_high=dppo.delta_high, divergence=dppo.dppo_type)``
+`drpo_core_dppo_tv`          ``DPPO(delta_low=dppo.delta_low, delta_high=dppo.delta_high)``
+`drpo_core_dppo_kl`          the same with ``divergence="binary_kl"``
 `drpo_core_ppo_clip`         ``PPOClip(eps_low=eps_clip_low, eps_high=eps_clip_high)``
 `drpo_core_dual_clip`        ``PPOClip(eps_low=eps_clip_low, eps_high=eps_clip_high, dual_clip=clip_ratio_c)``
 `drpo_core_gspo`             ``PPOClip(eps_low=eps_clip_low, eps_high=eps_clip_high)`` of the sequence's ratio
 `drpo_core_spo`              ``SPO(eps_low=eps_clip_low, eps_high=eps_clip_high)``
 `drpo_core_cispo`            ``CISPO(max_ratio=1 + cispo.cispo_eps_clip_high)``
-`drpo_core_policy_gradient`  ``PolicyGradient()``
+`drpo_core_pg_is`            ``PolicyGradient()``
 ===========================  ======================================================================================
 
-`register` adds another objective, or one with its thresholds bound.
+The names are those of `drpo_core.objectives.OBJECTIVES`; `register` adds another objective, or one with its thresholds bound.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from skyrl.backends.skyrl_train.utils.off_policy_correction_utils import compute_off_policy_correction
 from skyrl.backends.skyrl_train.utils.ppo_utils import register_policy_loss
 
-from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, summarize
+from drpo_core import summarize
 from drpo_core.diagnostics import Mean
+from drpo_core.objectives.configured import at_clip_range, families_by_name, resolved
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.integrations.anchor import sequence_anchor
 from drpo_torch.loss import policy_loss
@@ -42,28 +45,9 @@ if TYPE_CHECKING:
 
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
+    from drpo_core.objectives import Family
 
-__all__ = ["OBJECTIVES", "main", "register"]
-
-
-def _delta(config: Any) -> dict[str, float]:  # noqa: ANN401
-    return {"delta_low": config.dppo.delta_low, "delta_high": config.dppo.delta_high}
-
-
-def _eps(config: Any) -> dict[str, float]:  # noqa: ANN401
-    return {"eps_low": config.eps_clip_low, "eps_high": config.eps_clip_high}
-
-
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "drpo": lambda config: DRPO(**_delta(config)),
-    "drpo_core_mask_drpo": lambda config: MaskDRPO(**_delta(config)),
-    "drpo_core_dppo": lambda config: DPPO(**_delta(config), divergence=config.dppo.dppo_type),
-    "drpo_core_ppo_clip": lambda config: PPOClip(**_eps(config)),
-    "drpo_core_dual_clip": lambda config: PPOClip(**_eps(config), dual_clip=config.clip_ratio_c),
-    "drpo_core_spo": lambda config: SPO(**_eps(config)),
-    "drpo_core_cispo": lambda config: CISPO(max_ratio=1.0 + config.cispo.cispo_eps_clip_high),
-    "drpo_core_policy_gradient": lambda _: PolicyGradient(),
-}
+__all__ = ["main", "register"]
 
 
 def register(name: str, objective: Objective | Callable[[Any], Objective], *, sequence_level: bool = False) -> None:
@@ -107,7 +91,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
         weights, corrections = _corrected(weights, old_log_probs, rollout_logprobs, config.off_policy_correction)
         mask = weights > 0
         value, statistics = policy_loss(
-            objective(config) if callable(objective) else objective,
+            resolved(objective, config),
             log_prob=log_probs,
             behavior_log_prob=sequence_anchor(log_probs, behavior_log_prob, mask) if sequence_level else behavior_log_prob,
             advantages=advantages,
@@ -115,6 +99,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
             normalizer=1.0,  # the sum: SkyRL has divided the advantages by what its loss_reduction says
             token_weights=weights.to(log_probs.dtype),
         )
+        assert statistics is not None
         return value, _metrics(statistics) | corrections
 
     register_policy_loss(name)(loss)
@@ -184,6 +169,19 @@ def _metrics(statistics: Diagnostics) -> dict[str, float]:
     return {name: _NEUTRAL.get(name[-4:], 0.0) if math.isnan(figure) else figure for name, figure in figures.items()}
 
 
-for _name, _objective in OBJECTIVES.items():
-    register(_name, _objective)
-register("drpo_core_gspo", lambda config: PPOClip(**_eps(config)), sequence_level=True)
+def _of(family: Family, config: Any, cap: float | None = None) -> Objective:  # noqa: ANN401
+    """At the thresholds that SkyRL's own loss of this kind has."""
+    ranges = {
+        "delta": (config.dppo.delta_low, config.dppo.delta_high),
+        "max_ratio": (config.cispo.cispo_eps_clip_low, config.cispo.cispo_eps_clip_high),
+    }
+    low, high = ranges.get(str(family.threshold), (config.eps_clip_low, config.eps_clip_high))
+    objective: Objective = at_clip_range(family, low, high, cap=cap)
+    return objective
+
+
+_FAMILIES = families_by_name()
+for _name, _family in _FAMILIES.items():
+    register(_name, partial(_of, _family))
+register("drpo_core_gspo", partial(_of, _FAMILIES["drpo_core_ppo_clip"]), sequence_level=True)
+register("drpo_core_dual_clip", lambda config: _of(_FAMILIES["drpo_core_ppo_clip"], config, config.clip_ratio_c))

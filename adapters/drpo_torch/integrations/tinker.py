@@ -15,8 +15,8 @@ from tinker import Datum, TensorData
 
 from drpo_core import summarize, token_mean
 from drpo_core.diagnostics import EffectiveSampleSize, Mean
-from drpo_core.loss import policy_loss_of
 from drpo_core.engines.trace import BOOL, FLOAT, Trace
+from drpo_core.loss import policy_pass
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.loss import policy_loss
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from drpo_core import Objective
-    from drpo_core.reduction import Reduction
     from drpo_core.engines.trace import Symbol
+    from drpo_core.reduction import Reduction
 
 __all__ = ["INPUT_RANKS", "custom_loss", "per_datum_inputs", "per_datum_loss", "summarize_metrics"]
 
@@ -58,7 +58,7 @@ def custom_loss(
     Returns
     -------
     callable
-        From data and their log-probs, log π, to the loss and metrics: the statistics of `drpo_core.diagnostics` over the
+        From data and their log-probs, log π, to the loss and metrics: the statistics of `drpo_core.token_diagnostics` over the
         whole call as ``trust_region/<name>``.
 
     Raises
@@ -92,9 +92,10 @@ def custom_loss(
             mask=mask,
             reduction=reduction,
             normalizer=normalizer,
-            token_weights=weights,
+            token_weights=weights if any("weights" in datum.loss_fn_inputs for datum in data) else None,
             segment_ids=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
         )
+        assert statistics is not None
         return value, {f"trust_region/{name}": figure for name, figure in summarize(statistics).items()}
 
     return loss
@@ -137,7 +138,7 @@ def per_datum_loss(
     symbols: dict[str, Any] = dict(
         zip(_RECORDED, (trace.input(name, BOOL if name == "mask" else FLOAT) for name in _RECORDED), strict=True)
     )
-    recorded = policy_loss_of(objective, **symbols, divergence=None, dtype=FLOAT, diagnostics=True, xp=trace.namespace)
+    recorded = policy_pass(objective, **symbols, divergence=None, dtype=FLOAT, diagnostics=True, xp=trace.namespace)
     diagnostics = recorded.diagnostics or {}
 
     def loss(

@@ -14,7 +14,7 @@ from torchrl.objectives.llm import GRPOLoss, LLMLossOutput
 
 from drpo_core import PolicyGradient, token_diagnostics
 from drpo_torch.integrations import BehaviorPolicyWarning
-from drpo_torch.loss import token_loss
+from drpo_torch.loss import linear_reduction, policy_loss, token_loss
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -28,12 +28,12 @@ else:
 
 __all__ = ["STATISTICS", "PolicyLossModule", "PolicyLossOutput"]
 
-STATISTICS = tuple(diagnostics(PolicyGradient(), *(torch.zeros(1) for _ in range(3))))
-"""Names of the statistics of `drpo_core.diagnostics`."""
+STATISTICS = tuple(token_diagnostics(PolicyGradient(), *(torch.zeros(1) for _ in range(3))))
+"""Names of the statistics of `drpo_core.token_diagnostics`."""
 
 
 class PolicyLossOutput(_Output):  # type: ignore[misc]
-    """torchrl's entries and, as 0-d tensors without gradient, the statistics of `drpo_core.diagnostics` by their names."""
+    """torchrl's entries and, as 0-d tensors without gradient, the statistics of `drpo_core.token_diagnostics` by their names."""
 
     __annotations__ = dict.fromkeys(STATISTICS, "torch.Tensor | None")
     vars().update(dict.fromkeys(STATISTICS))
@@ -51,7 +51,7 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
 
     The behaviour policy's log-probs, log μ, are what `tensor_keys.sample_log_prob` names, by default what the collector's
     policy wrote: ``("log_probs", "full")``. A `BehaviorPolicyWarning` says where they are not the sampling policy's. The
-    output has the statistics of `drpo_core.diagnostics` as entries of their own, over the tokens of the masking strategy;
+    output has the statistics of `drpo_core.token_diagnostics` as entries of their own, over the tokens of the masking strategy;
     `clip_fraction` is the share of tokens outside the objective's trust region, among those with A ≠ 0.
 
     Parameters
@@ -82,6 +82,7 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
     out_keys: list[str]
     _tokens: dict[str, torch.Tensor]
     _statistics: Diagnostics
+    _stand_in: torch.Tensor
 
     def __init__(self, actor_network: Any = None, *, objective: Objective, **kwargs: Any) -> None:  # noqa: ANN401
         _refuse(kwargs)
@@ -100,7 +101,8 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
         output: PolicyLossOutput = super().forward(self._aligned(tensordict))
         for name, statistic in self._statistics.items():
             output.set(name, _value(statistic))
-        del self._tokens, self._statistics  # with the graph that they hold
+        output.set("clip_fraction", _value(self._statistics["outside_fraction"]))
+        del self._tokens, self._statistics, self._stand_in  # with the graph that they hold
         return output
 
     def _aligned(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -125,10 +127,35 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
     def _compute_policy_objective(
         self, log_weight: torch.Tensor, advantage: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self._tokens | {"advantages": advantage.expand_as(log_weight).squeeze(-1)}
+        """The losses, if torchrl is not to aggregate them; else a stand-in, until torchrl gives the mask to aggregate by."""
+        self._tokens["advantages"] = advantage.expand_as(log_weight).squeeze(-1)
+        self._stand_in, clip_fraction = log_weight, log_weight.new_zeros(())
+        if "none" not in (self.aggregation, self.reduction):
+            return self._stand_in, clip_fraction
         with torch.no_grad():
-            self._statistics = token_diagnostics(self.objective, **tokens)
-        return token_loss(self.objective, **tokens).unsqueeze(-1), _value(self._statistics["outside_fraction"])
+            self._statistics = token_diagnostics(self.objective, **self._tokens)
+        return token_loss(self.objective, **self._tokens).unsqueeze(-1), clip_fraction
+
+    def _aggregate_loss_value(
+        self, value: torch.Tensor, mask: torch.Tensor, tensordict: TensorDictBase | None = None
+    ) -> torch.Tensor:
+        """Torchrl's aggregation: of the policy loss by its coefficients, in one pass with gradient and statistics."""
+        aggregate = super()._aggregate_loss_value
+        if value is not self._stand_in:
+            aggregated: torch.Tensor = aggregate(value, mask, tensordict=tensordict)
+            return aggregated
+        shape = torch.Size()
+
+        def total(values: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            nonlocal shape
+            result: torch.Tensor = aggregate(values.unsqueeze(-1), mask, tensordict=tensordict)
+            shape = result.shape
+            return result.sum()
+
+        loss, statistics = policy_loss(self.objective, **self._tokens, reduction=linear_reduction(total))
+        assert statistics is not None
+        self._statistics = statistics
+        return loss.reshape(shape)
 
 
 _AGGREGATIONS = (None, "token_mean", "prompt_mean", "none")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from trl import GRPOTrainer
 
-from drpo_core import merge_diagnostics, summarize
-from drpo_core.diagnostics import Mean
+from drpo_core import merge_diagnostics, sequence_mean_token_mean, summarize, token_mean
+from drpo_core.diagnostics import Mean, map_diagnostics
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.loss import policy_loss
 
@@ -42,7 +41,7 @@ class PolicyLossMixin(_Trainer):  # type: ignore[misc]
     log-prob that is NaN, which vLLM returns for a token that it can't score, is replaced by the next of these. TRL's own
     importance weights for vLLM are not applied, because the ratio π/μ corrects for that mismatch already.
 
-    Logged beside TRL's own metrics: the statistics of `drpo_core.diagnostics` as ``trust_region/<name>``, and under TRL's
+    Logged beside TRL's own metrics: the statistics of `drpo_core.token_diagnostics` as ``trust_region/<name>``, and under TRL's
     names `entropy`, `kl`, ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` and ``clip_ratio/region_mean``, the shares of
     all tokens that diverge outside the objective's trust region with A < 0, A > 0 and either.
 
@@ -106,66 +105,46 @@ class PolicyLossMixin(_Trainer):  # type: ignore[misc]
             weights = high_entropy if weights is None else weights * high_entropy
 
         mask = mask.bool()
-        penalty = None
-        if self.beta != 0.0:
-            to_reference = torch.where(mask, inputs["ref_per_token_logps"] - log_prob, 0.0)
-            penalty = torch.exp(to_reference) - to_reference - 1
-            if self.args.use_bias_correction_kl:
-                penalty = penalty * torch.exp(torch.where(mask, log_prob - behavior_log_prob, 0.0))
+        mode = "train" if self.model.training else "eval"
+        accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        reduction = sequence_mean_token_mean if self.loss_type == "grpo" else token_mean
+        normalizer = self._normalizer(mask, inputs["num_items_in_batch"], accumulated)
         loss, statistics = policy_loss(
             self.objective,
             log_prob=log_prob,
             behavior_log_prob=behavior_log_prob,
             advantages=advantages.expand_as(log_prob),
             mask=mask,
-            reduction=partial(self._aggregate, penalty=penalty, num_items=inputs["num_items_in_batch"]),
+            reduction=reduction,
+            normalizer=normalizer,
             token_weights=None if weights is None else weights.to(log_prob.dtype),
         )
-        mode = "train" if self.model.training else "eval"
+        assert statistics is not None
+        statistics["entropy"] = _mean(entropies, mask)
+        if self.beta != 0.0:
+            to_reference = torch.where(mask, inputs["ref_per_token_logps"] - log_prob, 0.0)
+            penalty = torch.exp(to_reference) - to_reference - 1
+            if self.args.use_bias_correction_kl:
+                penalty = penalty * torch.exp(torch.where(mask, log_prob - behavior_log_prob, 0.0))
+            loss = loss + self.beta * reduction(penalty, mask, normalizer=normalizer)
+            statistics["kl"] = _mean(penalty, mask)
         if self.aux_loss_enabled:
-            accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1.0
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
-        statistics["entropy"] = _mean(entropies, mask)
-        if penalty is not None:
-            statistics["kl"] = _mean(penalty, mask)
         for name, figure in self._figures(statistics).items():
             self._metrics[mode][name].append(figure)
         return loss
 
-    def _aggregate(
-        self,
-        values: torch.Tensor,
-        mask: torch.Tensor,
-        *,
-        penalty: torch.Tensor | None,
-        num_items: torch.Tensor,
-        token_weights: torch.Tensor | None,
-        **_: object,
-    ) -> torch.Tensor:
-        """TRL's aggregation, operation by operation: rounding is then its own too."""
-        if token_weights is not None:
-            values = values * token_weights
-        if penalty is not None:
-            values = values + self.beta * penalty
-        values = torch.where(mask, values, 0.0)
-        loss: torch.Tensor
-        training = self.model.training
-        accumulated = self.current_gradient_accumulation_steps if training else 1.0
+    def _normalizer(self, mask: torch.Tensor, num_items: torch.Tensor, accumulated: float) -> torch.Tensor | float:
+        """What TRL divides the sum of tokens by, or with "grpo" the sum of the sequences' means."""
         if self.loss_type == "dapo":
             normalizer = num_items.clamp(min=1.0) / self.accelerator.num_processes
-            if training:
-                # the count is of the generation batch, of which one accumulation window is a part
-                normalizer = normalizer * accumulated / self.args.steps_per_generation
-            loss = values.sum() / normalizer
-            return loss
-        if self.loss_type == "grpo":
-            loss = (values.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-        elif self.loss_type == "bnpo":
-            loss = values.sum() / mask.sum().clamp(min=1.0)
-        else:
-            loss = values.sum() / (values.size(0) * self.max_completion_length)
-        return loss / accumulated
+            # the count is of the generation batch, of which one accumulation window is a part
+            return normalizer * accumulated / self.args.steps_per_generation if self.model.training else normalizer
+        if self.loss_type == "bnpo":
+            return mask.sum().clamp(min=1.0) * accumulated
+        rows: int = mask.size(0)
+        return rows * accumulated * (1 if self.loss_type == "grpo" else self.max_completion_length)
 
     def _figures(self, statistics: Diagnostics) -> dict[str, float]:
         """Statistics of all ranks, under TRL's kind of names, with one collective and one transfer."""
@@ -177,20 +156,9 @@ class PolicyLossMixin(_Trainer):  # type: ignore[misc]
             "clip_ratio/high_mean": Mean(high.total, counted),
             "clip_ratio/region_mean": Mean(low.total + high.total, counted),
         }
-        mine = torch.stack([part for statistic in named.values() for part in statistic])
-        ranks = self.accelerator.gather(mine.unsqueeze(0))
-        widths = [len(statistic) for statistic in named.values()]
-        return summarize(
-            merge_diagnostics(
-                *(
-                    {
-                        name: type(statistic)(*parts)
-                        for (name, statistic), parts in zip(named.items(), rank.split(widths), strict=True)
-                    }
-                    for rank in ranks
-                )
-            )
-        )
+        mine = torch.stack([field for statistic in named.values() for field in statistic])
+        ranks = [iter(rank) for rank in self.accelerator.gather(mine.unsqueeze(0))]
+        return summarize(merge_diagnostics(*(map_diagnostics(lambda _, rank=rank: next(rank), named) for rank in ranks)))
 
 
 class PolicyLossTrainer(PolicyLossMixin, GRPOTrainer):  # type: ignore[misc]

@@ -14,24 +14,25 @@ Thresholds are the actor's own keys, because verl's configuration refuses unknow
 `drpo_core_gspo`                ``PPOClip(eps_low=clip_ratio_low, eps_high=clip_ratio_high)`` of the sequence's ratio
 `drpo_core_spo`                 ``SPO(eps_low=clip_ratio_low, eps_high=clip_ratio_high)``
 `drpo_core_cispo`               ``CISPO(max_ratio=1 + clip_ratio_high)``
-`drpo_core_policy_gradient`     ``PolicyGradient(max_ratio=clip_ratio_c)``
+`drpo_core_pg_is`               ``PolicyGradient(max_ratio=clip_ratio_c)``
 ==============================  ================================================================================
 
-``clip_ratio_c: null`` means no cap. `register` adds another objective, or one with its thresholds bound.
+``clip_ratio_c: null`` means no cap. The names are those of `drpo_core.objectives.OBJECTIVES`; `register` adds another
+objective, or one with its thresholds bound.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, summarize
+from drpo_core import sequence_mean_token_mean, sequence_mean_token_sum, summarize, token_mean
+from drpo_core.objectives.configured import at_clip_range, families_by_name, resolved
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.integrations.anchor import sequence_anchor
-from drpo_torch.loss import policy_loss
+from drpo_torch.loss import linear_reduction, policy_loss
 
 try:
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
@@ -43,32 +44,16 @@ except ImportError as error:
     raise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    import torch
 
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
+    from drpo_core.objectives import Family
+    from drpo_core.reduction import Reduction
 
-__all__ = ["OBJECTIVES", "register"]
-
-
-def _region(name: str, config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Both sides of the trust region, with verl's own fallback on `clip_ratio`."""
-    keys = {f"{name}_low": config.clip_ratio_low, f"{name}_high": config.clip_ratio_high}
-    return {key: config.clip_ratio if value is None else value for key, value in keys.items()}
-
-
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "drpo": lambda config: DRPO(**_region("delta", config)),
-    "drpo_core_mask_drpo": lambda config: MaskDRPO(**_region("delta", config)),
-    "drpo_core_dppo_tv": lambda config: DPPO(**_region("delta", config), max_ratio=config.clip_ratio_c),
-    "drpo_core_dppo_kl": lambda config: DPPO(
-        **_region("delta", config), max_ratio=config.clip_ratio_c, divergence="binary_kl"
-    ),
-    "drpo_core_ppo_clip": lambda config: PPOClip(**_region("eps", config), dual_clip=config.clip_ratio_c),
-    "drpo_core_spo": lambda config: SPO(**_region("eps", config)),
-    "drpo_core_cispo": lambda config: CISPO(max_ratio=1.0 + _region("eps", config)["eps_high"]),
-    "drpo_core_policy_gradient": lambda config: PolicyGradient(max_ratio=config.clip_ratio_c),
-}
+__all__ = ["register"]
 
 
 def register(name: str, objective: Objective | Callable[[Any], Objective], *, sequence_level: bool = False) -> None:
@@ -105,24 +90,59 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
     ) -> tuple[torch.Tensor, dict[str, float]]:
         _check_anchor(config, rollout_is_weights)
         mask = response_mask.bool()
-
-        def reduction(values: torch.Tensor, mask: torch.Tensor, *, token_weights: Any = None, **_: Any) -> torch.Tensor:  # noqa: ANN401
-            weighted = values if token_weights is None else values * torch.where(mask, token_weights, 0.0)
-            reduced: torch.Tensor = agg_loss(weighted, mask, loss_agg_mode, **config.global_batch_info)
-            return reduced
-
+        reduction, normalizer = _reduction(loss_agg_mode, mask.shape[-1], config.global_batch_info)
         value, statistics = policy_loss(
-            objective(config) if callable(objective) else objective,
+            resolved(objective, config),
             log_prob=log_prob,
             behavior_log_prob=sequence_anchor(log_prob, old_log_prob, mask) if sequence_level else old_log_prob,
             advantages=advantages,
             mask=mask,
             reduction=reduction,
+            normalizer=normalizer,
             token_weights=rollout_is_weights,
         )
+        assert statistics is not None
         return value, _metrics(statistics)
 
     register_policy_loss(name)(loss)
+
+
+def _reduction(mode: str, width: int, options: Mapping[str, Any]) -> tuple[Reduction, float | None]:
+    """What `agg_loss` does with these options, as a reduction of drpo-core and its normalizer.
+
+    verl multiplies by the number of ranks, because gradients are averaged over them.
+    """
+    ranks, scale = options.get("dp_size", 1), options.get("loss_scale_factor")
+    tokens, sequences = options.get("batch_num_tokens"), options.get("global_batch_size")
+    known: dict[str, tuple[Reduction, float | None]] = {
+        "token-mean": (token_mean, tokens),
+        "token-sum": (token_mean, 1.0),
+        "seq-mean-token-sum": (sequence_mean_token_sum, sequences),
+        "seq-mean-token-sum-norm": (
+            partial(sequence_mean_token_sum, horizon=width if scale is None else scale),
+            sequences,
+        ),
+        "seq-mean-token-mean": (sequence_mean_token_mean, sequences),
+    }
+    if mode in known:
+        reduction, count = known[mode]
+        if count is not None:
+            return reduction, count / ranks
+        if ranks == 1:
+            return reduction, None
+    # a mode of another release of verl, or what verl refuses
+    return linear_reduction(lambda values, mask: agg_loss(values, mask, mode, **options)), None
+
+
+def _clip_range(config: Any) -> tuple[float, float]:  # noqa: ANN401
+    """(low, high), with verl's own fallback on `clip_ratio`."""
+    low, high = (config.clip_ratio if side is None else side for side in (config.clip_ratio_low, config.clip_ratio_high))
+    return low, high
+
+
+def _of(family: Family, config: Any) -> Objective:  # noqa: ANN401
+    objective: Objective = at_clip_range(family, *_clip_range(config), cap=config.clip_ratio_c)
+    return objective
 
 
 def _check_anchor(config: Any, rollout_is_weights: torch.Tensor | None) -> None:  # noqa: ANN401
@@ -154,6 +174,11 @@ def _metrics(statistics: Diagnostics) -> dict[str, float]:
     return {f"actor/{name}": 0.0 if math.isnan(figure) else figure for name, figure in figures.items()}
 
 
-for _name, _objective in OBJECTIVES.items():
-    register(_name, _objective)
-register("drpo_core_gspo", lambda config: PPOClip(**_region("eps", config)), sequence_level=True)
+_FAMILIES = families_by_name()
+for _name, _family in _FAMILIES.items():
+    register(_name, partial(_of, _family))
+register(
+    "drpo_core_gspo",
+    lambda config: at_clip_range(_FAMILIES["drpo_core_ppo_clip"], *_clip_range(config)),
+    sequence_level=True,
+)

@@ -15,7 +15,7 @@ from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_untransformed
 from drpo_torch.engines import Batch, run_pass
-from drpo_torch.engines.namespace import namespace
+from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.divergences import TopK, full_divergence_rows, top_k_rows
 from drpo_torch.vocabulary.recorded import (
     FullDivergence,

@@ -12,9 +12,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from drpo_core.objectives import DRPO, SPO
-from drpo_core.testing import oracle
+from drpo_core.testing import oracle, own
 from drpo_core.testing.batch import TokenBatch, unit_roundoff
 from drpo_core.testing.frameworks import STEP
+from drpo_core.testing.implementation import describe
 from drpo_core.testing.snippet import snippet
 from drpo_core.testing.strategies import LAYOUTS, REGIMES, token_batches
 
@@ -276,10 +277,11 @@ def expect(
 
 
 def exact_values(evaluation: Evaluation) -> oracle.References:
-    """The oracle's values at the tokens an evaluation counts."""
-    batch = evaluation.batch
-    return oracle.references(
-        evaluation.implementation.objective,
+    """The values of the oracle, or of an unknown objective's own methods, at the tokens an evaluation counts."""
+    batch, objective = evaluation.batch, evaluation.implementation.objective
+    references = oracle.references if oracle.knows(objective) else own.references
+    return references(
+        objective,
         batch.log_prob,
         batch.behavior_log_prob,
         batch.advantages,
@@ -323,7 +325,14 @@ def needs_objective(implementation: Implementation) -> str | None:
     """It claims an objective that the oracle has a formula for."""
     if implementation.objective is None:
         return "claims no objective, so there is no formula to compare with"
-    return None if oracle.knows(implementation.objective) else f"the oracle has no formula for {implementation.objective!r}"
+    known = oracle.knows(implementation.objective)
+    return None if known else f"the oracle has no formula for {describe(implementation.objective)}"
+
+
+def needs_formula(implementation: Implementation) -> str | None:
+    """It claims an objective that the oracle has a formula for, or whose own methods take a token."""
+    reason = needs_objective(implementation)
+    return None if implementation.objective is not None and own.evaluates(implementation.objective) else reason
 
 
 def needs_exact_gradient(implementation: Implementation) -> str | None:

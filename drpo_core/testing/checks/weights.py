@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip
+from drpo_core.objectives import CISPO, DPPO, DRPO, OBJECTIVES, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import BoolArray, TokenBatch, unit_roundoff
 from drpo_core.testing.checks._base import (
@@ -35,7 +36,6 @@ from drpo_core.testing.checks._base import (
 from drpo_core.testing.checks.gradient import reference_of
 from drpo_core.testing.implementation import describe
 from drpo_core.testing.oracle import SATURATION, references
-from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ __all__ = [
     "check_weight_symmetries",
 ]
 
-_THRESHOLDED = (PPOClip, SPO, DPPO, DRPO, MaskDRPO)
+_THRESHOLDED = tuple({family.objective: None for family in OBJECTIVES if family.measure is not None})
 
 
 def _weighed(evaluation: Evaluation) -> BoolArray:
@@ -238,7 +238,7 @@ def _asymmetric(objective: Any) -> Any:
     low, high = oracle.thresholds(objective)  # type: ignore[misc]
     if low != high:
         return objective
-    name = "eps" if hasattr(objective, "eps") else "delta"
+    name = str(oracle.threshold_name(objective))
     return _quietly(lambda: replace(objective, **{name: None, f"{name}_low": 0.5 * low, f"{name}_high": high}))
 
 
@@ -246,7 +246,7 @@ def _between(objective: Any) -> Any:
     """The objective with one threshold, between the two."""
     asymmetric = _asymmetric(objective)
     low, high = oracle.thresholds(asymmetric)  # type: ignore[misc]
-    name = "eps" if hasattr(objective, "eps") else "delta"
+    name = str(oracle.threshold_name(objective))
     middle = {name: float(np.sqrt(low * high)), f"{name}_low": None, f"{name}_high": None}
     return _quietly(lambda: replace(asymmetric, **middle))
 
@@ -294,7 +294,7 @@ def check_weight_symmetries(implementation: Implementation, batch: TokenBatch) -
     low, high = oracle.thresholds(implementation.objective)  # type: ignore[misc]
     subject = implementation
     if low != high:
-        name = "eps" if isinstance(implementation.objective, SPO) else "delta"
+        name = str(oracle.threshold_name(implementation.objective))
         symmetric = {name: high, f"{name}_low": None, f"{name}_high": None}
         subject = implementation.of(_quietly(lambda: replace(implementation.objective, **symmetric)))  # type: ignore[type-var]
     result = subject(batch)
@@ -348,9 +348,9 @@ _VAST, _MINUTE = 1e12, 1e-12
 
 
 def _at_threshold(objective: Any, value: float) -> Objective:
-    name = "eps" if hasattr(objective, "eps") else "delta" if hasattr(objective, "delta") else "max_ratio"
+    name = str(family_of(objective).threshold)
     changes: dict[str, Any] = {name: value}
-    if name != "max_ratio":
+    if oracle.threshold_name(objective) is not None:
         changes |= {f"{name}_low": None, f"{name}_high": None}
     if hasattr(objective, "dual_clip"):
         changes["dual_clip"] = None

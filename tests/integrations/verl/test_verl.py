@@ -1,5 +1,6 @@
 """verl's own worker path, with its nested tensors and its configuration, on our losses and on verl's."""
 
+import copy
 import subprocess
 import sys
 from functools import cache
@@ -10,17 +11,18 @@ pytest.importorskip("verl", reason="runs in the environment of `nox -s integrati
 
 import torch
 from drpo_torch.integrations import BehaviorPolicyWarning
-from drpo_torch.integrations.verl import OBJECTIVES, register
+from drpo_torch.integrations.verl import register
 from hydra import compose, initialize_config_module
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
-from drpo_core import DRPO, SPO, diagnostics, summarize, token_loss_and_gradient
+from drpo_core import DRPO, SPO, summarize, token_diagnostics, token_loss_and_gradient
+from drpo_core.objectives.configured import families_by_name
 
-NAMES = [*OBJECTIVES, "drpo_core_gspo"]
+NAMES = [*families_by_name(), "drpo_core_gspo"]
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 ANCHORED = "+actor_rollout_ref.actor.use_rollout_log_probs=${algorithm.rollout_correction.bypass_mode}"
 BYPASS = "algorithm.rollout_correction.bypass_mode=true"
@@ -88,6 +90,7 @@ PARITY = {
     # verl clamps from both sides, and CISPO from above: 1 leaves the lower side open
     ("cispo", "drpo_core_cispo"): ["clip_ratio_low=1.0", "clip_ratio_high=0.3"],
 }
+pytestmark = pytest.mark.usefixtures("compiled_only")
 SAME_VALUE = ("vanilla", "gspo", "cispo")  # DPPO's are those of its score form, which has the same gradient
 
 
@@ -136,7 +139,7 @@ def test_drpo_through_the_worker_is_the_library():
     expected = token_loss_and_gradient(*tokens, mask=mask)
     torch.testing.assert_close(loss, expected.loss.sum() / mask.sum(), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(gradient.sum(), expected.gradient.sum() / mask.sum(), rtol=1e-12, atol=0.0)
-    for name, figure in summarize(diagnostics(*tokens, mask=mask)).items():
+    for name, figure in summarize(token_diagnostics(*tokens, mask=mask)).items():
         assert metrics[f"actor/{name}"].aggregate() == pytest.approx(figure, rel=1e-12)
 
 
@@ -151,6 +154,67 @@ def test_micro_batches_and_ranks_add_up(name, aggregation):
     assert sum(part[0] for rank in parts for part in rank) / 2 == pytest.approx(float(whole), rel=1e-12, abs=1e-15)
     in_order = torch.cat([parts[0][0][1], parts[1][0][1], parts[0][1][1]]) / 2
     torch.testing.assert_close(in_order, gradient, rtol=1e-12, atol=1e-15)
+
+
+class Own:
+    """An objective of a user: −A r, without its gradient for converging tokens."""
+
+    def loss(self, tokens):
+        """−A r."""
+        return -tokens.advantages * tokens.ratio
+
+    def weight(self, tokens):
+        """1 where the token diverges."""
+        return tokens.indicator(tokens.along_advantage(tokens.ratio_minus_one) > 0.0)
+
+
+@pytest.mark.parametrize("made", [Own(), lambda _: Own()], ids=["object", "function"])
+def test_any_objective(made):
+    register("own", made)
+    try:
+        loss, gradient, metrics = run(actor("own"), dtype=torch.float64)
+        surrogate = run(actor("drpo_core_pg_is", "clip_ratio_c=null"), dtype=torch.float64)
+    finally:
+        del POLICY_LOSS_REGISTRY["own"]
+    torch.testing.assert_close(loss, surrogate[0], rtol=1e-12, atol=0.0)
+    kept = gradient != 0.0
+    assert 0 < kept.sum() < (surrogate[1] != 0.0).sum()
+    torch.testing.assert_close(gradient[kept], surrogate[1][kept], rtol=1e-12, atol=0.0)
+    assert metrics["actor/outside_fraction"].aggregate() == 0.0
+
+
+def with_aggregation(config, mode):
+    """The configuration with a mode that verl's own check would not let through."""
+    changed = copy.copy(config)
+    object.__setattr__(changed, "loss_agg_mode", mode)
+    return changed
+
+
+def test_an_aggregation_that_only_verl_knows(monkeypatch):
+    """One of another release, say: verl's own function, differentiated."""
+
+    def first_rows(values, mask, mode, **options):
+        assert mode == "first-rows"
+        return agg_loss(values[:2], mask[:2], "token-mean", **options)
+
+    monkeypatch.setitem(register.__globals__, "agg_loss", first_rows)
+    _, gradient, _ = run(actor("drpo"), dtype=torch.float64)
+    loss, found, _ = run(with_aggregation(actor("drpo"), "first-rows"), dtype=torch.float64)
+    rows = torch.repeat_interleave(torch.arange(4), torch.tensor(PROMPTS) + torch.tensor(RESPONSES))
+    torch.testing.assert_close(found, torch.where(rows < 2, gradient, 0.0), rtol=1e-12, atol=0.0)
+    assert torch.isfinite(loss)
+
+
+def test_an_unknown_aggregation_is_refused_by_verl():
+    with pytest.raises(ValueError, match="Invalid loss_agg_mode: mean"):
+        run(with_aggregation(actor("drpo"), "mean"))
+
+
+def test_ranks_need_the_count_of_the_whole_batch():
+    log_prob, data = batch(dp_size=2)
+    tu.assign_non_tensor(data, batch_num_tokens=None)
+    with pytest.raises(ValueError, match="batch_num_tokens is required when dp_size > 1"):
+        ppo_loss(actor("drpo"), {"log_probs": log_prob}, data)
 
 
 def test_masked_tokens_may_hold_anything():
@@ -186,9 +250,9 @@ def test_correcting_twice_is_refused():
 
 
 def test_no_cap_when_null():
-    capped, free = (run(actor("drpo_core_policy_gradient", f"clip_ratio_c={c}"))[1] for c in ("1.2", "null"))
+    capped, free = (run(actor("drpo_core_pg_is", f"clip_ratio_c={c}"))[1] for c in ("1.2", "null"))
     assert not torch.equal(capped, free)
-    torch.testing.assert_close(free, run(actor("drpo_core_policy_gradient", "clip_ratio_c=1e9"))[1], rtol=0.0, atol=0.0)
+    torch.testing.assert_close(free, run(actor("drpo_core_pg_is", "clip_ratio_c=1e9"))[1], rtol=0.0, atol=0.0)
 
 
 def test_one_clip_ratio_where_the_sides_are_null():

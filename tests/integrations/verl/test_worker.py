@@ -17,7 +17,7 @@ PAIRS = [
     ("dppo_tv", "drpo_core_dppo_tv"),
     ("dppo_kl", "drpo_core_dppo_kl"),
 ]
-OTHERS = ["drpo", "drpo_core_mask_drpo", "drpo_core_spo", "drpo_core_cispo", "drpo_core_policy_gradient"]
+OTHERS = ["drpo", "drpo_core_mask_drpo", "drpo_core_spo", "drpo_core_cispo", "drpo_core_pg_is"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,27 @@
+"""Losses, log-probs and divergences from logits (…, V) or from the LM head, which never form a log-softmax of all tokens."""
+
+from drpo_jax.vocabulary.divergences import (
+    Divergences,
+    FullDivergence,
+    LinearHead,
+    TopKDivergence,
+    full_divergences,
+    top_k_divergences,
+)
+from drpo_jax.vocabulary.linear import linear_policy_loss
+from drpo_jax.vocabulary.logits import VocabularyLoss, logits_policy_loss
+from drpo_jax.vocabulary.softmax import TokenLogProb, token_log_prob
+
+__all__ = [
+    "Divergences",
+    "FullDivergence",
+    "LinearHead",
+    "TokenLogProb",
+    "TopKDivergence",
+    "VocabularyLoss",
+    "full_divergences",
+    "linear_policy_loss",
+    "logits_policy_loss",
+    "token_log_prob",
+    "top_k_divergences",
+]

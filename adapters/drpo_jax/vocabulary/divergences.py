@@ -1,0 +1,444 @@
+"""Divergences between two policies from logits: of the whole vocabulary, or of the recorded top-K tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from drpo_core import full_kl, full_tv, sampled_in_top_k, top_k_kl, top_k_tv
+from drpo_core._checks import check_number
+from drpo_jax._checks import (
+    check_choice,
+    check_float,
+    check_head,
+    check_integers,
+    check_logits,
+    check_shape,
+    working_dtype,
+)
+from drpo_jax._sharding import in_auto_mode
+from drpo_jax.vocabulary.softmax import entries, masked, outside_vocabulary
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+__all__ = [
+    "Divergences",
+    "FullDivergence",
+    "LinearHead",
+    "TopKDivergence",
+    "broken_tokens",
+    "check_divergence",
+    "full_divergences",
+    "keep_valid",
+    "measure",
+    "top_k_divergences",
+]
+
+
+class Divergences(NamedTuple):
+    """`tv`, a difference of probabilities in [0, 1], and `kl` = KL(μ‖π) in nats; per token."""
+
+    tv: jax.Array
+    kl: jax.Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["hidden", "weight", "bias"], meta_fields=["logit_softcap"])
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearHead:
+    """An LM head and its input, from which logits can be recomputed: cap·tanh((h Wᵀ + b)/cap); a pytree.
+
+    Its arrays are checked where it is used, because JAX also builds pytrees whose leaves aren't arrays.
+
+    Parameters
+    ----------
+    hidden
+        Hidden states h, (…, H).
+    weight, bias
+        W, (V, H); and b, (V,), or None.
+    logit_softcap
+        cap > 0, a number in units of a logit; None for none.
+
+    Raises
+    ------
+    TypeError
+        If the soft-cap is not a number.
+    ValueError
+        If the soft-cap is not finite and positive.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from drpo_jax import LinearHead
+    >>> hidden, weight = jax.random.normal(jax.random.key(0), (4, 8)), jax.random.normal(jax.random.key(1), (10, 8))
+    >>> head = LinearHead(hidden, weight, logit_softcap=30.0)
+    """
+
+    hidden: jax.Array
+    weight: jax.Array
+    bias: jax.Array | None = None
+    logit_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the soft-cap and keep it as a Python float."""
+        if self.logit_softcap is not None:
+            object.__setattr__(self, "logit_softcap", check_number("logit_softcap", self.logit_softcap, above=0.0))
+
+    def logits(self, dtype: Any) -> jax.Array:  # noqa: ANN401 -- a dtype of the namespace
+        """cap·tanh((h Wᵀ + b)/cap), (…, V), accumulated in `dtype`."""
+        z = jnp.einsum("...h,vh->...v", self.hidden, self.weight, preferred_element_type=dtype)
+        z = z if self.bias is None else z + jnp.broadcast_to(self.bias, z.shape).astype(z.dtype)
+        return z if self.logit_softcap is None else self.logit_softcap * jnp.tanh(z / self.logit_softcap)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["ids", "behavior_log_prob"], meta_fields=["kind"])
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopKDivergence:
+    """The divergence of ``DPPO(divergence="per_token")``, from recorded log μ of K tokens; a pytree.
+
+    Its arrays are checked where it is used, because JAX also builds pytrees whose leaves aren't arrays.
+
+    Parameters
+    ----------
+    kind
+        ``"tv"`` or ``"kl"``.
+    ids, behavior_log_prob
+        Ids of the K recorded tokens and their log μ, nats; (…, K). An id that comes twice counts once, the first time.
+
+    Raises
+    ------
+    ValueError
+        If the kind is unknown.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from drpo_jax import TopKDivergence
+    >>> recorded = TopKDivergence(kind="tv", ids=jnp.array([[3, 5]]), behavior_log_prob=jnp.log(jnp.array([[0.6, 0.3]])))
+    """
+
+    kind: str
+    ids: jax.Array
+    behavior_log_prob: jax.Array
+
+    def __post_init__(self) -> None:
+        """Check the kind."""
+        check_choice("kind", self.kind, ("tv", "kl"))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["behavior"], meta_fields=["kind", "temperature"])
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FullDivergence:
+    """The divergence of ``DPPO(divergence="per_token")``, over the whole vocabulary; a pytree.
+
+    Its arrays are checked where it is used, because JAX also builds pytrees whose leaves aren't arrays.
+
+    Parameters
+    ----------
+    kind
+        ``"tv"`` or ``"kl"``.
+    behavior
+        Logits or log-probs of μ, (…, V), or the `LinearHead` to recompute them from, chunk by chunk.
+    temperature
+        μ is softmax(behavior / temperature): 1 for recorded log-probs.
+
+    Raises
+    ------
+    TypeError
+        If the temperature is not a number.
+    ValueError
+        If the kind is unknown, or the temperature is not finite and positive.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from drpo_jax import FullDivergence
+    >>> logits = jax.random.normal(jax.random.key(0), (4, 10))
+    >>> recorded = FullDivergence(kind="kl", behavior=jax.nn.log_softmax(logits))
+    """
+
+    kind: str
+    behavior: jax.Array | LinearHead
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the kind and the temperature, and keep that as a Python float."""
+        check_choice("kind", self.kind, ("tv", "kl"))
+        object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
+
+
+if TYPE_CHECKING:
+    Divergence: TypeAlias = jax.Array | TopKDivergence | FullDivergence
+
+
+def full_divergences(
+    *,
+    logits: jax.Array,
+    behavior_logits: jax.Array,
+    temperature: float = 1.0,
+    behavior_temperature: float | None = None,
+) -> Divergences:
+    """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ(v) log(μ(v)/π(v)) of two policies; μ is constant.
+
+    Under `jit`, no log-softmax is stored. The backward pass recomputes what it needs from the logits.
+
+    Parameters
+    ----------
+    logits, behavior_logits
+        Logits of π and of μ, (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32.
+    temperature
+        T > 0, a number: π = softmax(logits / T).
+    behavior_temperature
+        The temperature of μ: None for that of π, 1 for recorded log-probs.
+
+    Returns
+    -------
+    Divergences
+        `tv` and `kl`, (…), float32 at least.
+
+    Raises
+    ------
+    TypeError
+        If an array is not a floating-point JAX array, or a temperature is not a number.
+    ValueError
+        If the shapes differ, or a temperature is not finite and positive.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO); `drpo_core.full_tv` and `drpo_core.full_kl` for log-probs.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from drpo_jax import full_divergences
+    >>> tv, kl = full_divergences(
+    ...     logits=jnp.log(jnp.array([[0.5, 0.3, 0.2]])), behavior_logits=jnp.log(jnp.array([[0.4, 0.3, 0.3]]))
+    ... )
+    >>> round(tv.item(), 5), round(kl.item(), 5)
+    (0.1, 0.03238)
+    """
+    temperature = check_number("temperature", temperature, above=0.0)
+    if behavior_temperature is None:
+        behavior_temperature = temperature
+    behavior_temperature = check_number("behavior_temperature", behavior_temperature, above=0.0)
+    check_logits("logits", logits)
+    check_float(behavior_logits=behavior_logits)
+    check_shape("behavior_logits", behavior_logits, logits.shape, "logits")
+
+    def run(logits: jax.Array, behavior_logits: jax.Array) -> tuple[None, Divergences]:
+        return None, _full_divergences(logits, behavior_logits, temperature, behavior_temperature)
+
+    _, result = in_auto_mode(run, logits, jax.lax.stop_gradient(behavior_logits))
+    return result  # type: ignore[no-any-return]
+
+
+def top_k_divergences(
+    *,
+    logits: jax.Array,
+    log_normalizer: jax.Array,
+    tokens: jax.Array,
+    behavior_log_prob: jax.Array,
+    top_k_ids: jax.Array,
+    top_k_behavior_log_prob: jax.Array,
+    temperature: float = 1.0,
+) -> Divergences:
+    """Top-K TV and KL(μ‖π) over K recorded tokens, the sampled one and one bucket for the rest.
+
+    TV = ½ Σ_o abs(π(o) − μ(o)) and KL = Σ_o μ(o) log(μ(o)/π(o)) over these outcomes o. Reads K + 1 logits a token:
+    `token_log_prob` gives the log-normaliser. An id outside [0, V) makes both NaN at its position, in value and
+    derivative. It never raises, because JAX does not know the ids while it traces.
+
+    Parameters
+    ----------
+    logits
+        Logits of π, (…, V).
+    log_normalizer
+        log Σ_v e^(logits(v)/T), nats, (…).
+    tokens, behavior_log_prob
+        Ids of the sampled tokens, in [0, V), and their log μ, nats; (…).
+    top_k_ids, top_k_behavior_log_prob
+        Ids of K tokens (usually μ's most likely ones), in [0, V), and their log μ, nats; (…, K). An id that comes twice
+        counts once, the first time.
+    temperature
+        T > 0, a number: that of `log_normalizer`.
+
+    Returns
+    -------
+    Divergences
+        `tv` and `kl`, (…), float32 at least.
+
+    Raises
+    ------
+    TypeError
+        If an array is not a JAX array or has a wrong dtype, or the temperature is not a number.
+    ValueError
+        If shapes disagree, or the temperature is not finite and positive.
+
+    References
+    ----------
+    arXiv:2602.04879 (DPPO); `drpo_core.top_k_tv` and `drpo_core.top_k_kl`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from drpo_jax import token_log_prob, top_k_divergences
+    >>> logits, tokens = jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0])
+    >>> tv, _ = top_k_divergences(
+    ...     logits=logits,
+    ...     log_normalizer=token_log_prob(logits=logits, tokens=tokens).log_normalizer,
+    ...     tokens=tokens,
+    ...     behavior_log_prob=jnp.log(jnp.array([0.4])),
+    ...     top_k_ids=jnp.array([[0]]),
+    ...     top_k_behavior_log_prob=jnp.log(jnp.array([[0.4]])),
+    ... )
+    >>> round(tv.item(), 5)
+    0.1
+    """
+    temperature = check_number("temperature", temperature, above=0.0)
+    check_logits("logits", logits)
+    recorded = TopKDivergence(kind="tv", ids=top_k_ids, behavior_log_prob=top_k_behavior_log_prob)
+    leading = logits.shape[:-1]
+    check_float(log_normalizer=log_normalizer, behavior_log_prob=behavior_log_prob)
+    check_integers(tokens=tokens)
+    for name, array in (("tokens", tokens), ("log_normalizer", log_normalizer), ("behavior_log_prob", behavior_log_prob)):
+        check_shape(name, array, leading, "logits without its last axis")
+    _check_top_k(recorded, leading, names=("top_k_ids", "top_k_behavior_log_prob"))
+
+    def run(*arrays: Any) -> tuple[None, Divergences]:  # noqa: ANN401 -- the arrays below
+        return None, _top_k_divergences(*arrays, temperature=temperature)
+
+    _, result = in_auto_mode(run, logits, log_normalizer, tokens, behavior_log_prob, recorded)
+    return result  # type: ignore[no-any-return]
+
+
+def check_divergence(divergence: Divergence | None, leading: tuple[int, ...], vocabulary: int) -> None:
+    """Raise for what is no divergence of tokens of this shape."""
+    of = "the tokens"
+    if isinstance(divergence, TopKDivergence):
+        _check_top_k(divergence, leading, names=("divergence.ids", "divergence.behavior_log_prob"))
+    elif isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
+        head, prefix = divergence.behavior, "divergence.behavior."
+        check_head(head.hidden, head.weight, head.bias, prefix=prefix)
+        check_shape(f"{prefix}hidden", head.hidden, (*leading, *head.hidden.shape[-1:]), f"{of} and one more axis, H")
+        if head.weight.shape[0] != vocabulary:
+            msg = f"{prefix}weight: expected one row for each of the {vocabulary} tokens, got {head.weight.shape}"
+            raise ValueError(msg)
+    elif isinstance(divergence, FullDivergence):
+        check_float(**{"divergence.behavior": divergence.behavior})
+        check_shape("divergence.behavior", divergence.behavior, (*leading, vocabulary), f"{of} and the vocabulary, (…, V)")
+    elif divergence is not None:
+        check_float(divergence=divergence)
+        check_shape("divergence", divergence, leading, of)
+
+
+def keep_valid(mask: jax.Array, arrays: Any) -> Any:  # noqa: ANN401 -- a pytree
+    """Per-token arrays, with a 0 in what masked tokens hold; of a `LinearHead`, only `hidden` is per token."""
+
+    def kept(array: Any) -> Any:  # noqa: ANN401 -- an array or a head
+        if isinstance(array, LinearHead):
+            return replace(array, hidden=kept(array.hidden))
+        return jnp.where(mask.reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim)), array, jnp.zeros((), array.dtype))
+
+    return jax.tree.map(kept, arrays, is_leaf=lambda leaf: isinstance(leaf, LinearHead))
+
+
+def broken_tokens(tokens: jax.Array, divergence: Divergence | None, vocabulary: int) -> jax.Array:
+    """True at tokens whose id, or one of whose recorded ids, is outside the vocabulary."""
+    broken = outside_vocabulary(tokens, vocabulary)
+    if isinstance(divergence, TopKDivergence):
+        broken = broken | jnp.any(outside_vocabulary(divergence.ids, vocabulary), axis=-1)
+    return broken
+
+
+def measure(
+    divergence: Divergence | None,
+    *,
+    logits: jax.Array,
+    log_normalizer: jax.Array,
+    tokens: jax.Array,
+    behavior_log_prob: jax.Array,
+    temperature: float,
+    mask: jax.Array | None = None,
+) -> jax.Array | None:
+    """The divergence per token that was asked for; checks nothing. The mask is that of the logits' rows."""
+    if isinstance(divergence, FullDivergence):
+        head = divergence.behavior
+        behavior_logits = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
+        both = _full_divergences(masked(logits, mask), behavior_logits, temperature, divergence.temperature)
+    elif isinstance(divergence, TopKDivergence):
+        both = _top_k_divergences(
+            logits, log_normalizer, tokens, behavior_log_prob, divergence, temperature=temperature, mask=mask
+        )
+    else:
+        return divergence
+    return both.tv if divergence.kind == "tv" else both.kl
+
+
+def _full_divergences(
+    logits: jax.Array, behavior_logits: jax.Array, temperature: float, behavior_temperature: float
+) -> Divergences:
+    dtype = working_dtype(logits, behavior_logits)
+
+    # differentiated as it stands, it would keep several arrays of the logits' shape
+    @partial(jax.checkpoint, prevent_cse=False)
+    def both(logits: jax.Array, behavior_logits: jax.Array) -> Divergences:
+        x = jax.nn.log_softmax(logits.astype(dtype) / temperature)
+        b = jax.nn.log_softmax(behavior_logits.astype(dtype) / behavior_temperature)
+        return Divergences(full_tv(x, b, xp=jnp), full_kl(x, b, xp=jnp))
+
+    return both(logits, behavior_logits)  # type: ignore[no-any-return]
+
+
+def _top_k_divergences(
+    logits: jax.Array,
+    log_normalizer: jax.Array,
+    tokens: jax.Array,
+    behavior_log_prob: jax.Array,
+    recorded: TopKDivergence,
+    *,
+    temperature: float,
+    mask: jax.Array | None = None,
+) -> Divergences:
+    dtype = working_dtype(logits, log_normalizer)
+    broken = broken_tokens(tokens, recorded, logits.shape[-1])
+
+    def log_prob(ids: jax.Array) -> jax.Array:
+        return entries(logits, ids, mask).astype(dtype) / temperature - log_normalizer[..., None].astype(dtype)
+
+    again = _repeated(recorded.ids)
+    both = tuple(
+        function(
+            log_prob(tokens[..., None])[..., 0],
+            behavior_log_prob,
+            # an outcome without mass under either policy adds nothing
+            top_k_log_prob=jnp.where(again, -jnp.inf, log_prob(recorded.ids)),
+            top_k_behavior_log_prob=jnp.where(again, -jnp.inf, recorded.behavior_log_prob),
+            sampled_in_top_k=sampled_in_top_k(tokens, recorded.ids, xp=jnp),
+            xp=jnp,
+        )
+        for function in (top_k_tv, top_k_kl)
+    )
+    # a factor, so that derivatives are NaN too
+    return Divergences(*(x * jnp.where(broken, jnp.nan, 1.0).astype(x.dtype) for x in both))
+
+
+def _repeated(ids: jax.Array) -> jax.Array:
+    """True where an id has occurred before in its row; comparisons that fuse, not an array of (…, K, K)."""
+    earlier = jnp.tril(jnp.ones((ids.shape[-1], ids.shape[-1]), bool), -1)
+    return jnp.any((ids[..., :, None] == ids[..., None, :]) & jnp.broadcast_to(earlier, (*ids.shape, ids.shape[-1])), axis=-1)
+
+
+def _check_top_k(recorded: TopKDivergence, leading: tuple[int, ...], *, names: tuple[str, str]) -> None:
+    """Raise unless ids and log-probs are of K tokens at each position."""
+    ids, log_prob = recorded.ids, recorded.behavior_log_prob
+    check_integers(**{names[0]: ids})
+    check_float(**{names[1]: log_prob})
+    if ids.ndim == 0:
+        msg = f"{names[0]}: expected shape (…, K), got ()"
+        raise ValueError(msg)
+    check_shape(names[0], ids, (*leading, *ids.shape[-1:]), "the tokens and one more axis, K")
+    check_shape(names[1], log_prob, ids.shape, names[0])

@@ -1,0 +1,407 @@
+"""From hidden states and the LM head to a policy loss and its gradients; (tokens × vocabulary) logits never exist."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+from drpo_core import merge_diagnostics, token_mean
+from drpo_core._checks import check_number
+from drpo_core.loss import policy_pass
+from drpo_core.objectives.protocol import check_objective
+from drpo_core.reduction import reduction_coefficients
+from drpo_jax._checks import check_head, check_jax_arrays, check_tokens, working_dtype
+from drpo_jax._namespace import xp
+from drpo_jax._sharding import in_auto_mode, varying_like
+from drpo_jax.vocabulary.divergences import FullDivergence, LinearHead, broken_tokens, check_divergence, measure
+from drpo_jax.vocabulary.logits import VocabularyLoss
+from drpo_jax.vocabulary.softmax import entropy_of, inside_vocabulary, normalize, one_hot, select
+
+if TYPE_CHECKING:
+    from drpo_core import Objective
+    from drpo_core.diagnostics import Diagnostics
+    from drpo_core.loss import PolicyLoss
+    from drpo_core.reduction import Reduction
+    from drpo_jax.vocabulary.divergences import Divergence
+
+__all__ = ["linear_policy_loss"]
+
+_WEIGHT_ROWS = 8192
+"""Rows of ∂weight that a chunk adds to at a time: a product of the whole size would be a second ∂weight."""
+
+
+def linear_policy_loss(
+    objective: Objective,
+    *,
+    hidden: jax.Array,
+    weight: jax.Array,
+    tokens: jax.Array,
+    behavior_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    reduction: Reduction = token_mean,
+    normalizer: float | jax.Array | None = None,
+    token_weights: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    divergence: Divergence | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    entropy: bool = False,
+    diagnostics: bool = True,
+    chunk_tokens: int = 256,
+) -> VocabularyLoss:
+    """Policy loss of tokens from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
+
+    The gradients ∂hidden, ∂weight and ∂bias are formed in the forward pass, one chunk of tokens after the other, with
+    three matrix products a chunk. Masked tokens are left out. No gradient is formed for an array that isn't
+    differentiated, such as a frozen head. The three are differentiable in reverse mode, once; the other arrays are
+    constants. Meant to be called under `jit`. Works under `shard_map` over the tokens, which is faster than a sharded
+    batch under `jit`.
+
+    An id outside [0, V) at a valid token, of `tokens` or of a `TopKDivergence`, makes the loss and the gradients of
+    that token NaN. It never raises, because JAX does not know the ids while it traces.
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    hidden
+        Last hidden states, (…, H); anything where the mask is False.
+    weight, bias
+        W and b of the LM head, (V, H) and (V,); no bias if None. Products are accumulated in float32 at least.
+    tokens
+        Ids of the sampled tokens, (…), in [0, V); anything where the mask is False.
+    behavior_log_prob, advantages
+        log μ (nats, ≤ 0) and A of the sampled tokens; (…).
+    mask
+        Boolean, (…), True at tokens that count.
+    reduction, normalizer, token_weights, segment_ids
+        See `drpo_jax.policy_loss`.
+    divergence
+        For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure
+        chunk by chunk. A `LinearHead` in it takes another chunk of logits.
+    temperature
+        T > 0, a number.
+    logit_softcap
+        cap > 0, a number in units of a logit; None for none.
+    entropy
+        Also return the entropies.
+    diagnostics
+        Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
+    chunk_tokens
+        How many tokens' logits exist at once.
+
+    Returns
+    -------
+    VocabularyLoss
+        `loss` (0-d, float32 at least), `diagnostics`, `log_prob` and `entropy`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not a JAX array or has a wrong dtype, a number is none, or the reduction is unknown.
+    ValueError
+        If shapes disagree, or a number is out of its range.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from drpo_core import DRPO
+    >>> from drpo_jax import linear_policy_loss
+    >>> def loss(weight):
+    ...     return linear_policy_loss(
+    ...         DRPO(delta=0.5),
+    ...         hidden=jnp.eye(3)[:1],
+    ...         weight=weight,
+    ...         tokens=jnp.array([0]),
+    ...         behavior_log_prob=jnp.log(jnp.array([0.25])),
+    ...         advantages=jnp.array([1.0]),
+    ...         mask=jnp.array([True]),
+    ...     ).loss
+    >>> gradient = jax.grad(loss)(jnp.tile(jnp.log(jnp.array([[0.5], [0.3], [0.2]])), 3))
+    >>> [round(g, 4) for g in gradient[:, 0].tolist()]
+    [-0.5, 0.3, 0.2]
+    """
+    temperature = check_number("temperature", temperature, above=0.0)
+    if logit_softcap is not None:
+        logit_softcap = check_number("logit_softcap", logit_softcap, above=0.0)
+    chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
+    check_objective(objective)
+    check_head(hidden, weight, bias)
+    leading, vocabulary = hidden.shape[:-1], weight.shape[0]
+    batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
+    check_tokens(leading, "hidden without its last axis", **batch)
+    check_divergence(divergence, leading, vocabulary)
+    check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids)
+    given = (divergence,) if isinstance(divergence, jax.Array) else ()
+    dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
+    options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    step = _Step(objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
+
+    def run(
+        hidden: jax.Array,
+        weight: jax.Array,
+        bias: jax.Array | None,
+        batch: dict[str, jax.Array],
+        divergence: Divergence | None,
+        coefficients: jax.Array,
+    ) -> tuple[tuple[jax.Array, Diagnostics | None], dict[str, jax.Array]]:
+        rows = batch | {"coefficients": jnp.broadcast_to(coefficients, leading)}
+        # of a recorded head, only the hidden states are per token
+        behavior_head = None
+        if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
+            behavior_head = divergence.behavior
+            divergence = replace(divergence, behavior=behavior_head.hidden)
+        flat_rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(leading) :]), rows | {"divergence": divergence})
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        loss, statistics, per_token = _with_gradients(
+            step,
+            flat,
+            varying_like(hidden, weight),
+            None if bias is None else varying_like(hidden, bias),
+            flat_rows.pop("mask"),
+            flat_rows,
+            behavior_head,
+        )
+        return (loss, statistics), {name: array.reshape(leading) for name, array in per_token.items()}
+
+    constants = jax.lax.stop_gradient((batch, divergence, coefficients))
+    (loss, statistics), per_token = in_auto_mode(run, hidden, weight, bias, *constants)
+    statistics, per_token = jax.lax.stop_gradient((statistics, per_token))
+    return VocabularyLoss(loss, statistics, per_token["log_prob"], per_token.get("entropy"))
+
+
+_Carry: TypeAlias = "tuple[_Sums, dict[str, jax.Array], _Gradients]"
+
+
+class _Gradients(NamedTuple):
+    """∂loss/∂ each differentiable input; None for those that need none."""
+
+    hidden: jax.Array | None
+    weight: jax.Array | None
+    bias: jax.Array | None
+
+
+class _Sums(NamedTuple):
+    """What chunks add up to."""
+
+    loss: jax.Array
+    diagnostics: Diagnostics | None
+
+    def plus(self, found: PolicyLoss) -> _Sums:
+        """With another chunk's."""
+        merged = None if self.diagnostics is None else merge_diagnostics(self.diagnostics, found.diagnostics)  # type: ignore[arg-type]
+        return _Sums(self.loss + found.loss, merged)
+
+
+class _Step(NamedTuple):
+    """What is done to a chunk, apart from its arrays."""
+
+    objective: Objective
+    dtype: Any
+    temperature: float
+    logit_softcap: float | None
+    entropy: bool
+    diagnostics: bool
+    chunk: int
+
+    def values(
+        self, head: LinearHead, valid: jax.Array, rows: dict[str, Any], behavior_head: LinearHead | None
+    ) -> tuple[PolicyLoss, dict[str, jax.Array], jax.Array, jax.Array]:
+        """Loss, c ∂L/∂log π and diagnostics; what is measured per token; the softmax; the logits before the temperature."""
+        logits = head.logits(working_dtype(head.hidden, head.weight))
+        log_normalizer, probability = normalize(logits / self.temperature)
+        log_prob = select(logits, rows["tokens"]) / self.temperature - log_normalizer
+        divergence = rows["divergence"]
+        broken = broken_tokens(rows["tokens"], divergence, logits.shape[-1])
+        if behavior_head is not None:
+            divergence = replace(divergence, behavior=replace(behavior_head, hidden=divergence.behavior))
+        divergence = measure(
+            divergence,
+            logits=logits,
+            log_normalizer=log_normalizer,
+            tokens=rows["tokens"],
+            behavior_log_prob=rows["behavior_log_prob"],
+            temperature=self.temperature,
+        )
+        found = self.in_pass(log_prob, rows, valid, divergence)
+        # a NaN whatever the objective makes of the token
+        poison = jnp.where(broken, jnp.nan, 0.0).astype(self.dtype)
+        found = found._replace(loss=found.loss + jnp.sum(poison), gradient=found.gradient + poison)
+        measured = {"log_prob": jnp.where(broken, jnp.nan, log_prob)}
+        if self.entropy:
+            measured["entropy"] = entropy_of(logits / self.temperature, log_normalizer, probability)
+        return found, measured, probability, logits
+
+    def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
+        """The kernel of drpo_core."""
+        return policy_pass(
+            self.objective,
+            log_prob,
+            rows["behavior_log_prob"],
+            rows["advantages"],
+            valid,
+            rows["coefficients"],
+            divergence,
+            dtype=self.dtype,
+            diagnostics=self.diagnostics,
+            xp=xp,
+        )
+
+    def nothing(self, like: jax.Array, divergence: Divergence | None) -> _Sums:
+        """What no token adds up to: the sums of a masked one."""
+        zero = jnp.zeros_like(like, dtype=self.dtype, shape=(1,))
+        rows = {"behavior_log_prob": zero, "advantages": zero, "coefficients": zero}
+        found = self.in_pass(zero, rows, zero > 0.0, None if divergence is None else zero)
+        return _Sums(found.loss, found.diagnostics)
+
+    def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, probability: jax.Array, logits: jax.Array) -> jax.Array:
+        """∂loss/∂(h Wᵀ + b): slope (1[v = token] − π(v)) / T, times the derivative of the soft-cap."""
+        here = one_hot(inside_vocabulary(ids, logits.shape[-1]), logits)
+        difference = jnp.where(here, 1.0, 0.0) - probability
+        if self.logit_softcap is not None:
+            difference = difference * (1.0 - jnp.square(logits / self.logit_softcap))
+        # by selection: a dropped token's row may hold a NaN
+        return jnp.where(slope[:, None] == 0.0, 0.0, difference * (slope / self.temperature)[:, None])
+
+
+def _with_gradients(
+    step: _Step,
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    rows: dict[str, Any],
+    behavior_head: LinearHead | None,
+) -> tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]]:
+    @jax.custom_vjp
+    def run(
+        hidden: jax.Array,
+        weight: jax.Array,
+        bias: jax.Array | None,
+        *others: Any,  # noqa: ANN401
+    ) -> tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]]:
+        return _sweep(step, (False, False, False), hidden, weight, bias, *others)[0]
+
+    def forward(*arguments: Any) -> tuple[Any, _Gradients]:  # noqa: ANN401
+        needed = tuple(a is not None and a.perturbed for a in arguments[:3])
+        values = jax.tree.map(lambda a: a.value, arguments, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
+        return _sweep(step, needed, *values)
+
+    def backward(gradients: _Gradients, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+        scale = cotangents[0]
+        if isinstance(scale, SymbolicZero):
+            scale = jnp.zeros(scale.shape, scale.dtype)
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        scaled = (None if g is None else (g * scale).astype(d) for g, d in zip(gradients, dtypes, strict=True))
+        return (*scaled, None, None, None)
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run(hidden, weight, bias, mask, rows, behavior_head)  # type: ignore[no-any-return]
+
+
+def _sweep(
+    step: _Step,
+    needed: tuple[bool, ...],
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    rows: dict[str, Any],
+    behavior_head: LinearHead | None,
+) -> tuple[tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]], _Gradients]:
+    """Take every valid token through `step`, a chunk at a time; the loop ends where the masked tokens begin."""
+    dtype = working_dtype(hidden, weight)
+    n, chunk = mask.shape[0], step.chunk
+    padded = -(-n // chunk) * chunk
+    order = jnp.argsort(~mask, stable=True)
+    order = jnp.concatenate((order, jnp.zeros(padded - n, order.dtype)))
+    count = jnp.sum(mask.astype(jnp.int32))
+
+    def zeros(shape: tuple[int, ...]) -> jax.Array:
+        # like an array of the tokens, so that under shard_map it varies over the devices as they do
+        return jnp.zeros_like(hidden, dtype=dtype, shape=shape)
+
+    measured = {name: zeros((padded,)) for name in ("log_prob", *(("entropy",) if step.entropy else ()))}
+    shapes = ((padded, hidden.shape[1]), weight.shape, (weight.shape[0],))
+    gradients = _Gradients(*(zeros(shape) if wanted else None for shape, wanted in zip(shapes, needed, strict=True)))
+    carry: _Carry = (step.nothing(hidden, rows["divergence"]), measured, gradients)
+
+    def body(i: jax.Array, carry: _Carry) -> _Carry:
+        sums, measured, gradients = carry
+        start = i * chunk
+        here = jax.lax.dynamic_slice_in_dim(order, start, chunk)
+        valid = start + jnp.arange(chunk) < count
+
+        def take(array: jax.Array) -> jax.Array:
+            # what masked positions hold is replaced before any arithmetic
+            kept = valid.reshape(-1, *(1,) * (array.ndim - 1))
+            return jnp.where(kept, array[here], jnp.zeros((), array.dtype))
+
+        h, chunk_rows = take(hidden), jax.tree.map(take, rows)
+        head = LinearHead(h, weight, bias, step.logit_softcap)
+        found, figures, probability, logits = step.values(head, valid, chunk_rows, behavior_head)
+        measured = {
+            name: jax.lax.dynamic_update_slice(measured[name], jnp.where(valid, x, 0.0), (start,))
+            for name, x in figures.items()
+        }
+        if any(needed):
+            slope = found.gradient.astype(dtype)
+            of_logits = step.gradient_of_logits(chunk_rows["tokens"], slope, probability, logits)
+            # a dropped token's hidden state may hold a NaN too
+            h = jnp.where(slope[:, None] == 0.0, jnp.zeros((), h.dtype), h)
+            gradients = _accumulate(gradients, of_logits, h, weight, start)
+        return sums.plus(found), measured, gradients
+
+    if n:
+        carry = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, body, carry)
+    sums, measured, gradients = carry
+    place = jnp.argsort(order[:n])
+    measured = {name: array[place] for name, array in measured.items()}
+    of_hidden = None if gradients.hidden is None else gradients.hidden[place]
+    return (*sums, measured), gradients._replace(hidden=of_hidden)
+
+
+def _accumulate(
+    gradients: _Gradients, of_logits: jax.Array, hidden: jax.Array, weight: jax.Array, start: jax.Array
+) -> _Gradients:
+    """Gradients with a chunk's share, whose products are taken in the dtype of the model."""
+    dtype = of_logits.dtype
+    of_hidden, of_weight, of_bias = gradients
+    if of_bias is not None:
+        of_bias = of_bias + jnp.sum(of_logits, axis=0)
+    power = _power_of_two(of_logits) if weight.dtype == jnp.float16 else None
+    low = (of_logits if power is None else jnp.ldexp(of_logits, power)).astype(weight.dtype)
+
+    def product(subscripts: str, *factors: jax.Array) -> jax.Array:
+        share = jnp.einsum(subscripts, *factors, preferred_element_type=dtype)
+        return share if power is None else jnp.ldexp(share, -power)
+
+    if of_hidden is not None:
+        of_hidden = jax.lax.dynamic_update_slice(of_hidden, product("nv,vh->nh", low, weight), (start, 0))
+    if of_weight is not None:
+
+        def add(row: jax.Array | int, size: int, of_weight: jax.Array) -> jax.Array:
+            share = product("nv,nh->vh", jax.lax.dynamic_slice_in_dim(low, row, size, 1), hidden)
+            sum_of_both = jax.lax.dynamic_slice_in_dim(of_weight, row, size) + share
+            return jax.lax.dynamic_update_slice(of_weight, sum_of_both, (row, 0))
+
+        size = min(_WEIGHT_ROWS, weight.shape[0])
+        blocks, rest = divmod(weight.shape[0], size)
+        of_weight = jax.lax.fori_loop(0, blocks, lambda i, g: add(i * size, size, g), of_weight)
+        if rest:
+            of_weight = add(blocks * size, rest, of_weight)
+    return _Gradients(of_hidden, of_weight, of_bias)
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The n for which the largest element times 2ⁿ is just within float16, so that small ones do not underflow."""
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(x)))
+    return 15 - exponent

@@ -1,0 +1,173 @@
+"""The policy loss of tokens from logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from drpo_core import token_mean
+from drpo_core._checks import check_number
+from drpo_core.objectives.protocol import check_objective
+from drpo_core.reduction import reduction_coefficients
+from drpo_jax._checks import check_jax_arrays, check_logits, check_tokens, working_dtype
+from drpo_jax._namespace import xp
+from drpo_jax._sharding import in_auto_mode
+from drpo_jax.loss import checked_policy_loss
+from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure
+from drpo_jax.vocabulary.softmax import selected_log_prob
+
+if TYPE_CHECKING:
+    from drpo_core import Objective
+    from drpo_core.diagnostics import Diagnostics
+    from drpo_core.reduction import Reduction
+    from drpo_jax.vocabulary.divergences import Divergence
+
+__all__ = ["VocabularyLoss", "logits_policy_loss"]
+
+
+class VocabularyLoss(NamedTuple):
+    """A scalar `loss` to differentiate; constants: `diagnostics`, and per token `log_prob` and `entropy` (nats).
+
+    The per-token figures are 0 at masked tokens. `diagnostics` and `entropy` are None where they were not asked for.
+    """
+
+    loss: jax.Array
+    diagnostics: Diagnostics | None
+    log_prob: jax.Array
+    entropy: jax.Array | None
+
+
+def logits_policy_loss(
+    objective: Objective,
+    *,
+    logits: jax.Array,
+    tokens: jax.Array,
+    behavior_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    reduction: Reduction = token_mean,
+    normalizer: float | jax.Array | None = None,
+    token_weights: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    divergence: Divergence | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    diagnostics: bool = True,
+) -> VocabularyLoss:
+    """Policy loss of tokens from logits, differentiable in reverse mode.
+
+    ∂L/∂logits(v) = c g (1[v = token] − π(v)) / T with g = ∂L/∂log π = −A r w, and c the token's share in the reduction.
+    Beside that gradient, nothing of the logits' size is kept.
+
+    An id outside [0, V) at a valid token, of `tokens` or of a `TopKDivergence`, makes the loss and that token's row of
+    the gradient NaN. It never raises, because JAX does not know the ids while it traces.
+
+    Parameters
+    ----------
+    objective
+        Such as ``drpo_core.DRPO(delta=0.15)``.
+    logits
+        (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32.
+    tokens
+        Ids of the sampled tokens, (…), in [0, V); anything where the mask is False.
+    behavior_log_prob, advantages
+        log μ (nats, ≤ 0) and A of the sampled tokens; (…).
+    mask
+        Boolean, (…), True at tokens that count. The others may hold anything, in their logits too.
+    reduction, normalizer, token_weights, segment_ids
+        See `drpo_jax.policy_loss`.
+    divergence
+        For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure.
+    temperature
+        T > 0, a number: π = softmax(logits / T).
+    entropy
+        Also return the entropies.
+    diagnostics
+        Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
+
+    Returns
+    -------
+    VocabularyLoss
+        `loss` (0-d, float32 at least), `diagnostics`, `log_prob` and `entropy`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not a JAX array or has a wrong dtype, a number is none, or the reduction is unknown.
+    ValueError
+        If shapes disagree, or a number is out of its range.
+
+    See Also
+    --------
+    drpo_jax.linear_policy_loss : the same from hidden states, where the logits never exist as a whole.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from drpo_core import DRPO
+    >>> from drpo_jax import logits_policy_loss
+    >>> def loss(logits):
+    ...     return logits_policy_loss(
+    ...         DRPO(delta=0.5),
+    ...         logits=logits,
+    ...         tokens=jnp.array([0]),
+    ...         behavior_log_prob=jnp.log(jnp.array([0.25])),
+    ...         advantages=jnp.array([1.0]),
+    ...         mask=jnp.array([True]),
+    ...     ).loss
+    >>> gradient = jax.grad(loss)(jnp.log(jnp.array([[0.5, 0.3, 0.2]])))
+    >>> [round(g, 4) for g in gradient[0].tolist()]
+    [-0.5, 0.3, 0.2]
+    """
+    temperature = check_number("temperature", temperature, above=0.0)
+    check_objective(objective)
+    check_logits("logits", logits)
+    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
+    check_tokens(leading, "logits without its last axis", **batch)
+    check_divergence(divergence, leading, vocabulary)
+    check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids)
+    measured = () if divergence is None or not isinstance(divergence, jax.Array) else (divergence,)
+    dtype = working_dtype(logits, behavior_log_prob, advantages, *measured)
+    options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+
+    def run(
+        logits: jax.Array, batch: dict[str, jax.Array], divergence: Any, coefficients: jax.Array
+    ) -> tuple[tuple[jax.Array, Diagnostics | None], tuple[jax.Array, jax.Array | None]]:
+        mask, behavior_log_prob = batch["mask"], batch["behavior_log_prob"]
+        ids, divergence = keep_valid(mask, (batch["tokens"], divergence))
+        result = selected_log_prob(temperature, entropy, logits, ids, mask)
+        measured = measure(
+            divergence,
+            logits=jax.lax.stop_gradient(logits),
+            log_normalizer=jax.lax.stop_gradient(result.log_normalizer),
+            tokens=ids,
+            behavior_log_prob=keep_valid(mask, behavior_log_prob),
+            temperature=temperature,
+            mask=mask,
+        )
+        poison = jnp.where(broken_tokens(ids, divergence, vocabulary), jnp.nan, 0.0).astype(result.log_prob.dtype)
+        loss, statistics = checked_policy_loss(
+            objective,
+            # times 1 or NaN, by which the gradient is multiplied too, even that of a token which the objective drops
+            result.log_prob * (1.0 + poison),
+            behavior_log_prob,
+            batch["advantages"],
+            mask,
+            coefficients,
+            measured,
+            dtype=dtype,
+            diagnostics=diagnostics,
+        )
+        log_prob, entropies = (
+            None if a is None else jax.lax.stop_gradient(jnp.where(mask, a, 0.0)) for a in (result.log_prob, result.entropy)
+        )
+        return (loss + jnp.sum(poison).astype(loss.dtype), statistics), (log_prob, entropies)  # type: ignore[return-value]
+
+    constants = jax.lax.stop_gradient((batch, divergence, coefficients))
+    (loss, statistics), (log_prob, entropies) = in_auto_mode(run, logits, *constants)
+    return VocabularyLoss(loss, statistics, log_prob, entropies)

@@ -1,1 +1,0 @@
-"""Does it hold up? The comparison of the DRPO paper in miniature: see docs/study/index.md."""

@@ -1,0 +1,76 @@
+"""The same batch over four host devices, under jit with a sharded mesh and under shard_map: the same loss and gradient.
+
+The devices exist in one process that does everything (sharding.py); the tests judge what it measured, in units of the
+dtype's precision relative to the loss or to the largest element of the gradient.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from drpo_jax.distributed import all_reduce_diagnostics, global_coefficients, global_normalizer
+
+from drpo_core import DRPO, merge_diagnostics, summarize, token_diagnostics
+
+REDUCTIONS = ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"]
+WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 units in the last place
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sharding") / "results.json"
+    script = Path(__file__).with_name("sharding.py")
+    # compiling takes all the time, so compile without optimisation
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-W", "ignore", script, path]
+    run = subprocess.run(  # noqa: S603 -- this interpreter, a file of ours
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("dtype", WITHIN)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_spread_batch_is_the_whole_batch(measured, reduction, dtype):
+    chosen = {"reduction": reduction, "dtype": dtype}
+    cases = [c for c in measured if chosen.items() <= c.items() and "local means" not in c["layout"]]
+    assert len(cases) == {"float64": 8, "float32": 4}[dtype]
+    assert not [c for c in cases if not max(c["loss"], c["gradient"], c["diagnostics"]) <= WITHIN[dtype]]
+
+
+def test_local_means_are_not_the_whole_batch(measured):
+    """The cases tell a right denominator from a wrong one: with every device's own, gradients are off by per cents."""
+    cases = [c for c in measured if "local means" in c["layout"] and c["dtype"] == "float64"]
+    assert {c["reduction"] for c in cases} == set(REDUCTIONS)
+    assert min(c["gradient"] for c in cases) * 2**-52 > 0.01
+
+
+def test_a_nan_on_one_device_is_seen_on_all():
+    x = jnp.log(jnp.array([[0.5, 0.2], [0.3, 0.4]]))
+    b = jnp.log(jnp.array([[0.25, 0.3], [0.3, 0.1]]))
+    a = jnp.array([[1.0, -1.0], [2.0, 1.0]])
+    parts = [token_diagnostics(DRPO(delta=0.1), x[i], b[i], a[i]) for i in range(2)]
+    parts[1]["ratio_max"] = parts[1]["ratio_max"]._replace(value=jnp.asarray(jnp.nan))
+    spread = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    merged = jax.vmap(lambda d: all_reduce_diagnostics(d, axis_name="data"), axis_name="data")(spread)
+    expected = summarize(merge_diagnostics(*parts))
+    for device in range(2):
+        found = summarize(jax.tree.map(lambda leaf, device=device: leaf[device], merged))
+        assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert expected["ratio_max"] != expected["ratio_max"]
+
+
+@pytest.mark.parametrize("helper", [global_normalizer, global_coefficients])
+def test_unknown_reduction_is_refused(helper):
+    names = {"axis_name": "data"} if helper is global_normalizer else {"shard_axis_name": "data", "normalizer": 1}
+    with pytest.raises(TypeError, match="reduction: expected token_mean"):
+        jax.vmap(lambda m: helper(lambda values, mask: (values * mask).sum(), m, **names), axis_name="data")(
+            jnp.ones((2, 3), bool)
+        )
