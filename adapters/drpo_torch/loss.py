@@ -276,7 +276,9 @@ class _Linear:
             return result
 
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        if torch.compiler.is_compiling() or mask.is_inference() or not has_memory(mask):
+        # there is no public test for being inside a transform of torch.func
+        transformed = torch._C._functorch.maybe_current_level() is not None  # noqa: SLF001
+        if torch.compiler.is_compiling() or transformed or torch.is_inference_mode_enabled() or mask.is_inference():
             found: tuple[torch.Tensor, torch.Tensor] = torch.func.grad_and_value(total)(zeros)
             coefficients, at_zero = found
         else:
