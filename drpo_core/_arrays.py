@@ -34,8 +34,8 @@ def undivided(array: Array, *, xp: Namespace) -> Array:
     JAX refuses both along an axis that is divided over an Explicit mesh axis, the default of `jax.make_mesh`. An array
     of any other library or layout is returned as it is.
     """
-    sharding = getattr(getattr(array, "aval", None), "sharding", None)
-    spec = getattr(sharding, "spec", None)
+    sharding: Any = getattr(getattr(array, "aval", None), "sharding", None)
+    spec: Any = getattr(sharding, "spec", None)
     if spec is None or not any(spec):
         return array
     return xp.asarray(array, device=type(sharding)(sharding.mesh, type(spec)()))

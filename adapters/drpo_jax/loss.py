@@ -184,7 +184,7 @@ def policy_loss(
     check_objective(objective)
     _, dtype = check_tokens(**tokens, mask=mask, divergence=divergence, xp=xp)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
     return checked_policy_loss(objective, *arrays, dtype=dtype, diagnostics=diagnostics)
 
@@ -205,7 +205,7 @@ def checked_policy_loss(
     result = (_in_chunks if in_chunks else partial)(run, diagnostics=diagnostics)(*arrays)
 
     def gradient(*arrays: Any) -> jax.Array:  # noqa: ANN401 -- those of `policy_pass`
-        return run(*arrays, diagnostics=False).gradient
+        return run(*arrays, diagnostics=False).gradient  # type: ignore[no-any-return]
 
     return _attached(gradient, result.loss, result.gradient, log_prob, constants), result.diagnostics
 
@@ -285,8 +285,8 @@ def _gradient_jvp(
     return _gradient(formula, *primals), change
 
 
-def _in_working_dtype(log_prob: jax.Array, *others: jax.Array | None) -> jax.Array:
-    """`log_prob` in the dtype of the arithmetic, so that its gradient is not rounded; what is no float is left to checks."""
+def _in_working_dtype(log_prob: Any, *others: jax.Array | None) -> Any:  # noqa: ANN401 -- None is left to the checks
+    """`log_prob` in the dtype of the arithmetic, in which its gradient is then kept; anything but floats as it is."""
     if log_prob is None or not jnp.issubdtype(log_prob.dtype, jnp.floating):
         return log_prob
     dtype = working_dtype(*(a for a in (log_prob, *others) if a is not None))

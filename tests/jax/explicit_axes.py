@@ -42,7 +42,18 @@ LAYOUTS = {
     "sequences × tokens": ((2, 2), ("x", "y"), ("x", "y")),
     "vocabulary": ((4,), ("x",), (None, None)),
 }
-PER_TOKEN = ("log_prob", "behavior_log_prob", "advantages", "mask", "tokens", "segment_ids", "divergence", "ids", "top", "hidden")
+PER_TOKEN = (
+    "log_prob",
+    "behavior_log_prob",
+    "advantages",
+    "mask",
+    "tokens",
+    "segment_ids",
+    "divergence",
+    "ids",
+    "top",
+    "hidden",
+)
 
 
 def batch():
@@ -120,38 +131,70 @@ def recorded_head(data):
 
 
 PER = DPPO(delta=0.1, divergence="per_token")
-LOGITS, LINEAR = partial(vocabulary, drpo_jax.logits_policy_loss, ("logits",)), partial(
-    vocabulary, drpo_jax.linear_policy_loss, ("hidden", "weight")
+LOGITS, LINEAR = (
+    partial(vocabulary, drpo_jax.logits_policy_loss, ("logits",)),
+    partial(vocabulary, drpo_jax.linear_policy_loss, ("hidden", "weight")),
 )
 # name → function of the batch, and what it is differentiated in (by the first of its results)
 CASES = {
-    "token_loss": (lambda d: drpo_jax.token_loss(
-        OBJECTIVE, **{k: d[k] for k in ("log_prob", "behavior_log_prob", "advantages", "mask")}), ("log_prob",)),
+    "token_loss": (
+        lambda d: drpo_jax.token_loss(OBJECTIVE, **{k: d[k] for k in ("log_prob", "behavior_log_prob", "advantages", "mask")}),
+        ("log_prob",),
+    ),
     **{f"policy_loss {r}": (partial(policy, r), ("log_prob",)) for r in REDUCTIONS},
     **{f"policy_loss {r} packed": (partial(policy, r, packed=True), ("log_prob",)) for r in list(REDUCTIONS)[:3]},
     "policy_loss in chunks": (partial(policy, "token_mean", chunk=5), ("log_prob",)),
-    "token_log_prob": (lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], tokens=d["tokens"], entropy=True)), ("logits",)),
+    "token_log_prob": (
+        lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], tokens=d["tokens"], entropy=True)),
+        ("logits",),
+    ),
     "logits_policy_loss": (LOGITS, ("logits",)),
     "logits_policy_loss top-k": (lambda d: LOGITS(d, objective=PER, divergence=top_k(d)), ("logits",)),
-    "logits_policy_loss full": (lambda d: LOGITS(
-        d, objective=PER, divergence=drpo_jax.FullDivergence(kind="kl", behavior=d["behavior_logits"])), ("logits",)),
+    "logits_policy_loss full": (
+        lambda d: LOGITS(d, objective=PER, divergence=drpo_jax.FullDivergence(kind="kl", behavior=d["behavior_logits"])),
+        ("logits",),
+    ),
     "linear_policy_loss": (LINEAR, ("hidden", "weight")),
     "linear_policy_loss top-k": (lambda d: LINEAR(d, objective=PER, divergence=top_k(d)), ("hidden", "weight")),
     "linear_policy_loss head": (lambda d: LINEAR(d, objective=PER, divergence=recorded_head(d)), ("hidden", "weight")),
-    "full_divergences": (lambda d: tuple(drpo_jax.full_divergences(
-        logits=d["logits"], behavior_logits=d["behavior_logits"])), ("logits",)),
-    "top_k_divergences": (lambda d: tuple(drpo_jax.top_k_divergences(
-        logits=d["logits"], log_normalizer=jax.scipy.special.logsumexp(d["logits"], axis=-1), tokens=d["tokens"],
-        behavior_log_prob=d["behavior_log_prob"], top_k_ids=d["ids"], top_k_behavior_log_prob=d["top"])), ("logits",)),
+    "full_divergences": (
+        lambda d: tuple(drpo_jax.full_divergences(logits=d["logits"], behavior_logits=d["behavior_logits"])),
+        ("logits",),
+    ),
+    "top_k_divergences": (
+        lambda d: tuple(
+            drpo_jax.top_k_divergences(
+                logits=d["logits"],
+                log_normalizer=jax.scipy.special.logsumexp(d["logits"], axis=-1),
+                tokens=d["tokens"],
+                behavior_log_prob=d["behavior_log_prob"],
+                top_k_ids=d["ids"],
+                top_k_behavior_log_prob=d["top"],
+            )
+        ),
+        ("logits",),
+    ),
     "group_advantages": (lambda d: group_advantages(d["rewards"], divide_by_std=True), ()),
-    "group_advantages ids": (lambda d: group_advantages(
-        d["flat_rewards"], group_ids=d["group_ids"], divide_by_std=True, leave_one_out=True), ()),
-    "expand_advantages": (lambda d: expand_advantages(
-        d["sequence_advantages"], d["mask"].reshape(-1), segment_ids=d["segment_ids"].reshape(-1)), ()),
-    "token_diagnostics": (lambda d: token_diagnostics(
-        OBJECTIVE, *(d[k] for k in ("log_prob", "behavior_log_prob", "advantages")), mask=d["mask"]), ()),
-    "sequence_mean_token_mean packed": (lambda d: sequence_mean_token_mean(
-        d["log_prob"].reshape(-1), d["mask"].reshape(-1), segment_ids=d["segment_ids"].reshape(-1)), ()),
+    "group_advantages ids": (
+        lambda d: group_advantages(d["flat_rewards"], group_ids=d["group_ids"], divide_by_std=True, leave_one_out=True),
+        (),
+    ),
+    "expand_advantages": (
+        lambda d: expand_advantages(d["sequence_advantages"], d["mask"].reshape(-1), segment_ids=d["segment_ids"].reshape(-1)),
+        (),
+    ),
+    "token_diagnostics": (
+        lambda d: token_diagnostics(
+            OBJECTIVE, *(d[k] for k in ("log_prob", "behavior_log_prob", "advantages")), mask=d["mask"]
+        ),
+        (),
+    ),
+    "sequence_mean_token_mean packed": (
+        lambda d: sequence_mean_token_mean(
+            d["log_prob"].reshape(-1), d["mask"].reshape(-1), segment_ids=d["segment_ids"].reshape(-1)
+        ),
+        (),
+    ),
 }
 
 
@@ -169,8 +212,8 @@ def evaluate(function, names, data, *, jitted):
 
 def difference(found, expected):
     worst = 0.0
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    for leaves in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(leaf, np.float64) for leaf in leaves)
         finite = np.isfinite(b)
         if not np.array_equal(a[~finite], b[~finite]):
             return float("inf")
@@ -187,7 +230,10 @@ def run(case, layout, how, data, expected):
     with context:
         result, gradients = evaluate(function, names, placed, jitted="jit" in how)
     same = {name: jax.typeof(g).sharding.spec == jax.typeof(placed[name]).sharding.spec for name, g in gradients.items()}
-    return {"difference": max(difference(result, expected[0]), difference(gradients, expected[1])), "placed": all(same.values())}
+    return {
+        "difference": max(difference(result, expected[0]), difference(gradients, expected[1])),
+        "placed": all(same.values()),
+    }
 
 
 def ways(case, layout):

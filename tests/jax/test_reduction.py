@@ -69,9 +69,9 @@ def batch(shape=(4, 6)):
 
 
 def both(data, reduction, **options):
-    return jax.value_and_grad(
-        lambda x: policy_loss(OBJECTIVE, **data | {"log_prob": x}, reduction=reduction, **options)[0]
-    )(data["log_prob"])
+    return jax.value_and_grad(lambda x: policy_loss(OBJECTIVE, **data | {"log_prob": x}, reduction=reduction, **options)[0])(
+        data["log_prob"]
+    )
 
 
 def by_token(data, function):
@@ -101,7 +101,9 @@ def test_what_masked_tokens_hold_is_nothing(function):
     jax.tree.map(np.testing.assert_array_equal, both(dirty, reduction), both(data, reduction))
 
 
-@pytest.mark.parametrize("known", [token_mean, sequence_mean_token_mean, functools.partial(sequence_mean_token_sum, horizon=7.0)])
+@pytest.mark.parametrize(
+    "known", [token_mean, sequence_mean_token_mean, functools.partial(sequence_mean_token_sum, horizon=7.0)]
+)
 def test_of_a_reduction_of_drpo_core_it_is_that_reduction(known):
     data, weights = batch(), jnp.linspace(0.5, 2.0, 24).reshape(4, 6)
     found, expected = (both(data, r, token_weights=weights) for r in (linear_reduction(known), known))
@@ -122,7 +124,9 @@ def test_at_vocabulary_scale():
     expected = jax.grad(of_logits)(hidden @ weight.T)
     found = jax.grad(lambda z: logits_policy_loss(OBJECTIVE, logits=z, **arguments).loss)(hidden @ weight.T)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
-    found = jax.grad(lambda h: linear_policy_loss(OBJECTIVE, hidden=h, weight=weight, **arguments, chunk_tokens=5).loss)(hidden)
+    found = jax.grad(lambda h: linear_policy_loss(OBJECTIVE, hidden=h, weight=weight, **arguments, chunk_tokens=5).loss)(
+        hidden
+    )
     np.testing.assert_allclose(found, expected @ weight, rtol=1e-10, atol=1e-13)
 
 
@@ -139,7 +143,7 @@ def test_no_valid_token_is_a_loss_of_zero():
 @pytest.mark.parametrize("jitted", [False, True])
 def test_what_is_not_linear_is_refused(function, jitted):
     evaluate = functools.partial(both, reduction=linear_reduction(function))
-    with pytest.raises(TypeError, match="^linear_reduction: expected a function that is linear in its values, got"):
+    with pytest.raises(TypeError, match=r"^linear_reduction: expected a function that is linear in its values, got"):
         (jax.jit(evaluate) if jitted else evaluate)(batch())
 
 
@@ -149,7 +153,15 @@ def test_a_constant_is_refused_where_it_is_known():
         both(batch(), reduction)
 
 
-@pytest.mark.parametrize("function", [lambda values, mask: values * mask, lambda values, mask: values.sum(axis=0), lambda *_: 0.0, lambda values, _: values.astype(int).sum()])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda values, mask: values * mask,
+        lambda values, _: values.sum(axis=0),
+        lambda *_: 0.0,
+        lambda values, _: values.astype(int).sum(),
+    ],
+)
 def test_what_is_no_scalar_is_refused(function):
     with pytest.raises(TypeError, match=r"^linear_reduction: expected a function to a 0-d floating-point jax\.Array, got"):
         both(batch(), linear_reduction(function))
@@ -177,12 +189,12 @@ def test_token_weights_are_checked(given, error, message):
 
 
 def test_the_users_own_errors_are_his_own():
-    def broken(values, mask):
-        raise KeyError("mine")
+    def broken(*_):
+        raise KeyError("mine")  # noqa: EM101
 
     with pytest.raises(KeyError, match="mine"):
         both(batch(), linear_reduction(broken))
-    with pytest.raises(TypeError, match="^function: expected a function of values and a mask, got float"):
+    with pytest.raises(TypeError, match=r"^function: expected a function of values and a mask, got float"):
         linear_reduction(3.0)
 
 
@@ -202,7 +214,9 @@ def test_equal_functions_share_a_compilation():
 
 def test_the_loss_is_that_of_the_kernel():
     data = batch()
-    core = token_loss_and_gradient(OBJECTIVE, data["log_prob"], data["behavior_log_prob"], data["advantages"], mask=data["mask"])
+    core = token_loss_and_gradient(
+        OBJECTIVE, data["log_prob"], data["behavior_log_prob"], data["advantages"], mask=data["mask"]
+    )
     value, gradient = both(data, linear_reduction(LINEAR["sum"]))
     np.testing.assert_allclose(value, core.loss.sum(), rtol=1e-13)
     np.testing.assert_allclose(gradient, core.gradient, rtol=1e-13)

@@ -330,8 +330,9 @@ def check_divergence(divergence: Divergence | None, leading: tuple[int, ...], vo
             msg = f"{prefix}weight: expected one row for each of the {vocabulary} tokens, got {head.weight.shape}"
             raise ValueError(msg)
     elif isinstance(divergence, FullDivergence):
-        check_float(**{"divergence.behavior": divergence.behavior})
-        check_shape("divergence.behavior", divergence.behavior, (*leading, vocabulary), f"{of} and the vocabulary, (…, V)")
+        behavior: Any = divergence.behavior
+        check_float(**{"divergence.behavior": behavior})
+        check_shape("divergence.behavior", behavior, (*leading, vocabulary), f"{of} and the vocabulary, (…, V)")
     elif divergence is not None:
         check_float(divergence=divergence)
         check_shape("divergence", divergence, leading, of)

@@ -59,9 +59,11 @@ def linear_policy_loss(
 
     The gradients ∂hidden, ∂weight and ∂bias are formed in the forward pass, one chunk of tokens after the other, with
     three matrix products a chunk. Masked tokens are left out. No gradient is formed for an array that isn't
-    differentiated, such as a frozen head. The three are differentiable in reverse mode, once; the other arrays are
-    constants. Meant to be called under `jit`. Works under `shard_map` over the tokens, which is faster than a sharded
-    batch under `jit`.
+    differentiated, such as a frozen head; the other arrays are constants. First derivatives are in reverse mode. A
+    second derivative, that of the formula −c A r w, is in forward mode over them (`jax.jvp` of `jax.grad`).
+
+    Meant to be called under `jit`. Works under `shard_map` over the tokens, which is faster than a sharded batch under
+    `jit`.
 
     An id outside [0, V) at a valid token, of `tokens` or of a `TopKDivergence`, makes the loss and the gradients of
     that token NaN. It never raises, because JAX does not know the ids while it traces.
@@ -142,10 +144,8 @@ def linear_policy_loss(
     given = (divergence,) if isinstance(divergence, jax.Array) else ()
     dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
-    step = _Step(
-        objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size))
-    )
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
+    step = _Step(objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
 
     def run(
         hidden: jax.Array,
@@ -155,7 +155,7 @@ def linear_policy_loss(
         divergence: Divergence | None,
         coefficients: jax.Array,
     ) -> tuple[tuple[jax.Array, Diagnostics | None], dict[str, jax.Array]]:
-        rows = batch | {"coefficients": jnp.broadcast_to(coefficients, leading)}
+        rows: dict[str, Any] = batch | {"coefficients": jnp.broadcast_to(coefficients, leading)}
         # of a recorded head, only the hidden states are per token
         behavior_head = None
         if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
@@ -198,7 +198,8 @@ class _Sums(NamedTuple):
 
     def plus(self, found: PolicyLoss) -> _Sums:
         """With another chunk's."""
-        merged = None if self.diagnostics is None else merge_diagnostics(self.diagnostics, found.diagnostics)  # type: ignore[arg-type]
+        mine, theirs = self.diagnostics, found.diagnostics
+        merged = None if mine is None or theirs is None else merge_diagnostics(mine, theirs)
         return _Sums(self.loss + found.loss, merged)
 
 
@@ -241,9 +242,7 @@ class _Step(NamedTuple):
             measured["entropy"] = entropy_of(logits / self.temperature, log_normalizer, probability)
         return found, measured, probability, logits
 
-    def in_pass(
-        self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None
-    ) -> PolicyLoss:
+    def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
         """The kernel of drpo_core."""
         return policy_pass(
             self.objective,
@@ -307,7 +306,7 @@ def _with_gradients(
         return (*scaled, None, None, None)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(hidden, weight, bias, mask, rows, behavior_head)  # type: ignore[no-any-return]
+    return run(hidden, weight, bias, mask, rows, behavior_head)
 
 
 def _sweep(

@@ -112,7 +112,7 @@ def entropy_of(z: jax.Array, log_normalizer: jax.Array, probability: jax.Array) 
 
 def outside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
     """True where an id is not in [0, vocabulary), whatever its integer type can hold."""
-    limits = jnp.iinfo(ids.dtype)
+    limits = jnp.iinfo(ids.dtype)  # type: ignore[no-untyped-call]
     outside = jnp.zeros_like(ids, dtype=bool)
     if limits.min < 0:
         outside = ids < 0
@@ -175,7 +175,7 @@ def selected_log_prob(
     mask: jax.Array | None,
 ) -> TokenLogProb:
     """`token_log_prob` of checked arrays; rows that the mask leaves out give that of equal logits and a gradient of 0."""
-    return _token_log_prob(temperature, entropy, logits, tokens, mask)  # type: ignore[no-any-return]
+    return _token_log_prob(temperature, entropy, logits, tokens, mask)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

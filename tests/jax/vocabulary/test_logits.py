@@ -291,7 +291,11 @@ def test_a_step_has_no_array_of_the_logits_size_beside_the_gradient():
     [
         ({"temperature": 0.0}, ValueError, "temperature: expected a finite number greater than 0, got 0.0"),
         ({"tokens": jnp.zeros((4, 6))}, TypeError, "tokens: expected a integral dtype"),
-        ({"tokens": jnp.zeros((4, 5), int)}, ValueError, r"tokens: expected the shape of logits without its last axis, \(4, 6\), got \(4, 5\)"),
+        (
+            {"tokens": jnp.zeros((4, 5), int)},
+            ValueError,
+            r"tokens: expected the shape of logits without its last axis, \(4, 6\), got \(4, 5\)",
+        ),
         ({"logits": np.zeros((4, 6, V))}, TypeError, "logits: expected a jax.Array, got ndarray"),
         ({"reduction": lambda *_, **__: 0.0}, TypeError, "reduction: expected token_mean, .* or a linear_reduction"),
         ({"divergence": jnp.zeros(3)}, ValueError, r"divergence: expected the shape of the tokens, \(4, 6\), got \(3,\)"),
