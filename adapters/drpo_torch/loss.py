@@ -12,7 +12,7 @@ from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
 from drpo_torch._checks import check_shape, check_tensor, check_tensors
-from drpo_torch.autograd import has_memory, with_gradient
+from drpo_torch.autograd import with_gradient
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines._namespace import namespace
 

@@ -81,7 +81,9 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "JAX compiles every operation for every shape: a few stand for all",
     ),
     (
-        lambda _, c: c["use"] in {Use.JIT, Use.VMAP, Use.VMAP_ONE} and c["library"] is Library.JAX and c["regime"] is not Regime.TYPICAL,
+        lambda _, c: (
+            c["use"] in {Use.JIT, Use.VMAP, Use.VMAP_ONE} and c["library"] is Library.JAX and c["regime"] is not Regime.TYPICAL
+        ),
         "what JAX traces does not depend on values",
     ),
     (
@@ -97,7 +99,11 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "TV has no derivative where the policies are equal",
     ),
     (
-        lambda s, c: _named(s, "top_k_tv", "top_k_kl") and c["regime"] in {Regime.DISTANT, Regime.CERTAIN} and bool(_dtypes(c) & {*axes.HALVES}),
+        lambda s, c: (
+            _named(s, "top_k_tv", "top_k_kl")
+            and c["regime"] in {Regime.DISTANT, Regime.CERTAIN}
+            and bool(_dtypes(c) & {*axes.HALVES})
+        ),
         "probabilities rounded to 16 bits that leave no rest add up to more than 1",
     ),
     (
@@ -113,7 +119,9 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "Dynamo looks at .grad of what is no leaf, which warns",
     ),
     (
-        lambda s, c: is_vocabulary(s) and (c["regime"], c["shape"], c["storage"]) == (Regime.IMPOSSIBLE, Shape.NUMBER, Storage.EXPANDED),
+        lambda s, c: (
+            is_vocabulary(s) and (c["regime"], c["shape"], c["storage"]) == (Regime.IMPOSSIBLE, Shape.NUMBER, Storage.EXPANDED)
+        ),
         "a row in which nothing is possible has no distribution",
     ),
     (
@@ -170,11 +178,15 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         _engine("a compiled softmax may know no float16", always=False),
     ),
     (
-        lambda s, c: s == "drpo_torch.linear_policy_loss" and c["weight"] is not c["hidden"] and c["ambient"] not in axes.AUTOCAST,
+        lambda s, c: (
+            s == "drpo_torch.linear_policy_loss" and c["weight"] is not c["hidden"] and c["ambient"] not in axes.AUTOCAST
+        ),
         Refusal((TypeError,), "weight", "a product of two dtypes is left to autocast"),
     ),
     (
-        lambda _, c: isinstance(c.get("divergence"), Measured) and c["divergence"].of != "top_k" and _has(c, "chunk_vocabulary"),
+        lambda _, c: (
+            isinstance(c.get("divergence"), Measured) and c["divergence"].of != "top_k" and _has(c, "chunk_vocabulary")
+        ),
         Refusal((ValueError,), "chunk_vocabulary", "a full divergence needs whole rows of logits"),
     ),
     (
@@ -182,7 +194,9 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((RuntimeError, NotImplementedError), "", "torch.func is not promised there", always=False),
     ),
     (
-        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.CHECKPOINT, Use.BATCHED, Use.CREATE_GRAPH},
+        lambda _, c: (
+            bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.CHECKPOINT, Use.BATCHED, Use.CREATE_GRAPH}
+        ),
         Refusal((RuntimeError, ValueError), "", "logits that have been overwritten can't be read again", always=False),
     ),
     (
@@ -190,7 +204,9 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((RuntimeError, ValueError), "", "rows that share memory can't each hold their gradient", always=False),
     ),
     (
-        lambda s, c: c["shape"] is Shape.NUMBER and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum")),
+        lambda s, c: (
+            c["shape"] is Shape.NUMBER and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum"))
+        ),
         Refusal((ValueError,), "mask", "a number is no sequence", always=False),
     ),
 )

@@ -172,7 +172,9 @@ def _core() -> dict[str, Subject]:
 
 def _reductions() -> dict[str, Subject]:
     def of(name: str) -> Callable[..., dict[str, torch.Tensor]]:
-        def reduce(values: torch.Tensor, mask: torch.Tensor, *, horizon: float = 1.0, **options: Any) -> dict[str, torch.Tensor]:
+        def reduce(
+            values: torch.Tensor, mask: torch.Tensor, *, horizon: float = 1.0, **options: Any
+        ) -> dict[str, torch.Tensor]:
             reduction = axes.Reduction(name, (("horizon", horizon),))
             known = {key: options[key] for key in ("normalizer", "token_weights", "segment_ids") if key in options}
             return {"": oracle.reduced(values, oracle.coefficients(reduction, mask, **known))}
@@ -184,13 +186,18 @@ def _reductions() -> dict[str, Subject]:
         return {"total": oracle.reduced(values, c), "count": mask.sum().double()}
 
     def coefficients(reduction: axes.Reduction, mask: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
-        known = {k: v for k, v in options.items() if k in {"normalizer", "token_weights", "segment_ids", "bound_token_weights"}}
+        known = {
+            k: v for k, v in options.items() if k in {"normalizer", "token_weights", "segment_ids", "bound_token_weights"}
+        }
         return {"": oracle.coefficients(reduction, mask, **known)}
 
     def count(reduction: axes.Reduction, mask: torch.Tensor, segment_ids: torch.Tensor | None = None, **_: Any) -> Any:
         return {"": oracle.count(reduction, mask, segment_ids)}
 
-    table = {f"drpo_core.{name}": Subject(of(name), ("values",)) for name in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")}
+    table = {
+        f"drpo_core.{name}": Subject(of(name), ("values",))
+        for name in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")
+    }
     table["drpo_core.masked_sum"] = Subject(total, ("values",))
     table["drpo_core.reduction.reduction_coefficients"] = Subject(coefficients, call=_coefficients)
     table["drpo_core.reduction.reduction_count"] = Subject(count, call=_count)
@@ -211,7 +218,9 @@ def _adapters() -> dict[str, Subject]:
         "full_divergences": Subject(oracle.full_divergences, ("logits",)),
         "top_k_divergences": Subject(oracle.top_k_divergences, ("logits", "log_normalizer")),
     }
-    return {f"{module}.{name}": subject for module in ("drpo_torch", "drpo_jax") for name, subject in (token | vocabulary).items()}
+    return {
+        f"{module}.{name}": subject for module in ("drpo_torch", "drpo_jax") for name, subject in (token | vocabulary).items()
+    }
 
 
 def _distributed() -> dict[str, Subject]:
@@ -248,7 +257,9 @@ def _merged(merge: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
     """The diagnostics of what comes before a place of the last axis, merged with those of what comes after it."""
     if not arrays["mask"].ndim:
         return merge(_diagnostics(objective, **arrays))
-    return merge(*(_diagnostics(objective, **{k: v[..., part] for k, v in arrays.items()}) for part in (slice(2), slice(2, None))))
+    return merge(
+        *(_diagnostics(objective, **{k: v[..., part] for k, v in arrays.items()}) for part in (slice(2), slice(2, None)))
+    )
 
 
 def _summarized(summarize: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
@@ -298,7 +309,9 @@ def _jax_coefficients(function: Callable[..., Any], reduction: Any, mask: Any, s
 
 def _jax_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
     figures = _diagnostics(objective, **arrays)
-    reduced = jax.vmap(lambda d: function(d, axis_name="devices"), axis_name="devices")(jax.tree.map(lambda a: a[None], figures))
+    reduced = jax.vmap(lambda d: function(d, axis_name="devices"), axis_name="devices")(
+        jax.tree.map(lambda a: a[None], figures)
+    )
     return jax.tree.map(lambda a: a[0], reduced)
 
 
@@ -312,7 +325,9 @@ CLASSES = {
     "Reduction": "a protocol",
     **dict.fromkeys(("PolicyLoss", "TokenLoss", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
     **dict.fromkeys(("SelectedLogProb", "TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
-    **dict.fromkeys(("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"),
+    **dict.fromkeys(
+        ("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"
+    ),
 }
 """Public classes that are no objectives, and where they are held to the contract."""
 

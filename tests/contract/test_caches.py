@@ -168,7 +168,9 @@ def run_of(subject, engine, spoilt=False):
         found = {path: exact(a) for path, a in outputs.items()}
         if cell["library"] is Library.TORCH and wanted:
             loss = sum(o.sum() for o in outputs.values() if o.requires_grad)
-            found |= {f"gradient of {n}": exact(g) for n, g in zip(wanted, torch.autograd.grad(loss, [arrays[n] for n in wanted]))}
+            found |= {
+                f"gradient of {n}": exact(g) for n, g in zip(wanted, torch.autograd.grad(loss, [arrays[n] for n in wanted]))
+            }
         return found
 
     return run
@@ -176,7 +178,11 @@ def run_of(subject, engine, spoilt=False):
 
 def scaled(found, factor):
     """What a loss with `factor` times the weight gives: of what is linear in it."""
-    return {path: array * factor for path, array in found.items() if path in {"", "loss", "gradient", "weight"} or "gradient of" in path}
+    return {
+        path: array * factor
+        for path, array in found.items()
+        if path in {"", "loss", "gradient", "weight"} or "gradient of" in path
+    }
 
 
 def assert_same(found, want):

@@ -84,7 +84,9 @@ class TorchCell(NamedTuple):
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in the same layout, as the result of operations on a leaf."""
-    dense = tensor[tuple(slice(0, 1) if s == 0 and n > 1 else slice(None) for s, n in zip(tensor.stride(), tensor.shape, strict=True))]
+    dense = tensor[
+        tuple(slice(0, 1) if s == 0 and n > 1 else slice(None) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    ]
     base = dense.clone(memory_format=torch.preserve_format).requires_grad_()
     return (base * 1).expand(tensor.shape)
 
@@ -301,7 +303,9 @@ _TORCH = {
 # --- JAX -------------------------------------------------------------------------------------------------------------------
 
 
-def jax_result(use: Use, function: Function, arrays: dict[str, Any], differentiated: tuple[str, ...], names: tuple[str, ...]) -> Result:
+def jax_result(
+    use: Use, function: Function, arrays: dict[str, Any], differentiated: tuple[str, ...], names: tuple[str, ...]
+) -> Result:
     """Run a use of JAX."""
     wanted = {n: arrays[n] for n in differentiated}
     constants = {n: a for n, a in arrays.items() if n not in wanted}
