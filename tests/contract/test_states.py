@@ -67,10 +67,7 @@ def test_results_survive_the_safe_load(ledger):
 # --- diagnostics -----------------------------------------------------------------------------------------------------------
 
 WITH_DIAGNOSTICS = [
-    (subject, library)
-    for subject in SUBJECTS
-    if "diagnostics" in parameters_of(subject)
-    for library in axes_of(subject)["library"]
+    (subject, library) for subject in SUBJECTS if "diagnostics" in parameters_of(subject) for library in axes_of(subject)["library"]
 ]
 
 
@@ -146,7 +143,7 @@ CORE_OBJECTIVES = ["token_loss_and_gradient", "policy_loss_and_gradient", "token
 def test_what_the_core_gives_of_tensors_that_require_grad_is_constant_or_right(name, label, ledger):
     """A loss that autograd differentiates to something else than the gradient beside it is a trap."""
     subject = f"drpo_core.{name}"
-    choices = {"divergence": axes_of(subject)["divergence"][1]} if label == "DPPO per token" else {}
+    choices = {"divergence": axes_of(subject)["divergence"][1]} if names.is_per_token(label) else {}
     call = call_of(subject, base_cell(subject, library=Library.TORCH, objective=label, **choices))
     arrays = {n: a.requires_grad_() if n == "log_prob" else a for n, a in call.arrays.items()}
     result = call.function(**arrays)
@@ -216,3 +213,5 @@ def test_diagnostics_are_merged_across_ranks_by_name(ledger):
     reduced = drpo_torch.distributed.all_reduce_diagnostics(dict(reversed(part.items())))
     assert drpo_core.summarize(reduced) == pytest.approx(drpo_core.summarize(part), nan_ok=True)
     ledger(Counter(held=1))
+
+

@@ -28,9 +28,7 @@ def ids(places):
 
 
 def good(place):
-    return {"delta": 0.2, "eps": 0.2, "max_ratio": 1.5, "dual_clip": 3.0}.get(
-        place.name.split("_")[0], GOOD.get(place.name, 1.5)
-    )
+    return {"delta": 0.2, "eps": 0.2, "max_ratio": 1.5, "dual_clip": 3.0}.get(place.name.split("_")[0], GOOD.get(place.name, 1.5))
 
 
 def wrong_and_right(place):
@@ -81,9 +79,7 @@ def test_a_number_means_what_it_is_or_is_refused_by_name(place, ledger):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    "place", [p for p in NUMBER_PLACES if NUMBERS[p.name].above == 0.0 or p.name == "normalizer"], ids=lambda p: p.id
-)
+@pytest.mark.parametrize("place", [p for p in NUMBER_PLACES if NUMBERS[p.name].above == 0.0 or p.name == "normalizer"], ids=lambda p: p.id)
 def test_a_number_as_an_array_means_what_it_is_or_is_refused_by_name(place, ledger):
     """0-d arrays of NumPy are read; of other libraries nothing may be, where it would synchronise a device."""
     wrong, ran = [], Counter()
