@@ -13,7 +13,7 @@ from array_api_compat import array_namespace, to_device
 from drpo_core.divergence import k3_of
 from drpo_core.objectives.protocol import check_objective, inside_of, weight_of
 from drpo_core.reduction import count_true
-from drpo_core.tokens import Tokens
+from drpo_core.tokens import Tokens, constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -152,6 +152,7 @@ def token_diagnostics(
     (0.666667, 0.285714)
     """
     check_objective(objective)
+    log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     return separated(diagnostics_of(tokens, weight_of(objective, tokens), inside_of(objective, tokens), mask), xp=tokens.xp)
 
@@ -212,7 +213,6 @@ def _check_part(part: object, first: Diagnostics) -> None:
 
 def combine_diagnostics(stacked: Diagnostics, *, xp: Namespace) -> Diagnostics:
     """One batch's statistics from those whose fields are 1-D arrays with an element a part."""
-
     extremes: Mapping[type, Callable[[Array], Array]] = {Maximum: xp.max, Minimum: xp.min}
 
     def combined(statistic: Statistic) -> Statistic:

@@ -111,7 +111,7 @@ def binary_kl_of(tokens: Tokens) -> Float[Array, "*tokens"]:
     xp, d, b = tokens.xp, tokens.shift, tokens.behavior_log_prob
     sampled = _kl_term(xp.exp(b), tokens.log_ratio, d, xp=xp)
     mu_rest = _complement(b, xp=xp)
-    # log π = 0 is a rounded number: π is within half a unit in the last place of 1, and is taken to be as near μ as that allows
+    # log π = 0 is a rounded number: π is within half a unit in the last place of 1, and taken as near μ as that allows
     half_unit = 2.0**-54 if _is_double(d, xp=xp) else 2.0**-25
     certain = tokens.log_prob >= 0.0
     nearest = xp.where(mu_rest < half_unit, mu_rest, half_unit)

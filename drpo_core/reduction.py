@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from drpo_core._arrays import undivided
 from drpo_core._checks import (
     check_arrays,
     check_dtype,
@@ -347,7 +348,7 @@ def reduction_coefficients(
     xp = check_arrays(xp=xp, kind="bool", mask=mask)
     given = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     if callable(getattr(reduction, "coefficients", None)):
-        return reduction.coefficients(mask, dtype=dtype, **given, xp=xp)  # type: ignore[union-attr]
+        return _usable(reduction.coefficients(mask, dtype=dtype, **given, xp=xp), mask, dtype, xp=xp)  # type: ignore[union-attr]
     divisors, options = _known(reduction, given)
     normalizer, token_weights = options.pop("normalizer"), options.pop("token_weights")
     divisor, count = divisors(mask, options.pop("segment_ids"), dtype, xp=xp, **options)
@@ -428,12 +429,27 @@ def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., A
     return divisors, given | {name: value for name, value in options.items() if given.get(name) is None}
 
 
+def _usable(coefficients: Array, mask: Array, dtype: object, *, xp: Namespace) -> Array:
+    """Coefficients of a caller's own reduction, in a form that every engine knows: 0-d, one a row or one a token."""
+    check_dtype("coefficients of the reduction", coefficients, "real floating", xp=xp)
+    given, shape = tuple(coefficients.shape), tuple(mask.shape)
+    aligned = (1,) * (len(shape) - len(given)) + given
+    if len(aligned) != len(shape) or any(size not in (1, full) for size, full in zip(aligned, shape, strict=True)):
+        msg = f"coefficients of the reduction: expected a shape that broadcasts to the mask's, {shape}, got {given}"
+        raise ValueError(msg)
+    coefficients = xp.astype(coefficients, dtype, copy=False)
+    if given in ((), (*shape[:-1], 1)):
+        return coefficients
+    # selected, because NumPy would warn of what masked tokens are multiplied with
+    return xp.where(mask, coefficients, 0.0)
+
+
 def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
     """m·u·v, by selection: what masked positions hold is never multiplied."""
     xp = check_arrays(xp=xp, values=values)
     check_mask(mask, "values", values, xp=xp)
     dtype = compute_dtype(values, xp=xp)
-    selected = xp.where(mask, xp.astype(values, dtype, copy=False), 0.0)
+    selected = xp.astype(xp.where(mask, values, 0.0), dtype, copy=False)
     if token_weights is not None:
         selected = selected * _weights(token_weights, mask, dtype, xp=xp)
     return selected, mask, xp
@@ -442,7 +458,7 @@ def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Names
 def _weights(token_weights: Array, mask: Array, dtype: object, *, xp: Namespace) -> Array:
     check_dtype("token_weights", token_weights, "real floating", xp=xp)
     check_shape("token_weights", token_weights, "mask", mask)
-    return xp.where(mask, xp.astype(token_weights, dtype, copy=False), 0.0)
+    return xp.astype(xp.where(mask, token_weights, 0.0), dtype, copy=False)
 
 
 def _per_token(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[float, Array]:
@@ -485,6 +501,7 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     n = segment_ids.shape[0]
     if n == 0:
         return xp.astype(mask, dtype), count_true(mask, dtype, xp=xp)
+    segment_ids, mask = undivided(segment_ids, xp=xp), undivided(mask, xp=xp)
     place = xp.searchsorted(xp.sort(segment_ids), segment_ids, side="left")
     valid = xp.sort(xp.where(mask, place, n))
     length = xp.searchsorted(valid, place, side="right") - xp.searchsorted(valid, place, side="left")
@@ -529,7 +546,7 @@ def _number_or_array(
     if tuple(value.shape):
         msg = f"{name}: expected a number or a 0-d array, got shape {tuple(value.shape)}"
         raise ValueError(msg)
-    number = xp.asarray(value)
+    number = value if isinstance(value, type(like)) else xp.asarray(value)
     if not xp.isdtype(number.dtype, ("integral", "real floating")):
         msg = f"{name}: expected a real number, got a 0-d array of {number.dtype}"
         raise TypeError(msg)

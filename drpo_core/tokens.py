@@ -77,8 +77,8 @@ class Tokens(NamedTuple):
         """
 
         def prepared(array: Array) -> Array:
-            array = xp.astype(array, dtype, copy=False)
-            return array if mask is None else xp.where(mask, array, 0.0)
+            selected = array if mask is None else xp.where(mask, array, 0.0)
+            return xp.astype(selected, dtype, copy=False)
 
         x, b, a = prepared(log_prob), prepared(behavior_log_prob), prepared(advantages)
         larger = xp.maximum(x, b)
@@ -138,9 +138,10 @@ def check_tokens(
     return xp, compute_dtype(*arrays.values(), xp=xp)
 
 
-def constant(array: Array) -> Array:
-    """The array without its graph, where its library keeps one (torch): its gradient is returned, not left to autograd."""
-    return array.detach() if hasattr(array, "detach") else array
+def constant(array: Array | None) -> Array | None:
+    """The array without its graph, where its library keeps one (torch), or None: a returned gradient is not autograd's."""
+    detach = getattr(array, "detach", None)
+    return array if detach is None else detach()
 
 
 def log_ratio(

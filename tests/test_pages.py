@@ -1,10 +1,13 @@
 """What the pages show of the objectives is the one table of them: a new objective stands everywhere, or a test fails."""
 
+import inspect
 import pkgutil
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import drpo_jax
+import drpo_torch
 import families
 import pytest
 
@@ -47,6 +50,18 @@ def test_the_readme_has_a_row_for_each_objective():
     assert [re.match(r"`(\w+)\(", row[0])[1] for row in table] == CLASSES
     named = {name for row in rows("README.md")[header + 2 + len(CLASSES) :] for name in re.findall(r"`(\w+)\(", row[0])}
     assert not named & set(CLASSES)
+
+
+def test_the_page_of_jax_names_the_arguments_that_only_torch_has():
+    def arguments(module, name):
+        return set(inspect.signature(getattr(module, name)).parameters)
+
+    assert set(drpo_jax.__all__) == set(drpo_torch.__all__)
+    only = {argument for name in drpo_jax.__all__ for argument in arguments(drpo_torch, name) - arguments(drpo_jax, name)}
+    assert not any(arguments(drpo_jax, name) - arguments(drpo_torch, name) for name in drpo_jax.__all__)
+    page = (ROOT / "docs" / "reference" / "jax.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"that only torch has:([^.]*)\.", page)
+    assert set(re.findall(r"`(\w+)`", named)) == only
 
 
 def test_integrations_measure_objectives_that_exist():

@@ -54,7 +54,8 @@ def budget(monkeypatch, size):
 def small_steps(monkeypatch):
     """Several steps and chunks even for the few tokens of a test."""
     budget(monkeypatch, 3 * V * 8)
-    monkeypatch.setitem(inspect.unwrap(logits_policy_loss).__globals__, "CHUNK_BYTES", 7 * V * 8)
+    batch_module = inspect.unwrap(logits_policy_loss).__globals__["TokenBatch"].__init__.__globals__
+    monkeypatch.setitem(batch_module, "_HEAD_BYTES", 7 * V * 8)
 
 
 def batch(shape=(4, 6), seed=0, dtype=torch.float64, vocabulary=V):

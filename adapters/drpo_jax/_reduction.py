@@ -31,9 +31,9 @@ class LinearReduction:
         normalizer: float | jax.Array | None = None,
         token_weights: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        xp: Any = jnp,  # noqa: ANN401 -- a namespace
+        xp: Any = jnp,  # noqa: ANN401, ARG002 -- the namespace, which is jax.numpy
     ) -> jax.Array:
-        """c = ∂f(v)/∂v times the token weights, an array of the mask's shape; anything at masked tokens."""
+        """∂f(v)/∂v times the token weights, an array of the mask's shape; anything at masked tokens."""
         for name, value in (("normalizer", normalizer), ("segment_ids", segment_ids)):
             if value is not None:
                 msg = f"{name}: expected None, as the function of a linear_reduction divides by itself, got {value!r}"
@@ -58,11 +58,17 @@ class LinearReduction:
 
     def _value(self, zeros: jax.Array, mask: jax.Array) -> jax.Array:
         """f(0), if it is a floating-point scalar and, where JAX knows its value, 0."""
-        value = self.function(zeros, mask)
+        value: Any = self.function(zeros, mask)
         if not isinstance(value, jax.Array) or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             got = f"{value.dtype} of shape {value.shape}" if isinstance(value, jax.Array) else type(value).__name__
             msg = f"linear_reduction: expected a function to a 0-d floating-point jax.Array, got {got} from {self.function!r}"
             raise TypeError(msg)
+        if jax.typeof(value).manual_axis_type.varying != jax.typeof(zeros).manual_axis_type.varying:
+            msg = (
+                "linear_reduction: expected a function of this device's values, got a sum over devices from "
+                f"{self.function!r}; sum the losses of the devices with jax.lax.psum instead"
+            )
+            raise ValueError(msg)
         known = not isinstance(value, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer)
         # without a valid token, a mean is 0/0
         if known and float(value) != 0.0 and bool(jnp.any(mask)):
@@ -79,7 +85,8 @@ def linear_reduction(function: Callable[[jax.Array, jax.Array], jax.Array]) -> L
 
     The coefficients c = ∂f/∂v do not depend on the values. They are found once a call, by transposing the function, and
     then loss, final gradient and diagnostics are formed in one pass, as for the reductions of drpo_core. Use it for a
-    framework's own reduction. Of a masked token nothing counts, whatever the function makes of it.
+    framework's own reduction. Nothing of a masked token counts, whatever the function makes of it. Under `shard_map` it
+    gives the share of this device: it may divide by a count over all devices, but `jax.lax.psum` then sums the losses.
 
     Parameters
     ----------
@@ -98,7 +105,8 @@ def linear_reduction(function: Callable[[jax.Array, jax.Array], jax.Array]) -> L
     TypeError
         If the function is not callable; when a loss uses it, if it does not give a floating-point scalar, or is not linear.
     ValueError
-        When a loss uses it: if zeros do not give 0, where JAX knows the value (so not under `jit`).
+        When a loss uses it: if zeros do not give 0, where JAX knows the value (so not under `jit`), or if it sums over
+        devices.
 
     See Also
     --------
@@ -124,7 +132,8 @@ def linear_reduction(function: Callable[[jax.Array, jax.Array], jax.Array]) -> L
     >>> jax.grad(loss)(jnp.full((2, 2), -1.0)).tolist()
     [[-0.25, -0.25], [-0.25, 0.0]]
     """
-    if not callable(function):
-        msg = f"function: expected a function of values and a mask, got {type(function).__name__}"
+    given: object = function
+    if not callable(given):
+        msg = f"function: expected a function of values and a mask, got {type(given).__name__}"
         raise TypeError(msg)
     return LinearReduction(function)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "check_float",
     "check_ids",
     "check_logits",
     "check_shape",
@@ -30,12 +29,6 @@ def check_tensors(**tensors: object) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(_not_a_tensor(name, tensor, "a torch.Tensor"))
-
-
-def check_float(**tensors: object) -> None:
-    """Raise unless each is a floating-point tensor; the keywords name them in errors."""
-    for name, tensor in tensors.items():
-        check_tensor(name, tensor)
 
 
 def check_tensor(name: str, value: object, kind: str = "real floating", *, beside: torch.Tensor | None = None) -> torch.Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = claims.DOCS.parent
 LABEL = re.compile(r"[A-Z]\d+\.")
 CLAIM = re.compile(r"(\w+):([A-Z]\d+)")
+INNER = re.compile(r"drpo_core\.(?:diagnostics|reduction)\.(.+)")
 SOURCES: set[Path] = set()
 
 
@@ -53,6 +54,9 @@ def link(app: Sphinx, doctree: nodes.document) -> None:
         _claims(doctree, reference)
     if page == "verify":
         _properties(doctree)
+    # a page of source links back to every name of its file under one prefix, that of the first
+    for signature in doctree.findall(addnodes.desc_signature):
+        signature["ids"] += [f"drpo_core.{found[1]}" for anchor in signature["ids"] if (found := INNER.fullmatch(anchor))]
 
 
 def _destination(text: str, page: str) -> tuple[str, str, str] | None:

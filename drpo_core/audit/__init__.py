@@ -1,4 +1,4 @@
-"""What each objective would do to recorded rollouts: `audit` reads a file and returns a `Report`.
+"""The audit of recorded rollouts: `audit` reads a file and returns what each objective would do to its tokens.
 
 `drpo_core.audit.explorer` makes a page of it, `drpo_core.audit.plots` draws it, and the command `drpo audit` prints it.
 """

@@ -1,4 +1,4 @@
-"""What is wrong with recorded data: counts of NaN, infinities and log-probs above 0, and where each first is."""
+"""Problems of recorded data: how many values are NaN, infinite or no log-prob, and where the first of each kind is."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _bounding() -> list[Objective]:
 
 
 def _is_function_of_shift(objective: Objective) -> bool:
-    """Whether tokens of one shift and sign of A have one weight, whatever μ is: tried on rare and on common tokens."""
+    """Compare rare and common tokens of the same shift: return whether the weight depends on the shift and sign of A alone."""
     shift = np.linspace(-0.987, 0.987, 401)
     distance = np.abs(shift)
     rare = 1e-3 * (1.0 - distance)

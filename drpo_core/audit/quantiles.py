@@ -95,18 +95,18 @@ def thresholds(
 
 
 def _measures() -> list[str]:
-    """What the thresholds of the table bound, in the order of `MEASURES`."""
+    """Return the measures that thresholds of the table bound, in the order of `MEASURES`."""
     bounded = {family.measure for family in OBJECTIVES}
     return [measure for measure in MEASURES if measure in bounded]
 
 
 def _rank(n: int, q: float) -> int:
-    """Position, in ascending order, of the value that round(q n) of n values exceed; −1 if there is none."""
+    """Return the position, in ascending order, of the value that round(q n) of n values exceed; −1 if there is none."""
     return n - 1 - min(round(q * n), n - 1) if n else -1
 
 
 def _next_digit(bits: Values, prefix: int, shift: int) -> Values:
-    """How many patterns that start with `prefix` have each value of the 16 bits at `shift`."""
+    """Count, for each value of the 16 bits at `shift`, the patterns that start with `prefix`."""
     if shift + DIGIT < 64:
         bits = bits[bits >> np.uint64(shift + DIGIT) == np.uint64(prefix)]
     digits = (bits >> np.uint64(shift)) & np.uint64((1 << DIGIT) - 1)

@@ -1,4 +1,4 @@
-"""What an audit found: figures of each snapshot and objective, as data and as JSON."""
+"""The result of an audit: figures of each snapshot and objective, as data and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which objectives are audited, and at which thresholds: each line of the table, or any objective of the user's own."""
+"""The rows of an audit: each line of the table of objectives at some thresholds, or any objective of the user's own."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _sweep(family: Family) -> Sweep:
 
 
 def _surrogate_on_a_side(objective: Objective) -> bool:
-    """Whether, for A > 0 or for A < 0, w = 1 even where π and μ are as far apart as they can be."""
+    """Return whether, for one sign of A, w = 1 even where π and μ are as far apart as they can be."""
     certain, hopeless = 0.0, -700.0
     log_prob, behavior_log_prob = np.array([certain, hopeless]), np.array([hopeless, certain])
     for a in (np.ones(2), -np.ones(2)):

@@ -1,6 +1,6 @@
-"""What each objective would do to recorded rollouts, in one bounded-memory pass over the file per snapshot.
+"""The audit itself: one pass over the file for each snapshot, in bounded memory.
 
-Every figure is a statistic of `drpo_core.diagnostics`, merged over chunks; nothing is computed a second way.
+Every figure is a statistic of `drpo_core.diagnostics`, merged over chunks; nothing is computed in a second way.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def audit(
     advance: Callable[[int], object] = lambda _: None,
     file: str | None = None,
 ) -> Report:
-    """What each objective would do to every snapshot of recorded rollouts.
+    """Compute what each objective would do to every snapshot of recorded rollouts.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def audit(
     RolloutError
         If a valid token has a NaN, no token is valid, or the file is damaged.
     TypeError
-        If an objective lacks a method, or a method returns something else than an array of the tokens' shape.
+        If an objective lacks a method, or a method returns anything but an array of the tokens' shape.
 
     Examples
     --------

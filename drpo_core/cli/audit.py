@@ -1,4 +1,4 @@
-"""The command `drpo audit`: what goes where. The figures are made by `drpo_core.audit`."""
+"""The command `drpo audit`: its flags, and where the results go. `drpo_core.audit` computes them."""
 
 import json
 import sys
@@ -193,7 +193,7 @@ def _audit(
 
 def _check_plot(path: Path) -> None:
     """Refuse a name that can't be drawn before the file is read, which may take minutes."""
-    from drpo_core.audit import plots  # noqa: PLC0415 - matplotlib is slow to import
+    from drpo_core.audit import plots  # noqa: PLC0415 - matplotlib is of the extra `cli`
 
     if path.suffix.lower() not in plots.SUFFIXES:
         msg = f"--plot: expected a file named {', '.join(plots.SUFFIXES)}, got {path}"
@@ -215,7 +215,7 @@ def _check_folder(flag: str, path: Path) -> None:
 
 
 def _draw(report: Report, path: Path) -> None:
-    from drpo_core.audit import plots  # noqa: PLC0415 - matplotlib is slow to import
+    from drpo_core.audit import plots  # noqa: PLC0415 - matplotlib is of the extra `cli`
 
     try:
         plots.save(plots.audit_figure(report), path)
@@ -236,7 +236,7 @@ def _write_html(path: Path, rollouts: Rollouts, report: Report, added: list[Row]
 
 
 def _warn(report: Report) -> None:
-    """What is suspicious about the data, on stderr."""
+    """Write to stderr what is suspicious about the data."""
     for name, snapshot in report.snapshots.items():
         for warning in snapshot.warnings:
             sys.stderr.write(f"drpo audit: warning: {name}: {warning}\n")

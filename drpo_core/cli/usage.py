@@ -1,4 +1,4 @@
-"""What the commands share: errors of usage in one line, and values of flags."""
+"""Shared by the commands: errors of usage in one line, and values of flags."""
 
 import ast
 import sys
@@ -10,7 +10,7 @@ __all__ = ["UsageError", "literal", "one_of", "pairs", "quiet_stdout", "stop"]
 
 
 class UsageError(Exception):
-    """What was asked for can't be done; the message is one line for the user."""
+    """The command can't do what was asked; the message is one line for the user."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -1,9 +1,9 @@
 """exp, expm1, log and log1p for numba, as straight-line code that LLVM can vectorise: numba calls libm one by one.
 
 Error against the exact value, in units of the last place, float32 and float64 alike, on hardware with fused
-multiply-add: exp 1, expm1 1.5, log 1, log1p 1.5 (`tests/test_elementary.py`). NaN and infinite arguments are those of IEEE
-arithmetic. exp has no subnormal results, 0 instead, and overflows at 2¹²⁷ or 2¹⁰²³: every test less is a tenth of a loop.
-Series are plain Taylor: their coefficients need no table.
+multiply-add: exp 1, expm1 1.5, log 1, log1p 1.5 (`tests/core/engines/test_elementary.py`). NaN and infinite arguments
+are those of IEEE arithmetic. exp has no subnormal results, 0 instead, and overflows at 2¹²⁷ or 2¹⁰²³: every test less is
+a tenth of a loop. Series are plain Taylor: their coefficients need no table.
 """
 
 from __future__ import annotations

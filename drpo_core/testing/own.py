@@ -21,7 +21,7 @@ POINTS = np.linspace(-1.0, 1.0, 9)
 
 
 def evaluates(objective: object) -> bool:
-    """Whether the methods of an objective give finite numbers for a token."""
+    """Return whether the methods of an objective give finite numbers for a token."""
     one = np.full(1, -1.0)
     try:
         loss, weight = _evaluate(objective, one, one, -one)
@@ -33,7 +33,7 @@ def evaluates(objective: object) -> bool:
 def references(
     objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray, advantages: FloatArray, mask: BoolArray
 ) -> References:
-    """As `oracle.references`: `kept` is w ≥ 0, and `jump` is found by moving log π."""
+    """Return what `oracle.references` returns; `kept` is w ≥ 0, and `jump` is found by moving log π."""
     x, b, a = (np.where(mask, array, 0.0) for array in (log_prob, behavior_log_prob, advantages))
     loss, weight = _evaluate(objective, x, b, a)
     ell, size = np.abs(x - b), np.abs(a) * np.exp(np.minimum(x - b, 20.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from drpo_core import token_loss_and_gradient
-from drpo_core.audit import open_rollouts
+from drpo_core.audit import BUNDLED, open_rollouts
 from study.cells import METHODS, SIX, objective
 from study.measures import batches, final_reward, moving
 from study.train import WEIGHT_EDGES
@@ -176,8 +175,8 @@ GEMMA = {"Gemma, 8 steps at 1e-6": "lr1e6_step8", "Gemma, 8 steps at 2e-5": "lr2
 
 
 def gemma_weights(lines: Iterable[Line], snapshot: str) -> dict[Line, np.ndarray]:
-    """Histogram over WEIGHT_EDGES of w at the active tokens of the Gemma rollouts that ship with the package."""
-    rollouts = open_rollouts(str(files("drpo_core.audit") / "data" / "gemma3_270m_arithmetic.npz"))
+    """Histograms of the weights at the active tokens of the bundled Gemma rollouts, over WEIGHT_EDGES."""
+    rollouts = open_rollouts(BUNDLED)
     counts = {line: np.zeros(len(WEIGHT_EDGES) - 1, dtype=np.int64) for line in lines}
     for chunk in rollouts.chunks(snapshot):
         active = chunk.mask & (chunk.advantages != 0.0)

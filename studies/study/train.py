@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from drpo_torch import policy_loss, selective_log_prob
+from drpo_torch import policy_loss, token_log_prob
 
 from drpo_core import expand_advantages, group_advantages, summarize, token_loss_and_gradient, token_mean
 from study import model
@@ -54,7 +54,7 @@ def log_probs(parameters: Parameters, shape: Shape, rollout: Rollout, precision:
     """The trained policy's log-probs of the response tokens, packed: (tokens,)."""
     states, _ = _hidden_states(parameters, shape, rollout.inputs, precision)
     packed = states[:, PROMPT - 1 :][rollout.mask]
-    found = selective_log_prob(
+    found = token_log_prob(
         logits=model.logits(parameters, packed), tokens=rollout.responses[rollout.mask], overwrite_logits=True
     )
     return found.log_prob

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from drpo_jax import policy_loss, selective_log_prob
+from drpo_jax import policy_loss, token_log_prob
 
 from study.task import PROMPT
 
@@ -59,7 +59,7 @@ def step(
 
     def loss_of(p: Parameters) -> jax.Array:
         states = hidden_states(p, shape, batch["inputs"])[:, PROMPT - 1 :]
-        log_prob = selective_log_prob(logits=states @ p["embedding"].T, tokens=batch["responses"]).log_prob
+        log_prob = token_log_prob(logits=states @ p["embedding"].T, tokens=batch["responses"]).log_prob
         tokens = {name: batch[name] for name in ("behavior_log_prob", "advantages", "mask")}
         return policy_loss(objective, log_prob=log_prob, **tokens)[0]
 

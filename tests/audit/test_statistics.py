@@ -226,7 +226,7 @@ class Mine:
 
 
 class Plain:
-    """With attributes instead of fields."""
+    """An objective with attributes instead of fields."""
 
     loss, weight = Mine.loss, Mine.weight
 

@@ -1,6 +1,6 @@
 """Error of the formulas against mpmath at 50 digits.
 
-`python tests/test_accuracy.py` prints the maximum relative error of each function and dtype, in machine epsilons too.
+`python tests/core/test_accuracy.py` prints the maximum relative error of each function and dtype, in machine epsilons too.
 
 Errors are of the functions, not of their inputs: the exact value is that of the given, already rounded, log-probs. Two
 kinds of bound. Well-conditioned results (π − μ and the divergences) are bounded relatively. r, r − 1 and k3 inherit the

@@ -1,7 +1,11 @@
-"""Group-relative advantages and their expansion, by hand."""
+"""Group-relative advantages and their expansion: by hand, and against a loop over groups."""
 
+import itertools
 import math
+import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import Backend
@@ -100,6 +104,114 @@ def test_group_errors(backend):
         backend.run(group_advantages, REWARDS, group_ids=np.zeros((2, 4), dtype=np.int64))
 
 
+OPTIONS = [
+    {"divide_by_std": std, "leave_one_out": loo, "std_offset": offset}
+    for std, loo, offset in itertools.product([False, True], [False, True], [0.0, 1e-6, 0.5])
+]
+
+
+def loop(rewards, ids, *, divide_by_std, leave_one_out, std_offset):
+    """One group after the other, in float64; a NaN or an infinity stays in its group."""
+    rewards, result = np.asarray(rewards, float), np.zeros(len(rewards))
+    for group in np.unique(ids):
+        members = ids == group
+        r, n = rewards[members], int(members.sum())
+        if (r == r[0]).all():
+            continue
+        a = (r - r.mean()) * (n / (n - 1) if leave_one_out else 1.0)
+        result[members] = a / (r.std(ddof=1) + std_offset) if divide_by_std else a
+    return result
+
+
+def groups(n, seed, dtype=np.int64):
+    """Rewards of groups of every size, in random order, with ids from the whole range of a dtype; some groups are constant."""
+    rng = np.random.default_rng(seed)
+    info = np.iinfo(dtype)
+    names = rng.integers(info.min, info.max, max(2, n // 4), dtype=dtype, endpoint=True)
+    names[:2] = info.min, info.max
+    ids = rng.choice(names, n)
+    rewards = rng.integers(-3, 4, n) * 0.25
+    return np.where(ids == names[0], 0.75, rewards), ids
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 64, 200])
+def test_by_ids_as_one_group_after_the_other(backend, n):
+    rewards, ids = groups(n, n)
+    for options in OPTIONS[:: 1 if n < 10 else 3]:
+        found = backend.run(group_advantages, rewards, group_ids=ids, **options)
+        np.testing.assert_allclose(found, loop(rewards, ids, **options), rtol=1e-12, atol=1e-14, err_msg=str(options))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64])
+def test_group_ids_of_any_integer_dtype(dtype):
+    rewards, ids = groups(60, 3, dtype)
+    np.testing.assert_allclose(group_advantages(rewards, group_ids=ids), loop(rewards, ids, **OPTIONS[0]), atol=1e-14)
+
+
+@pytest.mark.parametrize("by_ids", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_sixteen_bits_hold_the_result_and_not_the_arithmetic(low_precision_backend, dtype, by_ids):
+    """Rewards near 2000 have no room for their mean in 16 bits, nor sums of 300 of them (fault 14)."""
+    backend, n = low_precision_backend, 300
+    rng = np.random.default_rng(0)
+    rewards = backend.asarray(2000.0 + 16.0 * rng.integers(0, 8, n), dtype)
+    ids = np.arange(n) % 3
+    exact = np.asarray(backend.to_numpy(rewards), float)
+    epsilon = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 1e-5}[dtype]
+    for options in OPTIONS:
+        if by_ids:
+            found = group_advantages(rewards, group_ids=backend.asarray(ids), **options)
+        else:
+            found = group_advantages(rewards.reshape(n // 3, 3).T, **options).T.reshape(-1)
+        assert found.dtype == rewards.dtype
+        expected = loop(exact, ids, **options)
+        np.testing.assert_allclose(np.asarray(backend.to_numpy(found), float), expected, rtol=epsilon, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_spoils_its_group_only(backend, bad):
+    rewards, ids = groups(50, 5)
+    rewards[20] = bad
+    spoilt = ids == ids[20]
+    assert 1 < spoilt.sum() < 50
+    for options in OPTIONS[::4]:
+        with np.errstate(invalid="ignore"):
+            found = backend.run(group_advantages, rewards, group_ids=ids, **options)
+        np.testing.assert_allclose(found[~spoilt], loop(rewards[~spoilt], ids[~spoilt], **options), atol=1e-14)
+        assert not np.isfinite(found[spoilt]).any()
+
+
+def test_memory_grows_with_the_number_of_sequences_not_with_its_square():
+    """52 GiB for 65,536 sequences it was (fault 27); it is some thirty arrays of their number."""
+    n = 1 << 16
+    rewards, ids = np.random.default_rng(0).normal(size=n), np.random.default_rng(1).integers(0, n // 8, n)
+    tracemalloc.start()
+    try:
+        found = group_advantages(rewards, group_ids=ids, divide_by_std=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * rewards.nbytes
+    of_one = ids == ids[0]
+    expected = loop(rewards[of_one], ids[of_one], divide_by_std=True, leave_one_out=False, std_offset=1e-6)
+    np.testing.assert_allclose(found[of_one], expected, rtol=1e-12)
+
+
+def test_vmapped_and_compiled_by_jax():
+    """A batch of batches, each with its own ids."""
+    many = [groups(40, seed) for seed in range(5)]
+    rewards, ids = (jnp.asarray(np.stack(column)) for column in zip(*many, strict=True))
+    expected = [loop(*one, divide_by_std=True, leave_one_out=True, std_offset=0.5) for one in many]
+
+    def advantages(rewards, ids):
+        return group_advantages(rewards, group_ids=ids, divide_by_std=True, leave_one_out=True, std_offset=0.5)
+
+    for transformed in (jax.vmap(advantages), jax.jit(jax.vmap(advantages))):
+        np.testing.assert_allclose(transformed(rewards, ids), expected, rtol=1e-12, atol=1e-14)
+    of_rows = jax.jit(jax.vmap(group_advantages))(rewards)
+    np.testing.assert_allclose(of_rows, rewards - rewards.mean(axis=1, keepdims=True), atol=1e-14)
+
+
 def test_expand_padded(backend):
     mask = np.array([[True, True, False], [False, True, False]])
     result = backend.run(expand_advantages, np.array([0.5, -0.25]), mask)
@@ -117,6 +229,30 @@ def test_what_a_masked_segment_id_says_does_not_matter(backend):
     result = backend.run(expand_advantages, np.array([0.5, -0.25]), mask, segment_ids=ids)
     assert result.tolist() == [-0.25, 0.0, 0.0]
     assert backend.run(expand_advantages, np.array([0.5]), mask, segment_ids=ids - 1).tolist() == [0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 2, 99])
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_an_id_without_an_advantage_at_a_valid_token(backend, wrong, sequences):
+    """−1 meant the last sequence (fault 26). NumPy says so; elsewhere, where values may be on a device, the token is NaN."""
+    ids, mask = np.array([0, wrong, 0, 1]), np.array([sequences > 0, True, False, False])
+    advantages = np.array([0.5, -0.25])[:sequences]
+    if backend in {Backend.NUMPY, Backend.NUMPY_READ_ONLY}:
+        message = rf"^segment_ids: expected ids in \[0, {sequences}\) at valid tokens, got {wrong} at index 1$"
+        with pytest.raises(ValueError, match=message):
+            backend.run(expand_advantages, advantages, mask, segment_ids=ids)
+        return
+    found = backend.run(expand_advantages, advantages, mask, segment_ids=ids)
+    np.testing.assert_array_equal(found, [0.5 if sequences else 0.0, np.nan, 0.0, 0.0])
+
+
+def test_without_sequences_and_without_tokens(backend):
+    none, ids = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64)
+    for count in (0, 2):
+        assert backend.run(expand_advantages, np.ones(count), none, segment_ids=ids).shape == (0,)
+    assert backend.run(expand_advantages, np.ones(0), np.zeros((0, 3), dtype=bool)).shape == (0, 3)
+    masked = backend.run(expand_advantages, np.ones(0), np.zeros(3, dtype=bool), segment_ids=np.array([5, -1, 0]))
+    assert masked.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_square_batch_is_expanded_along_tokens(backend):

@@ -14,7 +14,8 @@ import beartype, jaxtyping, numpy as np, torch
 
 def checker(function):
     """beartype, which can check an argument against a protocol only if that is checkable at run time."""
-    for value in list(getattr(function, "__globals__", {}).values()):
+    of_core = [module for name, module in sys.modules.items() if name.startswith("drpo_core")]
+    for value in [value for module in of_core for value in vars(module).values()]:
         if getattr(value, "_is_protocol", False) and value is not typing.Protocol:
             typing.runtime_checkable(value)
     return beartype.beartype(function)
@@ -26,6 +27,9 @@ typing.TYPE_CHECKING = True
 with jaxtyping.install_import_hook("drpo_core", "hook.checker"):
     import drpo_core
     from drpo_core import *
+    from drpo_core.objectives import OBJECTIVES
+    from drpo_core.objectives.thresholds import within
+    from drpo_core.reduction import masked_sum, reduction_coefficients, reduction_count
 typing.TYPE_CHECKING = False
 
 @contextlib.contextmanager
@@ -46,37 +50,30 @@ ids = np.array([0, 0, 1])
 REPRESENTATIVE_CALLS = """
 def check(to, xp):
     X, B, A, M, ID = map(to, (x, b, a, mask, ids))
-    losses = [
-        (policy_gradient_loss, policy_gradient_weight, {"max_ratio": 2.0}),
-        (ppo_clip_loss, ppo_clip_weight, {"eps": 0.2, "dual_clip": 3.0}),
-        (cispo_loss, cispo_weight, {"max_ratio": 2.0}),
-        (spo_loss, spo_weight, {"eps_low": 0.2, "eps_high": 0.3}),
-        (dppo_loss, dppo_weight, {"delta": 0.2}),
-        (dppo_loss, dppo_weight, {"delta": 0.2, "divergence": "binary_kl", "max_ratio": 2.0}),
-        (dppo_loss, dppo_weight, {"delta": 0.2, "divergence": abs(A)}),
-        (drpo_loss, drpo_weight, {"delta_low": 0.1, "delta_high": 0.2}),
-        (mask_drpo_loss, mask_drpo_weight, {"delta": 0.2}),
-    ]
-    for loss, weight, parameters in losses:
-        assert loss(X, B, A, **parameters).shape == weight(X, B, A, **parameters).shape == (1, 3)
-        if not hasattr(parameters.get("divergence"), "shape"):
-            assert loss(X[0], B[0], A[0], **parameters).shape == (3,)
     for function in (log_ratio, importance_ratio, probability_shift, binary_tv, binary_kl, k1, k2, k3, full_tv, full_kl):
         function(X, B)
     top = {"top_k_log_prob": X[..., None], "top_k_behavior_log_prob": B[..., None], "sampled_in_top_k": M}
     top_k_tv(X, B, **top), top_k_kl(X, B, **top)
     sampled_in_top_k(ID, ID[:, None])
-    objectives = [PolicyGradient(), PPOClip(eps=0.2), CISPO(max_ratio=2.0), SPO(eps=0.2), DPPO(delta=0.2), DRPO(delta=0.2),
-                  MaskDRPO(delta=0.2), DPPO(delta=0.2, divergence="binary_kl")]
+    objectives = [family.make(0.2 if family.threshold else None) for family in OBJECTIVES]
+    objectives += [family.make((0.1, 0.2)) for family in OBJECTIVES if family.measure]
+    objectives += [PolicyGradient(max_ratio=2.0), PPOClip(eps=0.2, dual_clip=3.0), DPPO(delta=0.2, max_ratio=2.0)]
     parts = []
     for objective in objectives:
-        token_loss_and_gradient(objective, X, B, A, mask=M)
-        parts.append(diagnostics(objective, X, B, A, mask=M))
+        result = token_loss_and_gradient(objective, X, B, A, mask=M)
+        assert result.loss.shape == result.weight.shape == (1, 3)
+        assert token_loss_and_gradient(objective, X[0], B[0], A[0]).loss.shape == (3,)
+        parts.append(token_diagnostics(objective, X, B, A, mask=M))
+        parts.append(policy_loss_and_gradient(objective, X, B, A, mask=M, engine="arrays").diagnostics)
+        policy_loss_and_gradient(objective, X[0], B[0], A[0], mask=M[0], segment_ids=ID, engine="arrays")
     summarize(merge_diagnostics(*parts))
     token_loss_and_gradient(DPPO(delta=0.2, divergence="per_token"), X, B, A, divergence=abs(A))
+    measured = DPPO(delta=0.2, divergence="per_token")
+    policy_loss_and_gradient(measured, X, B, A, mask=M, divergence=abs(A), engine="arrays")
     for reduction in (token_mean, sequence_mean_token_mean, sequence_mean_token_sum):
         assert reduction(A, M, token_weights=A, normalizer=2).shape == ()
         assert reduction(A[0], M[0], segment_ids=ID).shape == ()
+        reduction_coefficients(reduction, M, dtype=X.dtype, token_weights=A), reduction_count(reduction, M, dtype=X.dtype)
     masked_sum(A, M)
     group_advantages(A), group_advantages(A[0], group_ids=ID, divide_by_std=True, leave_one_out=True)
     expand_advantages(A[0, :1], M), expand_advantages(A[0], M[0], segment_ids=ID)
@@ -89,12 +86,12 @@ BREAKS = {
     "the sum of two shapes": """
 from drpo_core.tokens import Tokens
 with caught():
-    Tokens.of(x, b, a[:, :1], xp=array_api_compat.numpy)  # broadcasts silently without the check
+    Tokens.of(x, b, a[:, :1], dtype=x.dtype, xp=array_api_compat.numpy)  # broadcasts silently without the check
 """,
     "a dtype": """
 from drpo_core.tokens import Tokens
 with caught():
-    Tokens.of(x, b, mask, xp=array_api_compat.numpy)
+    Tokens.of(x, b, mask, dtype=x.dtype, xp=array_api_compat.numpy)
 """,
     "the number of axes": """
 with caught():
@@ -109,21 +106,19 @@ with caught():
     token_mean(a[0], mask[0], segment_ids=a[0])
 """,
     "a dtype inside a kernel": """
-import drpo_core.objectives.spo as spo
-from drpo_core.tokens import Tokens
-tokens = Tokens.of(x, b, a, xp=array_api_compat.numpy)
-spo.loss(tokens, spo.Bounds(0.2, 0.2))
+region = SPO(eps=0.2).region
+within(x, region)
 with caught():
-    drpo_core.objectives.thresholds.within(mask, spo.Bounds(0.2, 0.2))
+    within(mask, region)
 """,
     "a torch shape": """
 with caught():
-    drpo_loss(torch.as_tensor(x), torch.as_tensor(b), torch.as_tensor(a)[0], delta=0.2)
+    token_loss_and_gradient(DRPO(delta=0.2), torch.as_tensor(x), torch.as_tensor(b), torch.as_tensor(a)[0])
 """,
     "and the check of the check": """
 try:
     with caught():
-        drpo_loss(x, b, a, delta=0.2)
+        token_loss_and_gradient(DRPO(delta=0.2), x, b, a)
 except AssertionError as error:
     assert str(error) == "not caught"
 else:

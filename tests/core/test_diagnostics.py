@@ -1,7 +1,6 @@
 """Every diagnostic on six hand-computed tokens; merging, summaries, masks, invalid tokens, and real rollouts."""
 
 import math
-import sys
 from math import log
 from pathlib import Path
 
@@ -15,18 +14,18 @@ from drpo_core import (
     DPPO,
     DRPO,
     SPO,
-    EffectiveSampleSize,
     MaskDRPO,
-    Maximum,
-    Mean,
-    Minimum,
     PolicyGradient,
     PPOClip,
     diagnostics,
     expand_advantages,
     merge_diagnostics,
+    policy_loss_and_gradient,
     summarize,
+    token_diagnostics,
 )
+from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean, Minimum, map_diagnostics
+from drpo_core.objectives import OBJECTIVES
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
 BACKENDS = [b for b in Backend if b is not Backend.JAX]
@@ -75,12 +74,12 @@ def assert_same(got, expected):
 
 
 def figures(objective, *arrays, **options):
-    return summarize(diagnostics(objective, *arrays, **options))
+    return summarize(token_diagnostics(objective, *arrays, **options))
 
 
 def values(backend, objective, *arrays, **options):
     """The value of every statistic, computed on a backend and checked to be 0-d; NaN where nothing was counted."""
-    statistics = backend.run(diagnostics, objective, *arrays, **options)
+    statistics = backend.run(token_diagnostics, objective, *arrays, **options)
     assert all(part.shape == () for statistic in statistics.values() for part in statistic)
     return {name: float(s.value) if s.count else math.nan for name, s in statistics.items()}
 
@@ -90,7 +89,7 @@ def test_by_hand(backend):
 
 
 def test_kinds_of_statistics():
-    kinds = {name: type(statistic) for name, statistic in diagnostics(DRPO(delta=0.2), *TOKENS).items()}
+    kinds = {name: type(statistic) for name, statistic in token_diagnostics(DRPO(delta=0.2), *TOKENS).items()}
     assert kinds.pop("effective_sample_size") is EffectiveSampleSize
     assert kinds.pop("weight_min") is Minimum
     assert {kinds.pop(name) for name in ("ratio_max", "binary_tv_max", "weight_max")} == {Maximum}
@@ -159,13 +158,13 @@ def test_the_order_is_that_of_the_documentation():
 
 
 def test_merging_parts_is_the_whole(backend):
-    parts = [backend.call(diagnostics, DRPO(delta=0.2), *map(backend.asarray, rows)) for rows in split(3)]
+    parts = [backend.call(token_diagnostics, DRPO(delta=0.2), *map(backend.asarray, rows)) for rows in split(3)]
     assert_same(summarize(merge_diagnostics(*parts)), BY_HAND)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 6])
 def test_merging_uneven_and_empty_parts(cut):
-    parts = [diagnostics(DRPO(delta=0.2), *rows) for rows in split(cut)]
+    parts = [token_diagnostics(DRPO(delta=0.2), *rows) for rows in split(cut)]
     merged = merge_diagnostics(*parts)
     assert_same(summarize(merged), BY_HAND)
     assert_same(summarize(merge_diagnostics(*reversed(parts))), BY_HAND)
@@ -176,25 +175,118 @@ def split(cut):
 
 
 def test_merging_one_part_or_many():
-    parts = [diagnostics(DRPO(delta=0.2), *(array[i : i + 1] for array in TOKENS)) for i in range(6)]
+    parts = [token_diagnostics(DRPO(delta=0.2), *(array[i : i + 1] for array in TOKENS)) for i in range(6)]
     assert_same(summarize(merge_diagnostics(*parts)), BY_HAND)
-    assert_same(summarize(merge_diagnostics(diagnostics(DRPO(delta=0.2), *TOKENS))), BY_HAND)
+    assert_same(summarize(merge_diagnostics(token_diagnostics(DRPO(delta=0.2), *TOKENS))), BY_HAND)
 
 
 def test_merging_does_not_change_its_arguments():
-    part = diagnostics(DRPO(delta=0.2), *TOKENS)
+    part = token_diagnostics(DRPO(delta=0.2), *TOKENS)
     before = summarize(part)
     merge_diagnostics(part, part)
     assert summarize(part) == before
 
 
 def test_merging_errors():
-    with pytest.raises(ValueError, match=r"^expected at least one dict of diagnostics, got none$"):
+    part = token_diagnostics(DRPO(delta=0.2), *TOKENS)
+    with pytest.raises(ValueError, match=r"^parts: expected at least one dict of diagnostics, got none$"):
         merge_diagnostics()
-    part = diagnostics(DRPO(delta=0.2), *TOKENS)
+    with pytest.raises(
+        TypeError, match=r"^parts: expected dicts of diagnostics, got list; pass merge_diagnostics\(\*parts\)$"
+    ):
+        merge_diagnostics([part, part])
+    with pytest.raises(TypeError, match=r"^parts: expected dicts of diagnostics, got NoneType$"):
+        merge_diagnostics(part, None)
     other = {name: statistic for name, statistic in part.items() if name != "k3_mean"}
-    with pytest.raises(ValueError, match=r"expected the same names in every part, got \['k3_mean'\] in some only"):
-        merge_diagnostics(part, other)
+    for parts in ((part, other), (other, part)):
+        with pytest.raises(ValueError, match=r"^parts: expected the same names in every .*, got \['k3_mean'\] in some only$"):
+            merge_diagnostics(*parts)
+
+
+def test_merging_by_name_not_by_place():
+    """Parts whose names come in another order were added crosswise."""
+    first, second = (token_diagnostics(DRPO(delta=0.2), *rows) for rows in split(2))
+    turned = dict(reversed(second.items()))
+    merged = merge_diagnostics(first, turned)
+    assert list(merged) == list(first)
+    assert_same(summarize(merged), BY_HAND)
+    assert_same(summarize(merge_diagnostics(turned, first)), BY_HAND)
+
+
+def test_merging_what_was_not_asked_for_is_an_error_and_nothing_is_nothing():
+    result = policy_loss_and_gradient(DRPO(delta=0.2), *TOKENS, mask=np.ones(6, dtype=bool), diagnostics=False)
+    assert result.diagnostics is None
+    with pytest.raises(TypeError, match="got NoneType"):
+        merge_diagnostics(result.diagnostics)
+    assert merge_diagnostics({}, {}) == {}
+
+
+def test_merging_statistics_that_are_floats_by_now():
+    """Such as those of `map_diagnostics(float, …)`, sent between processes."""
+    parts = [token_diagnostics(DRPO(delta=0.2), *rows) for rows in split(2)]
+    as_arrays = merge_diagnostics(*parts)
+    as_floats = merge_diagnostics(*(map_diagnostics(lambda field: np.asarray(float(field)), part) for part in parts))
+    assert summarize(as_floats) == summarize(as_arrays)
+
+
+def test_a_function_of_every_field_keeps_names_classes_and_order():
+    part = token_diagnostics(DRPO(delta=0.2), *TOKENS)
+    doubled = map_diagnostics(lambda field: 2 * field, part)
+    assert list(doubled) == list(part)
+    for name, statistic in part.items():
+        assert type(doubled[name]) is type(statistic)
+        assert tuple(doubled[name]) == tuple(2 * field for field in statistic)
+
+
+def test_a_function_of_the_fields_of_several_goes_by_name():
+    part = token_diagnostics(DRPO(delta=0.2), *TOKENS)
+    other = map_diagnostics(lambda field: 3 * field, dict(reversed(part.items())))
+    total = map_diagnostics(lambda x, y: x + y, part, other)
+    assert list(total) == list(part)
+    assert all(tuple(total[name]) == tuple(field + 3 * field for field in part[name]) for name in part)
+    with pytest.raises(KeyError, match="ratio_mean"):
+        map_diagnostics(lambda x, y: x + y, part, {})
+
+
+def arrays_of(statistics):
+    return [field for statistic in statistics.values() for field in statistic]
+
+
+@pytest.mark.parametrize("engine", ["arrays", "compiled"])
+@pytest.mark.parametrize("function", ["token_diagnostics", "policy_loss_and_gradient", "merge_diagnostics"])
+def test_no_two_fields_share_memory(low_precision_backend, function, engine):
+    """An all-reduce in place of one count changed all that shared it (fault 28)."""
+    backend = low_precision_backend if engine == "arrays" else Backend.NUMPY
+    tokens = [backend.asarray(array) for array in TOKENS]
+    mask = backend.asarray(np.ones(6, dtype=bool))
+    if function == "policy_loss_and_gradient":
+        statistics = policy_loss_and_gradient(DRPO(delta=0.2), *tokens, mask=mask, engine=engine).diagnostics
+    else:
+        statistics = token_diagnostics(DRPO(delta=0.2), *tokens, mask=mask)
+        if function == "merge_diagnostics":
+            statistics = merge_diagnostics(statistics, statistics)
+    fields = arrays_of(statistics)
+    if backend is Backend.TORCH:
+        assert len({field.data_ptr() for field in fields}) == len(fields)
+        before = summarize(statistics)
+        statistics["ratio_mean"].count.mul_(2.0)
+        after = summarize(statistics)
+        assert {name for name in after if after[name] != before[name]} == {"ratio_mean"}
+    else:
+        assert all(isinstance(field, backend.array_type) for field in fields)
+
+
+@pytest.mark.parametrize("family", OBJECTIVES, ids=lambda family: family.name)
+def test_every_objective_of_the_table_has_diagnostics(backend, family):
+    made = family.make(family.typical[0] if family.typical else None)
+    got = values(backend, made, *TOKENS)
+    assert set(got) == set(BY_HAND)  # jax.jit sorts them
+    parts = [got[f"{name}_fraction"] for name in ("dropped", "attenuated", "amplified", "corrective")]
+    assert 0.0 <= sum(parts) <= 1.0 + 1e-12
+    assert got["weight_min"] <= got["weight_mean"] <= got["weight_max"]
+    assert got["outside_fraction"] == 0.0 or family.measure is not None
+    same = ("ratio_mean", "ratio_max", "log_ratio_abs_mean", "k1_mean", "k3_mean", "binary_tv_mean", "binary_tv_max")
+    assert_same({name: got[name] for name in same}, {name: BY_HAND[name] for name in same})
 
 
 @pytest.mark.parametrize(
@@ -233,9 +325,9 @@ def test_nothing_to_count(backend, shape):
     """A fully masked batch and empty ones: NaN in a summary, and neutral in a merge."""
     mask = backend.asarray(np.zeros(shape, dtype=bool))
     nan = [backend.asarray(np.full(shape, np.nan))] * 3
-    nothing = backend.call(diagnostics, DRPO(delta=0.2), *nan, mask=mask)
+    nothing = backend.call(token_diagnostics, DRPO(delta=0.2), *nan, mask=mask)
     assert all(math.isnan(value) for value in summarize(nothing).values())
-    whole = backend.call(diagnostics, DRPO(delta=0.2), *map(backend.asarray, TOKENS))
+    whole = backend.call(token_diagnostics, DRPO(delta=0.2), *map(backend.asarray, TOKENS))
     assert_same(summarize(merge_diagnostics(nothing, whole)), BY_HAND)
     assert_same(summarize(merge_diagnostics(whole, nothing)), BY_HAND)
 
@@ -248,7 +340,7 @@ def test_without_advantages_only_the_policies_are_described():
 
 
 def test_summaries_are_floats(backend):
-    statistics = backend.call(diagnostics, DRPO(delta=0.2), *map(backend.asarray, TOKENS))
+    statistics = backend.call(token_diagnostics, DRPO(delta=0.2), *map(backend.asarray, TOKENS))
     assert {type(value) for value in summarize(statistics).values()} == {float}
     assert summarize({}) == {}
 
@@ -260,7 +352,7 @@ def test_a_single_token_is_enough():
 
 
 def test_float32_stays_float32(backend):
-    statistics = backend.run(diagnostics, DRPO(delta=0.2), *(array.astype(np.float32) for array in TOKENS))
+    statistics = backend.run(token_diagnostics, DRPO(delta=0.2), *(array.astype(np.float32) for array in TOKENS))
     assert {part.dtype for statistic in statistics.values() for part in statistic} == {np.dtype(np.float32)}
 
 
@@ -274,7 +366,7 @@ def test_a_summary_is_one_transfer_from_a_device(monkeypatch):
         transfers.append((array.shape, device))
         return array
 
-    monkeypatch.setattr(sys.modules["drpo_core.diagnostics"], "to_device", transfer)
+    monkeypatch.setattr(diagnostics, "to_device", transfer)
     statistics = {"mean": Mean(np.asarray(6.0), np.asarray(4.0)), "maximum": Maximum(np.asarray(7.0), np.asarray(1.0))}
     expected = {"mean": 1.5, "maximum": 7.0}
     assert summarize(statistics) == expected
@@ -283,24 +375,27 @@ def test_a_summary_is_one_transfer_from_a_device(monkeypatch):
     assert transfers == [((2,), "cpu")]
 
 
+def merged(*statistics):
+    (result,) = merge_diagnostics(*({"statistic": type(s)(*map(np.asarray, s))} for s in statistics)).values()
+    return result
+
+
 def test_statistics_by_hand():
-    array = np.asarray
-    assert Mean(array(6.0), array(4.0)).merge(Mean(array(2.0), array(1.0))).value == 8 / 5
-    assert Maximum(array(6.0), array(4.0)).merge(Maximum(array(7.0), array(1.0))) == (7.0, 5.0)
-    assert Minimum(array(6.0), array(4.0)).merge(Minimum(array(7.0), array(1.0))) == (6.0, 5.0)
-    merged = EffectiveSampleSize(array(1.0), array(1.0), array(1.0)).merge(
-        EffectiveSampleSize(array(3.0), array(9.0), array(1.0))
-    )
-    assert merged.value == (1 + 3) ** 2 / (2 * (1 + 9))
-    assert math.isnan(Mean(array(0.0), array(0.0)).value)
-    assert math.isnan(EffectiveSampleSize(array(0.0), array(0.0), array(3.0)).value)
+    assert merged(Mean(6.0, 4.0), Mean(2.0, 1.0)).value == 8 / 5
+    assert merged(Maximum(6.0, 4.0), Maximum(7.0, 1.0)) == (7.0, 5.0)
+    assert merged(Minimum(6.0, 4.0), Minimum(7.0, 1.0)) == (6.0, 5.0)
+    effective = merged(EffectiveSampleSize(1.0, 1.0, 1.0), EffectiveSampleSize(3.0, 9.0, 1.0))
+    assert effective.value == (1 + 3) ** 2 / (2 * (1 + 9))
+    zero = np.asarray(0.0)
+    assert math.isnan(Mean(zero, zero).value)
+    assert math.isnan(EffectiveSampleSize(zero, zero, np.asarray(3.0)).value)
 
 
 @pytest.mark.parametrize("kind", [Maximum, Minimum])
 def test_a_nan_extreme_is_not_lost_in_merging(kind):
-    nan, one = kind(np.asarray(np.nan), np.asarray(1.0)), kind(np.asarray(1.0), np.asarray(1.0))
-    assert math.isnan(nan.merge(one).value)
-    assert math.isnan(one.merge(nan).value)
+    nan, one = kind(np.nan, 1.0), kind(1.0, 1.0)
+    assert math.isnan(merged(nan, one).value)
+    assert math.isnan(merged(one, nan).value)
 
 
 def test_a_measured_divergence_is_used():
@@ -318,9 +413,9 @@ def test_a_token_without_a_direction_is_outside_only():
 
 def test_errors(backend):
     with pytest.raises(TypeError, match=r"mask: expected a bool dtype, got .*float64"):
-        backend.run(diagnostics, DRPO(delta=0.2), *TOKENS, mask=np.ones(6))
+        backend.run(token_diagnostics, DRPO(delta=0.2), *TOKENS, mask=np.ones(6))
     with pytest.raises(ValueError, match=r"advantages: expected the shape of log_prob, \(6,\), got \(1,\)"):
-        backend.run(diagnostics, DRPO(delta=0.2), LOG_PROB, BEHAVIOR, np.ones(1))
+        backend.run(token_diagnostics, DRPO(delta=0.2), LOG_PROB, BEHAVIOR, np.ones(1))
 
 
 ROLLOUTS = Path(drpo_core.__file__).parent / "data" / "gemma3_270m_arithmetic.npz"

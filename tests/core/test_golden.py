@@ -1,6 +1,6 @@
 """Parity with published implementations, and with exact sums on recorded distributions.
 
-`python tests/test_golden.py` prints, for each array: compared, excluded (why), maximum relative difference.
+`python tests/core/test_golden.py` prints, for each array: compared, excluded (why), maximum relative difference.
 """
 
 from pathlib import Path
@@ -24,8 +24,8 @@ from drpo_core import (
     top_k_tv,
 )
 
-HERE = Path(__file__).parent
-ROLLOUTS = Path(drpo_core.__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
+ROLLOUTS = Path(drpo_core.__file__).parent / "audit" / "data"
 TOLERANCE = 1e-9
 
 
@@ -84,7 +84,7 @@ TOP_K = ("topk_log_prob", "topk_behavior_log_prob", "topk_tv", "topk_kl", "full_
 
 @pytest.fixture(scope="module", name="reference")
 def reference_fixture():
-    return load(HERE / "data" / "reference_losses.npz")
+    return load(DATA / "reference_losses.npz")
 
 
 @pytest.fixture(scope="module", name="recorded")
@@ -245,6 +245,6 @@ def table(reference):
 if __name__ == "__main__":
     for row in [
         ("array", "compared", "excluded (why)", "max rel. difference"),
-        *table(load(HERE / "data/reference_losses.npz")),
+        *table(load(DATA / "reference_losses.npz")),
     ]:
         print("{:42s} {:>8s}  {:52s} {}".format(*row))  # noqa: T201 -- this is the table

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import drpo_core
-from drpo_core import checks, validation
+from drpo_core import _checks, reduction, validation
+from drpo_core.objectives import OBJECTIVES
 
 X, B, A = np.log([[0.5, 0.2]]), np.log([[0.25, 0.4]]), np.array([[1.0, -1.0]])
 MASK = np.array([[True, True]])
@@ -20,15 +21,11 @@ CALLS = {
     **dict.fromkeys(("k1", "k2", "k3", "full_tv", "full_kl"), (X, B)),
     **dict.fromkeys(("top_k_tv", "top_k_kl"), (X, B, TOP)),
     "sampled_in_top_k": (TOKENS, TOKENS[..., None]),
-    **{f"policy_gradient_{kind}": (X, B, A) for kind in ("loss", "weight")},
-    **{f"cispo_{kind}": (X, B, A, {"max_ratio": 2.0}) for kind in ("loss", "weight")},
-    **{f"{name}_{kind}": (X, B, A, {"eps": 0.2}) for name in ("ppo_clip", "spo") for kind in ("loss", "weight")},
-    **{f"{name}_{kind}": (X, B, A, {"delta": 0.2}) for name in ("dppo", "drpo", "mask_drpo") for kind in ("loss", "weight")},
     **{
         name: (drpo_core.DRPO(delta=0.2), X, B, A, {"mask": MASK})
-        for name in ("token_loss_and_gradient", "diagnostics", "policy_loss_and_gradient")
+        for name in ("token_loss_and_gradient", "token_diagnostics", "policy_loss_and_gradient")
     },
-    **dict.fromkeys(("masked_sum", "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"), (X, MASK)),
+    **dict.fromkeys(("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"), (X, MASK)),
     "group_advantages": (A,),
     "expand_advantages": (A[0], np.ones((2, 3), dtype=bool)),
     "validate": (X, B, A),
@@ -53,11 +50,29 @@ def test_a_given_namespace_is_not_inferred(name, monkeypatch):
     def refuse(*_):
         pytest.fail("inferred a namespace that was given")
 
-    monkeypatch.setattr(checks, "array_namespace", refuse)
+    monkeypatch.setattr(_checks, "array_namespace", refuse)
     given = call(name, xp=xp)
     np.testing.assert_equal(given, inferred)
 
 
 def test_problems_are_found_in_a_given_namespace(monkeypatch):
-    monkeypatch.setattr(checks, "array_namespace", None)
+    monkeypatch.setattr(_checks, "array_namespace", None)
     assert len(validation.find_problems(np.array([np.nan]), np.zeros(1), np.zeros(1), xp=xp)) == 1
+
+
+@pytest.mark.parametrize("family", OBJECTIVES, ids=lambda family: family.name)
+def test_no_objective_infers_a_namespace(family, monkeypatch):
+    monkeypatch.setattr(_checks, "array_namespace", None)
+    made = family.make(family.typical[0] if family.typical else None)
+    options = {"mask": MASK, "xp": xp}
+    for engine in ("arrays", "compiled"):
+        result = drpo_core.policy_loss_and_gradient(made, X, B, A, **options, engine=engine)
+        assert np.isfinite(result.gradient).all()
+    assert np.isfinite(drpo_core.token_loss_and_gradient(made, X, B, A, **options).loss).all()
+
+
+def test_sums_and_coefficients_take_a_given_namespace(monkeypatch):
+    monkeypatch.setattr(_checks, "array_namespace", None)
+    assert reduction.masked_sum(X, MASK, xp=xp).count == 2.0
+    assert reduction.reduction_coefficients(drpo_core.token_mean, MASK, dtype=np.float64, xp=xp) == 0.5
+    assert reduction.reduction_count(drpo_core.token_mean, MASK, dtype=np.float64, xp=xp) == 2.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("drpo_core", "drpo_torch", "drpo_jax")
 # what `import drpo_core` must not import: frameworks, and what only an extra installs
 HEAVY = ("torch", "jax", "matplotlib", "rich", "typer", "pyarrow", "safetensors", "hypothesis", "mpmath", "jaxtyping")
@@ -18,7 +18,8 @@ IMPORT_ALL = "import drpo_core, drpo_torch, drpo_jax; print(drpo_core.__file__, 
 
 
 def run(*command, cwd):
-    result = subprocess.run([str(c) for c in command], cwd=cwd, check=False, capture_output=True, text=True)  # noqa: S603 -- ours
+    command = [str(part) for part in command]
+    result = subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True)  # noqa: S603 -- ours
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -103,7 +104,8 @@ def test_the_editable_install_imports(source, tmp_path):
     python = environment / "bin" / "python"
     options = ("--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
     run(python, "-m", "pip", "install", *options, "--editable", source, cwd=tmp_path)
-    files = run(python, "-c", IMPORT_ALL, cwd=tmp_path).split()
+    # -I: not what PYTHONPATH may lead to
+    files = run(python, "-I", "-c", IMPORT_ALL, cwd=tmp_path).split()
     expected = [source / "drpo_core", source / "adapters" / "drpo_torch", source / "adapters" / "drpo_jax"]
     assert [Path(file).parent for file in files] == expected
 
@@ -121,11 +123,12 @@ def test_importing_the_core_imports_no_framework_and_no_extra():
 def test_using_the_core_imports_no_framework_and_no_extra():
     use = """
 import numpy as np
-from drpo_core import DRPO, diagnostics, summarize, token_loss_and_gradient, token_mean
+from drpo_core import DRPO, policy_loss_and_gradient, summarize, token_diagnostics, token_loss_and_gradient, token_mean
 x, mask = np.log([[0.5, 0.2]]), np.ones((1, 2), dtype=bool)
 loss = token_loss_and_gradient(DRPO(delta=0.5), x, x, np.ones((1, 2)), mask=mask).loss
 token_mean(loss, mask)
-summarize(diagnostics(DRPO(delta=0.5), x, x, np.ones((1, 2)), mask=mask))
+summarize(token_diagnostics(DRPO(delta=0.5), x, x, np.ones((1, 2)), mask=mask))
+policy_loss_and_gradient(DRPO(delta=0.5), x, x, np.ones((1, 2)), mask=mask, engine="arrays")
 """
     assert imported_with(use) == []
 

@@ -2,13 +2,21 @@
 
 import math
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import pytest
 from backends import Backend
 
-from drpo_core import masked_sum, sequence_mean_token_mean, sequence_mean_token_sum, token_mean
-from drpo_core.reduction import has_coefficients, reduction_coefficients, reduction_count
+from drpo_core import (
+    DRPO,
+    policy_loss_and_gradient,
+    sequence_mean_token_mean,
+    sequence_mean_token_sum,
+    token_loss_and_gradient,
+    token_mean,
+)
+from drpo_core.reduction import masked_sum, reduction_coefficients, reduction_count
 
 VALUES = np.array([[1.0, 2.0, 6.0, np.nan], [5.0, np.inf, np.nan, -np.inf]])
 MASK = np.array([[True, True, True, False], [True, False, False, False]])
@@ -205,9 +213,9 @@ def test_nan_at_a_valid_token_is_not_hidden(backend):
         ({"normalizer": -1}, ValueError, "normalizer: expected a finite number, 0 or more, got -1"),
         ({"normalizer": math.nan}, ValueError, "normalizer: expected a finite number, 0 or more, got nan"),
         ({"normalizer": math.inf}, ValueError, "normalizer: expected a finite number, 0 or more, got inf"),
-        ({"normalizer": np.ones(2)}, ValueError, r"normalizer: expected a number or a 0-d array, got \(2,\)"),
-        ({"normalizer": np.ones(1)}, ValueError, r"normalizer: expected a number or a 0-d array, got \(1,\)"),
-        ({"normalizer": "4"}, ValueError, "normalizer: expected a number or a 0-d array, got str"),
+        ({"normalizer": np.ones(2)}, (TypeError, ValueError), r"normalizer: expected a .*number.*, got .*shape \(2,\)"),
+        ({"normalizer": np.ones(1)}, (TypeError, ValueError), r"normalizer: expected a .*number.*, got .*shape \(1,\)"),
+        ({"normalizer": "4"}, TypeError, "normalizer: expected a real number, got str"),
     ],
 )
 def test_errors(backend, changes, error, message):
@@ -268,12 +276,203 @@ def test_coefficients_have_the_dtype_that_was_asked_for():
     assert reduction_coefficients(token_mean, mask, dtype=np.float32, token_weights=weights).dtype == np.float32
 
 
-def test_nothing_is_known_of_another_reduction():
-    def largest(values, *_, **__):
-        return values.max()
+RNG = np.random.default_rng(0)
+TOKENS = {
+    "log_prob": -RNG.random((3, 5)),
+    "behavior_log_prob": -RNG.random((3, 5)),
+    "advantages": RNG.normal(size=(3, 5)),
+    "mask": np.array([[True] * 5, [True, False, True, False, False], [False] * 5]),
+}
+PACKED_TOKENS = {name: array.ravel() for name, array in TOKENS.items()}
+OBJECTIVE = DRPO(delta=0.5)
+ENGINES = ["arrays", "compiled"]
+FACTORS = RNG.random(15)
+OPTIONS = {
+    "normalizer": 7.0,
+    "token_weights": FACTORS,
+    "segment_ids": np.repeat([4, -1, 9], 5),
+}
+THREE = [token_mean, sequence_mean_token_mean, sequence_mean_token_sum]
+each_engine = pytest.mark.parametrize("engine", ENGINES)
 
-    for unknown in (largest, partial(largest, horizon=3.0), partial(token_mean, normalizer=3.0)):
-        assert not has_coefficients(unknown)
-        assert reduction_coefficients(unknown, np.array([True]), dtype=np.float64) is None
-        assert reduction_count(unknown, np.array([True]), dtype=np.float64) is None
-    assert all(map(has_coefficients, KNOWN))
+
+def loss_and_gradient(reduction, tokens=TOKENS, *, engine="arrays", **options):
+    """As bytes would be compared: the same arithmetic gives the same numbers."""
+    result = policy_loss_and_gradient(OBJECTIVE, **tokens, reduction=reduction, engine=engine, **options)
+    return result.loss, result.gradient
+
+
+@each_engine
+@pytest.mark.parametrize("reduction", THREE, ids=lambda r: r.__name__)
+@pytest.mark.parametrize("names", [n for k in range(4) for n in combinations(OPTIONS, k)], ids="+".join)
+def test_what_partial_has_bound_is_what_is_passed(reduction, names, engine):
+    """A bound normalizer was ignored, which made the loss 500 times too large (fault 06)."""
+    given = {name: OPTIONS[name] for name in names}
+    # a horizon can only be bound
+    horizon = {"horizon": 3.0} if reduction is sequence_mean_token_sum else {}
+    bound = partial(partial(reduction, **horizon), **given)
+    expected = loss_and_gradient(partial(reduction, **horizon), PACKED_TOKENS, engine=engine, **given)
+    assert_equal(loss_and_gradient(bound, PACKED_TOKENS, engine=engine), expected)
+    values = token_loss_and_gradient(OBJECTIVE, **PACKED_TOKENS).loss
+    np.testing.assert_allclose(expected[0], bound(values, PACKED_TOKENS["mask"]), rtol=1e-13)
+    count = reduction_count(bound, PACKED_TOKENS["mask"], dtype=np.float64)
+    ids = {"segment_ids": given["segment_ids"]} if "segment_ids" in given else {}
+    assert count == reduction_count(reduction, PACKED_TOKENS["mask"], dtype=np.float64, **ids)
+
+
+def assert_equal(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_passed_goes_before_what_is_bound(name):
+    other = {"normalizer": 100.0, "token_weights": np.full(15, np.nan), "segment_ids": np.arange(15)}[name]
+    bound = partial(sequence_mean_token_mean, **{name: other})
+    expected = loss_and_gradient(sequence_mean_token_mean, PACKED_TOKENS, **{name: OPTIONS[name]})
+    assert_equal(loss_and_gradient(bound, PACKED_TOKENS, **{name: OPTIONS[name]}), expected)
+
+
+def test_a_bound_namespace_changes_nothing():
+    assert_equal(loss_and_gradient(partial(token_mean, xp=np)), loss_and_gradient(token_mean))
+
+
+def largest(values, *_, **__):
+    return values.max()
+
+
+class NotHashable:
+    """A callable without a hash."""
+
+    __hash__ = None
+
+    def __call__(self, values, mask, **_):
+        """A sum."""
+        return (values * mask).sum()
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        largest,
+        lambda values, mask, **_: (values * mask).sum(),
+        partial(largest, horizon=3.0),
+        partial(token_mean, np.ones(3)),
+        NotHashable(),
+        "token_mean",
+        None,
+        3,
+        [],
+        np.sum,
+        np.ones(3),
+        type("Class", (), {}),
+        type("Attribute", (), {"coefficients": 3.0})(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_error_for_every_reduction_that_is_not_known(unknown):
+    message = (
+        r"^reduction: expected token_mean, sequence_mean_token_mean, sequence_mean_token_sum \(arguments may be bound by "
+        r"functools\.partial\) or a linear_reduction, whose coefficients are known beforehand, got "
+    )
+    mask = TOKENS["mask"]
+    for call in (
+        lambda: reduction_coefficients(unknown, mask, dtype=np.float64),
+        lambda: reduction_count(unknown, mask, dtype=np.float64),
+        *(partial(loss_and_gradient, unknown, engine=engine) for engine in (*ENGINES, "auto")),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("reduction", "message"),
+    [
+        (partial(token_mean, horizon=3.0), "^reduction: token_mean has no argument horizon$"),
+        (partial(sequence_mean_token_mean, horizon=3.0), "^reduction: sequence_mean_token_mean has no argument horizon$"),
+        (partial(token_mean, dim=0), "^reduction: token_mean has no argument dim$"),
+        (partial(token_mean, dim=0, axis=1), "^reduction: token_mean has no argument axis, dim$"),
+    ],
+)
+def test_a_bound_argument_that_there_is_not(reduction, message):
+    for call in (loss_and_gradient, partial(reduction_count, mask=TOKENS["mask"], dtype=np.float64)):
+        with pytest.raises(TypeError, match=message):
+            call(reduction)
+
+
+class Own:
+    """A reduction of the caller's own: it multiplies with these, and keeps what it was asked."""
+
+    def __init__(self, factors):
+        """Of any shape that broadcasts to a mask's."""
+        self.factors, self.asked = factors, None
+
+    def coefficients(self, mask, **asked):
+        """The factors."""
+        assert str(mask.dtype).endswith("bool")
+        self.asked = asked
+        return self.factors
+
+
+@each_engine
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (3, 1), (1, 5), (3, 5)])
+def test_a_reduction_of_ones_own_is_known_by_its_coefficients(shape, dtype, engine):
+    """The compiled loop took coefficients of a column for those of rows, and read beyond the end of others."""
+    own = Own(np.random.default_rng(2).random(shape))
+    tokens = {name: array if array.dtype == bool else array.astype(dtype) for name, array in TOKENS.items()}
+    loss, gradient = loss_and_gradient(own, tokens, engine=engine)
+    assert {loss.dtype, gradient.dtype} == {np.dtype(dtype)}
+    parts = token_loss_and_gradient(OBJECTIVE, **tokens)
+    tolerance = {"rtol": 1e-12 if dtype is np.float64 else 1e-5, "atol": 1e-7 if dtype is np.float32 else 1e-16}
+    np.testing.assert_allclose(loss, (own.factors * parts.loss).sum(), **tolerance)
+    np.testing.assert_allclose(gradient, np.where(tokens["mask"], own.factors * parts.gradient, 0.0), **tolerance)
+
+
+@each_engine
+def test_a_reduction_of_ones_own_is_asked_with_what_was_given(engine):
+    own = Own(np.asarray(0.5))
+    loss_and_gradient(own, PACKED_TOKENS, engine=engine, **OPTIONS)
+    assert own.asked.keys() == {"dtype", "xp", *OPTIONS}
+    assert own.asked["dtype"] == np.float64
+    assert all(own.asked[name] is value for name, value in OPTIONS.items())
+    loss_and_gradient(own, engine=engine)
+    assert [own.asked[name] for name in OPTIONS] == [None] * 3
+
+
+@each_engine
+@pytest.mark.parametrize(
+    ("factors", "error", "message"),
+    [
+        (np.ones(3), ValueError, r"expected a shape that broadcasts to the mask's, \(3, 5\), got \(3,\)"),
+        (np.ones(0), ValueError, r"got \(0,\)"),
+        (np.ones((15,)), ValueError, r"got \(15,\)"),
+        (np.ones((2, 3, 5)), ValueError, r"got \(2, 3, 5\)"),
+        (np.ones((1, 3, 5)), ValueError, r"got \(1, 3, 5\)"),
+        (0.5, TypeError, "expected an array of real floating dtype, got float"),
+        ([1.0], TypeError, "expected an array of real floating dtype, got list"),
+        (None, TypeError, "expected an array of real floating dtype, got NoneType"),
+        (np.array(1), TypeError, "expected a real floating dtype, got int64"),
+        (np.ones((3, 5), dtype=bool), TypeError, "expected a real floating dtype, got bool"),
+    ],
+)
+def test_coefficients_of_ones_own_are_checked(factors, error, message, engine):
+    with pytest.raises(error, match=rf"^coefficients of the reduction: .*{message}"):
+        loss_and_gradient(Own(factors), engine=engine)
+
+
+def test_masked_tokens_may_have_any_coefficient(backend):
+    """NaN and infinity included, in every engine."""
+    clean, mask = RNG.random((3, 5)), TOKENS["mask"]
+    for garbage in (np.nan, np.inf, -np.inf, 1e300):
+        for engine in ENGINES:
+            expected = loss_and_gradient(Own(clean), engine=engine)
+            assert_equal(loss_and_gradient(Own(np.where(mask, clean, garbage)), engine=engine), expected)
+
+        def run(factors, **tokens):
+            return tuple(policy_loss_and_gradient(OBJECTIVE, **tokens, reduction=Own(factors), engine="arrays")[:2])
+
+        with np.errstate(invalid="ignore"):  # of array-api-strict, whose arrays are NumPy's
+            got = backend.run(run, np.where(mask, clean, garbage), **TOKENS)
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-16)

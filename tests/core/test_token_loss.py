@@ -14,10 +14,10 @@ from drpo_core import (
     PolicyGradient,
     PPOClip,
     TokenLoss,
-    drpo_loss,
-    drpo_weight,
+    Tokens,
     token_loss_and_gradient,
 )
+from drpo_core import objectives as families
 
 LOG_PROB = np.log([0.5, 0.2, 0.3, 0.9])
 BEHAVIOR = np.log([0.25, 0.2, 0.6, 0.6])
@@ -68,12 +68,22 @@ def test_the_gradient_is_the_derivative_of_the_loss():
             np.testing.assert_allclose((up - down) / (2 * h), gradient, rtol=1e-8, atol=1e-8, err_msg=repr(objective))
 
 
-def test_loss_and_weight_are_those_of_the_functions(backend):
-    result = backend.run(token_loss_and_gradient, DRPO(delta=0.2), LOG_PROB, BEHAVIOR, ADVANTAGES)
+@each_objective
+def test_loss_and_weight_are_those_of_the_methods(backend, objective):
+    result = backend.run(token_loss_and_gradient, objective, LOG_PROB, BEHAVIOR, ADVANTAGES)
     assert type(result) is TokenLoss
-    arrays = (LOG_PROB, BEHAVIOR, ADVANTAGES)
-    np.testing.assert_allclose(result.loss, backend.run(drpo_loss, *arrays, delta=0.2), rtol=1e-15)
-    np.testing.assert_allclose(result.weight, backend.run(drpo_weight, *arrays, delta=0.2), rtol=1e-15)
+
+    def methods(*arrays):
+        tokens = Tokens.checked(*arrays)
+        return objective.loss(tokens), objective.weight(tokens)
+
+    loss, weight = backend.run(methods, LOG_PROB, BEHAVIOR, ADVANTAGES)
+    np.testing.assert_allclose(result.loss, loss, rtol=1e-14)
+    np.testing.assert_allclose(result.weight, weight, rtol=1e-14)
+
+
+def test_every_class_of_the_table_is_here():
+    assert {type(objective) for objective in OBJECTIVES} == {family.objective for family in families.OBJECTIVES}
 
 
 @each_objective
@@ -191,9 +201,6 @@ def test_an_objective_of_the_users_own(backend):
 
         def weight(self, tokens):
             return 1.0 / (1.0 + tokens.ratio)
-
-        def inside(self, tokens):
-            return tokens.ratio == tokens.ratio
 
     result = backend.run(token_loss_and_gradient, Damped(), LOG_PROB, BEHAVIOR, ADVANTAGES)
     np.testing.assert_allclose(result.gradient, [-2 / 3, -1 / 2, 0.5 / 1.5, 3 / 2.5], rtol=1e-14)

@@ -7,10 +7,11 @@ import pytest
 from backends import Backend
 
 from drpo_core import validate
+from drpo_core.validation import LOWEST, UNLIKELY, Problem, find_problems
 
 GOOD = {
     "log_prob": np.array([[-1.0, -2.0], [0.0, -3.0]]),
-    "behavior_log_prob": np.array([[-1.5, 0.0], [-30.0, -3.0]]),
+    "behavior_log_prob": np.array([[-1.5, -30.0], [-1.0, -3.0]]),
     "advantages": np.array([[1.0, -1.0], [0.0, 1e30]]),
 }
 # values are read: not under jit
@@ -35,8 +36,8 @@ def test_good_values_pass(backend):
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "-inf")])
 def test_one_bad_value(backend, name, value, kind):
-    with pytest.raises(ValueError, match=rf"^{name}: 1 {kind} at valid tokens, at index \(1, 0\)$"):
-        call(backend, with_value(name, value, (1, 0)))
+    with pytest.raises(ValueError, match=rf"^{name}: 1 {kind} at valid tokens, at index \(1, 1\)$"):
+        call(backend, with_value(name, value, (1, 1)))
 
 
 @pytest.mark.parametrize("name", ["log_prob", "behavior_log_prob"])
@@ -96,10 +97,57 @@ def test_the_default_tolerance_is_inclusive_and_16_epsilons():
         validate(np.array([np.nextafter(slack, np.float16(1))]), zero, zero)
 
 
+LOG_PROBS = ["log_prob", "behavior_log_prob"]
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+@pytest.mark.parametrize("value", [-9999.0, -1e4, -1e30, np.nextafter(LOWEST, -np.inf)])
+def test_a_sentinel_for_a_log_prob_that_is_missing(backend, name, value):
+    """−9999 passed, and gave gradients of 1e9."""
+    message = rf"^{name}: 2 below -1000 \(a sentinel, such as -9999, .*\) at valid tokens, the first at index \(0, 1\)$"
+    with pytest.raises(ValueError, match=message):
+        call(backend, with_value(name, value, (0, 1), (1, 1)))
+    call(backend, with_value(name, value, (0, 1), (1, 1)), mask=backend.asarray(np.array([[True, False], [True, False]])))
+    call(backend, with_value(name, LOWEST, (0, 1)))
+    call(backend, with_value("advantages", value, (0, 1)))
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_missing_log_prob_that_was_filled_with_0(backend, name, zero):
+    (other,) = set(LOG_PROBS) - {name}
+    message = (
+        rf"^{name}: 1 exactly 0 where the other policy's is below -1 \(a missing .*\) at valid tokens, at index \(1, 1\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        call(backend, with_value(name, zero, (1, 1)))
+    arrays = with_value(name, zero, (1, 1))
+    arrays[other][1, 1] = UNLIKELY  # e⁻¹ and 1 may both be right
+    call(backend, arrays)
+    arrays[other][1, 1] = np.nextafter(UNLIKELY, -np.inf)
+    with pytest.raises(ValueError, match=message):
+        call(backend, arrays)
+    call(backend, arrays, mask=backend.asarray(np.array([[True, True], [True, False]])))
+    arrays[name][1, 1] = -1e-300  # a token that is all but certain
+    call(backend, arrays)
+
+
+def test_every_kind_of_problem_is_found_by_its_own_name(backend):
+    """All at once in one array: each token is one kind of problem, and an advantage has none of a log-prob's kinds."""
+    values = np.array([-0.5, np.nan, np.inf, -np.inf, 0.5, -9999.0, 0.0])
+    others = np.array([-0.5, -0.5, -0.5, -0.5, -0.5, -0.5, -2.0])
+    for name in GOOD:
+        arrays = {"log_prob": others, "behavior_log_prob": others, "advantages": np.ones(7), name: values}
+        problems = find_problems(**{key: backend.asarray(array) for key, array in arrays.items()})
+        assert all(type(problem) is Problem for problem in problems)
+        kinds = 3 if name == "advantages" else 6
+        assert [(p.argument, p.occurrences, p.first) for p in problems] == [(name, 1, (i,)) for i in range(1, 1 + kinds)]
+
+
 def test_index_of_a_packed_and_of_a_single_token():
     bad = np.array([-1.0, -1.0, np.nan])
     with pytest.raises(ValueError, match=r"at index \(2,\)$"):
-        validate(bad, np.zeros(3), np.zeros(3))
+        validate(bad, np.full(3, -0.5), np.zeros(3))
     with pytest.raises(ValueError, match=r"at index \(\)$"):
         validate(bad[2:].reshape(()), np.zeros(()), np.zeros(()))
 

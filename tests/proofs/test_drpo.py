@@ -29,7 +29,9 @@ from drpo_core.objectives.thresholds import Bounds
 TOKENS, FACTS = real_tokens()
 DELTA, POSITIVE = real_bounds()
 GIVEN = [*FACTS, *POSITIVE]
-OBJECTIVE, MASK, MASKED = (symbolic(kind, delta=DELTA) for kind in (DRPO, MaskDRPO, DPPO))
+OBJECTIVE = symbolic(DRPO, delta=DELTA)
+MASK = symbolic(MaskDRPO, delta=DELTA)
+MASKED = symbolic(DPPO, delta=DELTA)
 WEIGHT = OBJECTIVE.weight(TOKENS)
 ADVANTAGE, RATIO, MU = TOKENS.advantages, TOKENS.ratio, z3.Real("mu")
 PI = MU * RATIO

@@ -110,14 +110,19 @@ def test_a_normalizer_that_is_a_tensor():
     assert_compiled_equals_eager(step, [DRPO(delta=0.15)])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_linear_reduction(backend):
-    def step(objective, **data):
-        def mean(values, mask):
-            return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+def row_means(values, mask):
+    return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
+
+OUTSIDE = linear_reduction(row_means)
+
+
+@pytest.mark.parametrize("made", [lambda: OUTSIDE, lambda: linear_reduction(row_means)], ids=["outside", "inside"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_linear_reduction(backend, made):
+    def step(objective, **data):
         weights = torch.full_like(data["advantages"], 0.5)
-        return policy_loss(objective, **data, reduction=linear_reduction(mean), token_weights=weights)
+        return policy_loss(objective, **data, reduction=made(), token_weights=weights)
 
     assert_compiled_equals_eager(step, [DRPO(delta=0.15)], backend=backend, rtol=1e-10)
 

@@ -459,5 +459,3 @@ ON_ENGINES = [
 @parametrize_with_checks(ON_ENGINES, settings="dev")
 def test_kit(check):
     check()
-
-

@@ -14,12 +14,14 @@ from drpo_jax._sharding import in_auto_mode
 
 __all__ = [
     "TokenLogProb",
+    "entries",
     "entropy_of",
     "inside_vocabulary",
     "masked",
     "normalize",
     "one_hot",
     "outside_vocabulary",
+    "poisoned",
     "select",
     "selected_log_prob",
     "token_log_prob",
@@ -34,9 +36,7 @@ class TokenLogProb(NamedTuple):
     log_normalizer: jax.Array
 
 
-def token_log_prob(
-    *, logits: jax.Array, tokens: jax.Array, temperature: float = 1.0, entropy: bool = False
-) -> TokenLogProb:
+def token_log_prob(*, logits: jax.Array, tokens: jax.Array, temperature: float = 1.0, entropy: bool = False) -> TokenLogProb:
     """Log-prob log π(token) = logits(token)/T − log Σ_v e^(logits(v)/T) of each sampled token, differentiable in reverse mode.
 
     The backward pass forms the gradient in one expression, from the logits and the per-token results; nothing else of
@@ -112,7 +112,7 @@ def entropy_of(z: jax.Array, log_normalizer: jax.Array, probability: jax.Array) 
 
 def outside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
     """True where an id is not in [0, vocabulary), whatever its integer type can hold."""
-    limits = jnp.iinfo(ids.dtype)
+    limits = jnp.iinfo(ids.dtype)  # type: ignore[no-untyped-call]
     outside = jnp.zeros_like(ids, dtype=bool)
     if limits.min < 0:
         outside = ids < 0
@@ -124,14 +124,42 @@ def inside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
     return jnp.where(outside_vocabulary(ids, vocabulary), 0, ids.astype(jnp.int32))
 
 
-def select(rows: jax.Array, ids: jax.Array) -> jax.Array:
-    """The entry of each row that its id names; ids are inside the vocabulary."""
-    return jnp.take_along_axis(rows, ids[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+def entries(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The entries (…, K) of rows (…, V) at ids (…, K): 0 in rows that the mask leaves out, and anything for other ids."""
+    inside = inside_vocabulary(ids, rows.shape[-1])
+    if mask is None:
+        return jnp.take_along_axis(rows, inside, axis=-1, mode="promise_in_bounds")
+    # by an index beyond the row: of rows that are replaced beforehand, a gather would have all written to memory
+    inside = jnp.where(mask[..., None], inside, rows.shape[-1])
+    return jnp.take_along_axis(rows, inside, axis=-1, mode="fill", fill_value=0.0)
+
+
+def select(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The entry of each row that its one id names, as `entries`."""
+    return entries(rows, ids[..., None], mask)[..., 0]
 
 
 def one_hot(ids: jax.Array, like: jax.Array) -> jax.Array:
     """True at each row's id, by a comparison: unlike a scatter, it fuses with what follows."""
     return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, like.shape, like.ndim - 1)
+
+
+@jax.custom_vjp
+def poisoned(x: jax.Array, broken: jax.Array) -> jax.Array:
+    """x, with NaN where it is broken: in value, and in the derivative if a cotangent reaches it."""
+    return jnp.where(broken, jnp.nan, x)
+
+
+def _poisoned_forward(x: jax.Array, broken: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return poisoned(x, broken), broken
+
+
+def _poisoned_backward(broken: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    # not a product with NaN, which would turn a cotangent of 0 into NaN
+    return jnp.where(broken & (cotangent != 0.0), jnp.nan, cotangent), None
+
+
+poisoned.defvjp(_poisoned_forward, _poisoned_backward)
 
 
 def masked(rows: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -147,7 +175,7 @@ def selected_log_prob(
     mask: jax.Array | None,
 ) -> TokenLogProb:
     """`token_log_prob` of checked arrays; rows that the mask leaves out give that of equal logits and a gradient of 0."""
-    return _token_log_prob(temperature, entropy, logits, tokens, mask)  # type: ignore[no-any-return]
+    return _token_log_prob(temperature, entropy, logits, tokens, mask)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -162,9 +190,7 @@ def _token_log_prob(
     log_normalizer, probability = normalize(z)
     entropies = entropy_of(z, log_normalizer, probability) if entropy else None
     outside = outside_vocabulary(tokens, logits.shape[-1])
-    # from the logits as they are: a gather's operand is written to memory
-    chosen = select(logits, inside_vocabulary(tokens, logits.shape[-1])).astype(z.dtype) / temperature
-    chosen = chosen if mask is None else jnp.where(mask, chosen, 0.0)
+    chosen = select(logits, tokens, mask).astype(z.dtype) / temperature
     return TokenLogProb(jnp.where(outside, jnp.nan, chosen - log_normalizer), entropies, log_normalizer)
 
 

@@ -13,7 +13,7 @@ from drpo_core import UntraceableError
 from drpo_core.diagnostics import map_diagnostics, separated
 from drpo_core.loss import CHUNK, PolicyLoss, chunked_pass, compiled_pass, may_compile, policy_pass
 from drpo_torch.autograd import has_memory
-from drpo_torch.engines.namespace import namespace
+from drpo_torch.engines._namespace import namespace
 from drpo_torch.engines.threads import in_threads
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ def run_pass(
     else:
         # each of torch's threads has its own cache
         result = chunked_pass(objective, *batch, chunk=CHUNK * torch.get_num_threads(), **options)
-    statistics = (
-        result.diagnostics if transformed or result.diagnostics is None else separated(result.diagnostics, xp=options["xp"])
-    )
+    statistics = None if result.diagnostics is None else separated(result.diagnostics, xp=options["xp"])
     return PolicyLoss(result.loss, result.gradient.to(gradient_dtype), statistics)
 
 

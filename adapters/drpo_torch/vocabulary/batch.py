@@ -15,8 +15,8 @@ from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_untransformed
 from drpo_torch.engines import Batch, run_pass
-from drpo_torch.engines.namespace import namespace
-from drpo_torch.vocabulary.divergences import full_divergence_rows, top_k_rows
+from drpo_torch.engines._namespace import namespace
+from drpo_torch.vocabulary.divergences import TopK, full_divergence_rows, top_k_rows
 from drpo_torch.vocabulary.recorded import (
     FullDivergence,
     LinearHead,
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from drpo_torch.vocabulary.recorded import Divergence
     from drpo_torch.vocabulary.softmax import Tempering
 
-__all__ = ["CHUNK_BYTES", "Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
+__all__ = ["Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
 
-# rows whose softmaxes are kept between two passes: few enough for the last-level cache, many for one objective call
-CHUNK_BYTES = 16 << 20
+# of logits of a recorded head at a time
+_HEAD_BYTES = 64 << 20
 
 
 class VocabularyLoss(NamedTuple):
@@ -185,7 +185,7 @@ class TokenBatch:
             return None
         parts, chunk = [], max(1, len(rows))
         if head is not None:
-            chunk = max(1, CHUNK_BYTES // (logits.shape[-1] * self.row_dtype.itemsize))
+            chunk = max(1, _HEAD_BYTES // (logits.shape[-1] * self.row_dtype.itemsize))
         for start in range(0, max(1, len(rows)), chunk):
             some = rows[start : start + chunk]
             if head is None:
@@ -209,7 +209,9 @@ class TokenBatch:
         if isinstance(self.given.divergence, TopKDivergence):
             top_k = self.given.divergence.behavior_log_prob.detach()
             top_k = top_k.reshape(-1, top_k.shape[-1])[key]
-            both = top_k_rows(found.columns, found.log_prob, self.behavior_log_prob[key], top_k)
+            behavior = TopK(self.behavior_log_prob[key], top_k)
+            tokens, ids = found.columns[:, 0], found.columns[:, 1:]
+            both = top_k_rows(tokens, ids, TopK(sampled, found.log_prob[:, 1:]), behavior)
             measured = getattr(both, self.given.divergence.kind)
         valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
         batch = Batch(sampled, self.behavior_log_prob[key], self.advantages[key], valid, self.coefficients[key], measured)
@@ -233,11 +235,13 @@ class TokenBatch:
             columns = self.columns(none)
             empty = torch.empty(columns.shape, dtype=self.row_dtype, device=columns.device)
             self.step(Found(none, columns, empty, empty[:, 0], empty[:, 0]))
-        losses, _, diagnostics = zip(*self.passes, strict=True)
-        statistics = merge_diagnostics(*diagnostics) if self.given.diagnostics else None
+        loss, _, diagnostics = self.passes[0]
+        if len(self.passes) > 1:
+            losses, _, every = zip(*self.passes, strict=True)
+            loss, diagnostics = torch.stack(losses).sum(), merge_diagnostics(*every) if self.given.diagnostics else None
         shape = self.given.mask.shape
         entropy = None if self.entropy is None else self.entropy.reshape(shape)
-        return VocabularyLoss(torch.stack(losses).sum(), statistics, self.log_prob.reshape(shape), entropy)
+        return VocabularyLoss(loss, diagnostics, self.log_prob.reshape(shape), entropy)
 
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(self.given.mask.numel(), dtype=self.row_dtype, device=self.given.mask.device)

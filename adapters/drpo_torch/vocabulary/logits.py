@@ -10,7 +10,7 @@ from drpo_core import token_mean
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_logits, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
-from drpo_torch.vocabulary.batch import CHUNK_BYTES, Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
+from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten
 from drpo_torch.vocabulary.softmax import Places, Pull, Tempering, power_of_two_below
@@ -150,7 +150,7 @@ def logits_policy_loss(
     if not (flat.requires_grad and torch.is_grad_enabled()):
         with torch.no_grad():
             sweep.run(flat.detach(), None)
-            return sweep.batch.result()
+            return sweep.result
     loss = _LogitsPolicyLoss.apply(flat, sweep, overwrite_logits and may_be_overwritten(flat))  # type: ignore[no-untyped-call]
     return sweep.result._replace(loss=loss)
 
@@ -164,33 +164,29 @@ class _Sweep:
 
     def run(self, logits: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """∂loss/∂logits to `gradient`, which may be the logits; of float16, times powers of two whose inverses it returns."""
-        batch, vocabulary = self.batch, logits.shape[-1]
-        kernels = row_kernels(self.module, self.tempering, vocabulary, logits.dtype, logits.device)
+        batch, rows = self.batch, self.batch.valid
+        kernels = row_kernels(self.module, self.tempering, logits.shape[-1], logits.dtype, logits.device)
         # a softmax that is in the working dtype already waits in the gradient's place for its coefficient
         kept = gradient is not None and kernels.keeps and logits.dtype == batch.row_dtype
-        in_float16 = gradient is not None and logits.dtype == torch.float16
-        unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device) if in_float16 else None
-        chunk = CHUNK_BYTES // (vocabulary * batch.row_dtype.itemsize)
-        if not kernels.keeps or not looks_at_one_token(batch.given.objective):
-            # nothing waits in a cache, or all tokens have to be known before the first gradient
-            chunk = len(batch.valid)
-        for rows in batch.valid.chunks(max(1, chunk)):
-            columns = batch.columns(rows)
-            picked = self.tempering(logits[rows.index[:, None], columns])
-            full = batch.full_divergence(self.module, rows, logits, rows, self.tempering)
-            found = kernels.statistics(logits, rows, entropy=batch.given.entropy, keep=gradient if kept else None)
-            slope = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, full))
-            if gradient is None:
-                continue
-            # a dropped token's row may hold a NaN, which 0 does not silence
-            dropped = Places.where(slope == 0.0).index
-            if unit is not None:
-                shift = power_of_two_below(_FLOAT16_BITS, slope.abs() / self.tempering.temperature)
-                slope, unit[rows.key] = slope * shift, 1.0 / shift
-            kernels.gradients(logits, rows, Pull(columns[:, 0], slope, -slope), statistics=found, out=gradient, kept=kept)
-            gradient.index_fill_(0, rows.index[dropped], 0.0)
-        if gradient is not None:
-            gradient.index_fill_(0, Places.where(~batch.given.mask.reshape(-1)).index, 0.0)
+        columns = batch.columns(rows)
+        picked = self.tempering(logits[rows.index[:, None], columns])
+        full = batch.full_divergence(self.module, rows, logits, rows, self.tempering)
+        found = kernels.statistics(logits, rows, entropy=batch.given.entropy, keep=gradient if kept else None)
+        slope = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, full))
+        self.result = batch.result()
+        if gradient is None:
+            return None
+        # a dropped token's row may hold a NaN, which 0 does not silence
+        without = (~batch.given.mask).reshape(-1)
+        without[rows.key] |= slope == 0.0
+        unit = None
+        if logits.dtype == torch.float16:
+            unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device)
+            shift = power_of_two_below(_FLOAT16_BITS, slope.abs() / self.tempering.temperature)
+            slope, unit[rows.key] = slope * shift, 1.0 / shift
+        pull = Pull(columns[:, 0], slope, -slope)
+        kernels.gradients(logits, rows, pull, statistics=found, out=gradient, kept=kept)
+        gradient.index_fill_(0, Places.where(without).index, 0.0)
         return unit
 
 
@@ -204,7 +200,6 @@ class _LogitsPolicyLoss(torch.autograd.Function):
         logits = logits.detach()
         gradient = logits if overwrite else gradient_like(logits)
         ctx.save_for_backward(gradient, sweep.run(logits, gradient))
-        sweep.result = sweep.batch.result()
         return sweep.result.loss
 
     @staticmethod

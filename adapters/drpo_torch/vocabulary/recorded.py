@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
 __all__ = [
-    "Divergence",
     "FullDivergence",
     "LinearHead",
     "TopKDivergence",

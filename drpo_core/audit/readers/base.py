@@ -1,4 +1,4 @@
-"""What all formats have in common: a file has named arrays, and gives its tokens in chunks."""
+"""The interface of every format: a file has named arrays and gives its tokens in chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK_TOKENS = 1 << 16
 
 
 class RolloutError(ValueError):
-    """What is wrong with a file of rollouts or with what was asked of it, in one line."""
+    """A file of rollouts is wrong, or what was asked of it; the message is one line."""
 
 
 class Chunk(NamedTuple):

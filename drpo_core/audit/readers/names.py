@@ -1,4 +1,4 @@
-"""Which array of a file is log π, log μ, A and the mask: by the names that frameworks give them."""
+"""Finds log π, log μ, A and the mask among the arrays of a file, by the names that frameworks give them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Names:
         return name
 
     def find_optional(self, what: str, flag: str, given: str | None, *guesses: tuple[str, ...]) -> str | None:
-        """As `find`, but None if nothing fits."""
+        """Return what `find` returns, or None if nothing fits."""
         if given is not None:
             if given not in self.arrays:
                 self.fail(f"no array {given!r} ({flag})")

@@ -62,7 +62,7 @@ class Rollouts:
         Raises
         ------
         RolloutError
-            If the file is damaged, or the mask holds something else than 0 and 1.
+            If the file is damaged, or the mask holds anything but 0 and 1.
         """
         roles = Roles(self.snapshots[snapshot], self.behavior_log_prob, self.advantages, self.mask)
         with _one_line_errors(self.path):

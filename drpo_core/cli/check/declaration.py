@@ -1,4 +1,4 @@
-"""What the user declares about a loss, and what that makes of an `Implementation`."""
+"""The user's declarations about a loss, as fields of an `Implementation`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from drpo_core.testing.implementation import REDUCTIONS
 __all__ = ["RETURNS", "Declared"]
 
 RETURNS = {"loss": "", "loss+gradient": "[:2]", "loss+gradient+weight": "[:3]", "tuple-first": "[0]"}
-"""What a loss may return, and the subscript that leaves what the kit wants."""
+"""The kinds of result a loss may have, each with the subscript that selects what the kit needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

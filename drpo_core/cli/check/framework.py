@@ -1,4 +1,4 @@
-"""Which framework a loss is written in."""
+"""Guesses the framework in which a loss is written."""
 
 import inspect
 import re

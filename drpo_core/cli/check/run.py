@@ -1,4 +1,4 @@
-"""Which checks run, and running them."""
+"""Chooses the checks and runs them."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -92,5 +92,5 @@ def _last_call_source(implementation: Implementation, about: About) -> str:
 
 
 def ok(results: Sequence[CheckResult]) -> bool:
-    """Whether nothing failed, and nothing passed that was expected to fail."""
+    """Return whether nothing failed, and nothing passed that was expected to fail."""
     return not any(result.status in ("failed", "unexpected pass") for result in results)

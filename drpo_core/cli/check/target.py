@@ -13,7 +13,7 @@ TAKEN = ("function", "evaluate", "batch", "batches", "names", "np", "sys", "runp
 
 @dataclass(frozen=True)
 class Target:
-    """What a user named; `imports` are statements after which `expression` is the same thing in a snippet."""
+    """The loss that a user named. In a snippet, `expression` is that loss once the statements `imports` have run."""
 
     thing: object
     label: str

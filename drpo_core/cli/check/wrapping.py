@@ -24,7 +24,7 @@ REQUIRED = ("log_prob", "behavior_log_prob", "advantages")
 
 @dataclass
 class About:
-    """What the report needs beside the implementation.
+    """The report's facts about a loss, besides the implementation.
 
     `last` and `error` are of the last call, for failures without a snippet: its arguments, and where it raised.
     """

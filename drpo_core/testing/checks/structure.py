@@ -25,6 +25,22 @@ if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray, TokenBatch
     from drpo_core.testing.implementation import Evaluation, Implementation
 
+__all__ = [
+    "check_duplicates_leave_means_unchanged",
+    "check_extreme_token_stays_finite",
+    "check_fully_masked_batch_is_finite",
+    "check_inputs_are_not_changed",
+    "check_masked_inputs_are_inert",
+    "check_micro_batches_sum_to_the_batch",
+    "check_nan_at_a_valid_token_is_not_hidden",
+    "check_order_does_not_matter",
+    "check_packed_equals_padded",
+    "check_padding_does_not_matter",
+    "check_tokens_do_not_interact",
+    "check_transforms_agree",
+    "close",
+]
+
 POISONS = (np.nan, np.inf, -np.inf, 1e4, -1e4)
 INPUTS = ("log_prob", "behavior_log_prob", "advantages")
 

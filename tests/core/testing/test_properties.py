@@ -1,6 +1,6 @@
 """Every property P1 to P24, of the core on every backend and of both adapters, searched for counterexamples.
 
-`DRPO_PROFILE` chooses how hard (default here: `ci`). `python tests/test_properties.py` prints what is covered.
+`DRPO_PROFILE` chooses how hard (default here: `ci`). `python tests/core/testing/test_properties.py` prints what is covered.
 """
 
 import os

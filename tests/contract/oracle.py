@@ -1,0 +1,519 @@
+"""What every function should give: naive float64 torch, differentiated by autograd, and 50 digits for the objectives.
+
+Each function takes the arguments of the one it stands for, as float64 tensors, and returns its outputs by path. Nothing
+here is shared with the code under test.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from contract.axes import Measured, Reduction
+from torch import Tensor
+
+from drpo_core import PolicyGradient
+from drpo_core.testing import oracle as digits
+
+SATURATION = 20.0
+UNDERFLOW = 1e-18
+ROUNDING = 2.0**-25
+"""Half a float32 rounding below 1: what a probability that is written as 1 may fall short of it."""
+
+Outputs = dict[str, Tensor]
+
+
+# --- two policies, elementwise ---------------------------------------------------------------------------------------------
+
+
+def log_ratio(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    both = torch.isneginf(log_prob) & torch.isneginf(behavior_log_prob)
+    return {"": torch.where(both, 0.0, log_prob) - torch.where(both, 0.0, behavior_log_prob)}
+
+
+def _saturated(log_prob: Tensor, behavior_log_prob: Tensor) -> Tensor:
+    """e^min(ℓ, 20), with the derivative it has at the bound: the gradient does not vanish beyond it."""
+    ell = log_ratio(log_prob, behavior_log_prob)[""]
+    return (ell - (ell - SATURATION).clamp(min=0.0).detach()).exp()
+
+
+def importance_ratio(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    ell = log_ratio(log_prob, behavior_log_prob)[""]
+    return {"": ell.clamp(max=SATURATION).exp()}
+
+
+def probability_shift(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    return {"": log_prob.exp() - behavior_log_prob.exp()}
+
+
+def binary_tv(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    return {"": (log_prob.exp() - behavior_log_prob.exp()).abs()}
+
+
+def _xlogy(mass: Tensor, ratio_of_logs: Tensor) -> Tensor:
+    """Mass times a logarithm; 0 where the mass is 0."""
+    return torch.where(mass == 0.0, 0.0, mass * torch.where(mass == 0.0, 0.0, ratio_of_logs))
+
+
+def binary_kl(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    x, b = log_prob, behavior_log_prob
+    rest_pi, rest_mu = -torch.expm1(x), -torch.expm1(b)
+    # a probability of 1 is one to rounding only
+    rest_pi = torch.where((rest_pi == 0.0) & (rest_mu > 0.0), ROUNDING, rest_pi)
+    logs = torch.log(torch.where(rest_mu == 0.0, 1.0, rest_mu)) - torch.log(torch.where(rest_pi == 0.0, 1.0, rest_pi))
+    return {"": _xlogy(b.exp(), log_ratio(b, x)[""]) + _xlogy(rest_mu, logs)}
+
+
+def k1(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    return {"": -log_ratio(log_prob, behavior_log_prob)[""]}
+
+
+def k2(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    return {"": log_ratio(log_prob, behavior_log_prob)[""] ** 2 / 2}
+
+
+def k3(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    """r − 1 − ℓ, saturated with the ratio; its derivative r − 1 keeps its sign there."""
+    ell = log_ratio(log_prob, behavior_log_prob)[""]
+    bounded = ell - (ell - SATURATION).clamp(min=0.0).detach()
+    return {"": torch.expm1(bounded) - bounded}
+
+
+def full_tv(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    return {"": (log_prob.exp() - behavior_log_prob.exp()).abs().sum(-1) / 2}
+
+
+def full_kl(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
+    x, b = log_prob, behavior_log_prob
+    # Σ μ φ(ℓ): what rounded probabilities lack to 1 is corrected for
+    return {"": (_xlogy(b.exp(), log_ratio(b, x)[""]) + x.exp() - b.exp()).sum(-1)}
+
+
+def _outcomes(
+    log_prob: Tensor, behavior_log_prob: Tensor, top_x: Tensor, top_b: Tensor, among: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities of the K tokens, the sampled one and the rest, and the logs of all but the rest."""
+
+    def appended(top: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        logs = torch.cat((top, torch.where(among, -torch.inf, sampled)[..., None]), -1)
+        rest = (1.0 - logs.exp().sum(-1)).clamp(min=0.0)
+        return logs, torch.cat((logs.exp(), rest[..., None]), -1)
+
+    (x, p), (b, q) = appended(top_x, log_prob), appended(top_b, behavior_log_prob)
+    return p, q, x, b
+
+
+def top_k_tv(
+    log_prob: Tensor,
+    behavior_log_prob: Tensor,
+    top_k_log_prob: Tensor,
+    top_k_behavior_log_prob: Tensor,
+    sampled_in_top_k: Tensor,
+    **_: Any,
+) -> Outputs:
+    p, q, _, _ = _outcomes(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k)
+    d = (p - q)[..., :-1]
+    # what the rest gained the others lost, whatever rounding has left of their sums
+    return {"": (d.abs().sum(-1) + d.sum(-1).abs()) / 2}
+
+
+def top_k_kl(
+    log_prob: Tensor,
+    behavior_log_prob: Tensor,
+    top_k_log_prob: Tensor,
+    top_k_behavior_log_prob: Tensor,
+    sampled_in_top_k: Tensor,
+    **_: Any,
+) -> Outputs:
+    p, q, x, b = _outcomes(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k)
+    known = _xlogy(q[..., :-1], log_ratio(b, x)[""]).sum(-1)
+    return {"": known + _xlogy(q[..., -1], q[..., -1].log() - p[..., -1].log())}
+
+
+def sampled_in_top_k(tokens: Tensor, top_k_ids: Tensor, **_: Any) -> Outputs:
+    return {"": (top_k_ids == tokens[..., None]).any(-1)}
+
+
+# --- sequences -------------------------------------------------------------------------------------------------------------
+
+
+def _sequences(mask: Tensor, segment_ids: Tensor | None) -> list[Tensor]:
+    """For each sequence, which tokens are its own: packed ones by their ids, else rows."""
+    if segment_ids is not None:
+        return [segment_ids == i for i in segment_ids.unique()]
+    if 0 in mask.shape:
+        return []
+    rows = mask.reshape(-1, mask.shape[-1]) if mask.ndim else mask.reshape(1, 1)
+    every = []
+    for i in range(len(rows)):
+        own = torch.zeros_like(rows)
+        own[i] = True
+        every.append(own.reshape(mask.shape))
+    return every
+
+
+def count(reduction: Reduction, mask: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+    if reduction.name == "token_mean":
+        return mask.sum().double()
+    return torch.tensor(float(sum(bool((own & mask).any()) for own in _sequences(mask, segment_ids))), dtype=torch.float64)
+
+
+def coefficients(
+    reduction: Reduction,
+    mask: Tensor,
+    *,
+    normalizer: float | None = None,
+    token_weights: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    bound_token_weights: Tensor | None = None,
+) -> Tensor:
+    """What each token's loss is multiplied with; 0 at masked tokens."""
+    bound = dict(reduction.bound)
+    normalizer = bound.get("normalizer") if normalizer is None else normalizer
+    weights = bound_token_weights if token_weights is None and "token_weights" in bound else token_weights
+    c = mask.double()
+    if reduction.name == "sequence_mean_token_mean":
+        for own in _sequences(mask, segment_ids):
+            c = torch.where(own, c / max(int((own & mask).sum()), 1), c)
+    if reduction.name == "sequence_mean_token_sum":
+        c = c / bound.get("horizon", 1.0)
+    divisor = count(reduction, mask, segment_ids) if normalizer is None else torch.tensor(float(normalizer))
+    c = c / (divisor if float(divisor) else 1.0)
+    return c if weights is None else torch.where(mask, c * weights, 0.0)
+
+
+def reduced(values: Tensor, c: Tensor) -> Tensor:
+    return torch.where(c != 0.0, c * torch.where(c != 0.0, values, 0.0), 0.0).sum()
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_ids: Tensor | None = None,
+    divide_by_std: bool = False,
+    std_offset: float = 1e-6,
+    leave_one_out: bool = False,
+    **_: Any,
+) -> Outputs:
+    result = torch.zeros_like(rewards)
+    groups = (
+        [group_ids == i for i in group_ids.unique()]
+        if group_ids is not None
+        else _sequences(torch.ones_like(rewards) == 1, None)
+    )
+    for own in groups:
+        r = rewards[own]
+        if len(r) < 2 or bool((r == r[0]).all()):
+            continue
+        a = r - r.mean()
+        a = a * len(r) / (len(r) - 1) if leave_one_out else a
+        result[own] = a / (r.std() + std_offset) if divide_by_std else a
+    return {"": result}
+
+
+def expand_advantages(advantages: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None, **_: Any) -> Outputs:
+    per_token = (
+        advantages[:, None].expand(mask.shape) if segment_ids is None else advantages[torch.where(mask, segment_ids, 0)]
+    )
+    return {"": torch.where(mask, per_token, 0.0)}
+
+
+# --- policy losses ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _token(objective: Any, x: float, b: float, a: float, divergence: float | None) -> tuple[float, float, float, bool]:
+    """L, ∂L/∂log π, w, and whether the token is inside the trust region, whatever the sign of its advantage."""
+    low, high = digits.thresholds(objective) or (math.inf, math.inf)
+    kind, measured = type(objective).__name__, getattr(objective, "divergence", None)
+    if measured in {"per_token", "binary_kl"}:
+        if measured == "binary_kl":
+            divergence = float(binary_kl(*(torch.tensor(v, dtype=torch.float64) for v in (x, b)))[""])
+        inside = divergence is not None and divergence <= (high if x >= b else low)
+        known = _surrogate(objective, x, b, a)
+        return (*known, inside) if inside or a * (x - b) <= 0 else (0.0, 0.0, 0.0, inside)
+    if kind == "CISPO" and x == -math.inf:
+        return (*_surrogate(objective, x, b, a), True)  # where π = 0, r log π has the limit 0
+    known = digits.reference(objective, x, b, a)[:3]
+    loss, weight, gradient = known
+    if kind in {"PPOClip", "SPO"}:
+        inside = -low <= math.expm1(min(x - b, SATURATION)) <= high
+    else:
+        inside = -low <= math.exp(x) - math.exp(b) <= high
+    return loss, gradient, weight, inside
+
+
+def _surrogate(objective: Any, x: float, b: float, a: float) -> tuple[float, float, float]:
+    """−A r, or its truncation, without a trust region."""
+    loss, weight, gradient, *_ = digits.reference(PolicyGradient(max_ratio=objective.max_ratio), x, b, a)
+    return loss, gradient, weight
+
+
+class Tokens:
+    """Per token: the loss as a function of log π with its analytic derivative, the gradient, the weight; masked ones are 0."""
+
+    def __init__(
+        self,
+        objective: Any,
+        log_prob: Tensor,
+        behavior_log_prob: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        divergence: Tensor | None,
+    ) -> None:
+        x, b, a = log_prob.detach(), behavior_log_prob, advantages
+        d = x if divergence is None else divergence
+        rows = [
+            _token(objective, *row) if m else (0.0, 0.0, 0.0, True)
+            for *row, m in zip(*(t.reshape(-1).tolist() for t in (x, b, a, d, mask)), strict=True)
+        ]
+        columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).T.reshape(4, *x.shape)
+        value, self.gradient, self.weight, inside = columns
+        self.inside = inside == 1.0
+        linear = log_prob - x
+        self.loss = value + self.gradient * torch.where(torch.isfinite(linear) & mask, linear, 0.0)
+        self.mask, self.x, self.b, self.a = mask, x, b, a
+
+    def diagnostics(self, path: str) -> Outputs:
+        """Statistics by the path to them, from their definitions."""
+        mask = self.mask
+        x, b, a, w = (t[mask] for t in (self.x, self.b, self.a, self.weight))
+        ell = log_ratio(x, b)[""]
+        r = ell.clamp(max=SATURATION).exp()
+        tv, k3s = (x.exp() - b.exp()).abs(), k3(x, b)[""]
+        active = a != 0.0
+        outside, away = ~self.inside[mask], a * ell
+        nan = torch.tensor(torch.nan, dtype=torch.float64)
+
+        def mean(values: Tensor, over: Tensor | None = None) -> Tensor:
+            values = values.double() if over is None else values[over].double()
+            return values.mean() if values.numel() else nan
+
+        def extreme(values: Tensor, which: str) -> Tensor:
+            if values.numel():
+                return getattr(values, which)()
+            return torch.tensor(math.inf if which == "amin" else -math.inf, dtype=torch.float64)
+
+        def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+            return numerator / denominator if float(denominator) else nan
+
+        mass, rho = (a.abs() * r)[active], (r * w.abs())[active]
+        figures = {
+            "ratio_mean": mean(r),
+            "ratio_max": extreme(r, "amax"),
+            "log_ratio_abs_mean": mean(ell.abs()),
+            "k1_mean": mean(-ell),
+            "k3_mean": mean(k3s),
+            "binary_tv_mean": mean(tv),
+            "binary_tv_max": extreme(tv, "amax"),
+            "invalid_fraction": mean(torch.zeros_like(r)),
+            "outside_fraction": mean(outside, active),
+            "outside_positive_diverging_fraction": mean(outside & (a > 0) & (away > 0), active),
+            "outside_positive_converging_fraction": mean(outside & (a > 0) & (away < 0), active),
+            "outside_negative_diverging_fraction": mean(outside & (a < 0) & (away > 0), active),
+            "outside_negative_converging_fraction": mean(outside & (a < 0) & (away < 0), active),
+            "dropped_fraction": mean(w == 0.0, active),
+            "attenuated_fraction": mean((w > 0.0) & (w < 1.0), active),
+            "amplified_fraction": mean(w > 1.0, active),
+            "corrective_fraction": mean(w < 0.0, active),
+            "weight_mean": mean(w, active),
+            "weight_min": extreme(w[active], "amin"),
+            "weight_max": extreme(w[active], "amax"),
+            "gradient_mass_kept": quotient((mass * w[active].abs()).sum(), mass.sum()),
+            "effective_sample_size": quotient(rho.sum() ** 2, (rho**2).sum() * rho.numel()),
+        }
+        if bool((rho < UNDERFLOW).all()):
+            # float32 has no squares of these: as good as no weights
+            del figures["gradient_mass_kept"], figures["effective_sample_size"]
+        return {f"{path}/{name}".lstrip("/"): value for name, value in figures.items()}
+
+
+def token_loss_and_gradient(
+    objective: Any,
+    log_prob: Tensor,
+    behavior_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    divergence: Tensor | None = None,
+    **_: Any,
+) -> Outputs:
+    mask = torch.ones_like(log_prob) == 1.0 if mask is None else mask
+    tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
+    return {"loss": tokens.loss, "gradient": tokens.gradient, "weight": tokens.weight}
+
+
+def token_loss(objective: Any, **arguments: Any) -> Outputs:
+    return {"": token_loss_and_gradient(objective, **arguments)["loss"]}
+
+
+def token_diagnostics(
+    objective: Any,
+    log_prob: Tensor,
+    behavior_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    divergence: Tensor | None = None,
+    **_: Any,
+) -> Outputs:
+    mask = torch.ones_like(log_prob) == 1.0 if mask is None else mask
+    return Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence).diagnostics("")
+
+
+def policy_loss(
+    objective: Any,
+    log_prob: Tensor,
+    behavior_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    reduction: Reduction,
+    diagnostics: bool = True,
+    divergence: Tensor | None = None,
+    final_gradient: bool = False,
+    **options: Any,
+) -> Outputs:
+    tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
+    c = coefficients(reduction, mask, **_reduction_options(options))
+    outputs = {"loss": reduced(tokens.loss, c)}
+    if final_gradient:
+        outputs["gradient"] = c * tokens.gradient
+    return outputs | (tokens.diagnostics("diagnostics") if diagnostics else {})
+
+
+def policy_loss_and_gradient(objective: Any, *arrays: Tensor, **arguments: Any) -> Outputs:
+    return policy_loss(objective, *arrays, **arguments, final_gradient=True)
+
+
+def _reduction_options(options: dict[str, Any]) -> dict[str, Any]:
+    known = ("normalizer", "token_weights", "segment_ids", "bound_token_weights")
+    return {name: options[name] for name in known if name in options}
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------------
+
+
+def _picked(log_probs: Tensor, ids: Tensor) -> Tensor:
+    return log_probs.gather(-1, ids)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -_xlogy(log_probs.exp(), log_probs).sum(-1)
+
+
+def token_log_prob(*, logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False, **_: Any) -> Outputs:
+    x = (logits / temperature).log_softmax(-1)
+    outputs = {"log_prob": _picked(x, tokens[..., None])[..., 0], "log_normalizer": (logits / temperature).logsumexp(-1)}
+    return outputs | ({"entropy": _entropy(x)} if entropy else {})
+
+
+def full_divergences(
+    *,
+    logits: Tensor,
+    behavior_logits: Tensor,
+    temperature: float = 1.0,
+    behavior_temperature: float | None = None,
+    **_: Any,
+) -> Outputs:
+    x = (logits / temperature).log_softmax(-1)
+    b = (behavior_logits / (temperature if behavior_temperature is None else behavior_temperature)).log_softmax(-1).detach()
+    # φ has no cancellation where the two are alike
+    return {"tv": full_tv(x, b)[""], "kl": full_kl(x, b)[""]}
+
+
+def top_k_divergences(
+    *,
+    logits: Tensor,
+    log_normalizer: Tensor,
+    tokens: Tensor,
+    behavior_log_prob: Tensor,
+    top_k_ids: Tensor,
+    top_k_behavior_log_prob: Tensor,
+    temperature: float = 1.0,
+    **_: Any,
+) -> Outputs:
+    x = logits / temperature - log_normalizer[..., None]
+    arrays = (_picked(x, tokens[..., None])[..., 0], behavior_log_prob, _picked(x, top_k_ids), top_k_behavior_log_prob)
+    among = sampled_in_top_k(tokens, top_k_ids)[""]
+    return {"tv": top_k_tv(*arrays, among)[""], "kl": top_k_kl(*arrays, among)[""]}
+
+
+def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    z = hidden @ weight.T
+    z = z if bias is None else z + bias
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _measure(divergence: Any, logits: Tensor, temperature: float, tokens: Tensor, b: Tensor, recorded: dict[str, Any]) -> Any:
+    """The divergence per token that a loss measures of constant logits."""
+    if not isinstance(divergence, Measured):
+        return divergence
+    logits = logits.detach()
+    if divergence.of == "top_k":
+        names = ("top_k_ids", "top_k_behavior_log_prob")
+        both = top_k_divergences(
+            logits=logits,
+            log_normalizer=(logits / temperature).logsumexp(-1),
+            tokens=tokens,
+            behavior_log_prob=b,
+            temperature=temperature,
+            **{name: recorded[name] for name in names},
+        )
+    else:
+        names = ("behavior_hidden", "behavior_weight", "behavior_bias", "behavior_softcap")
+        head = divergence.of == "head"
+        behavior = _head_logits(*(recorded[name] for name in names)) if head else recorded["behavior_logits"]
+        both = full_divergences(
+            logits=logits,
+            behavior_logits=behavior,
+            temperature=temperature,
+            behavior_temperature=recorded["behavior_temperature"],
+        )
+    return both[divergence.kind]
+
+
+def logits_policy_loss(
+    objective: Any,
+    *,
+    logits: Tensor,
+    tokens: Tensor,
+    behavior_log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    reduction: Reduction,
+    divergence: Any = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    recorded: dict[str, Any] | None = None,
+    **options: Any,
+) -> Outputs:
+    ids = torch.where(mask, tokens, 0)
+    known = token_log_prob(logits=logits, tokens=ids, temperature=temperature, entropy=entropy)
+    measured = _measure(divergence, logits, temperature, ids, behavior_log_prob, recorded or {})
+    outputs = policy_loss(
+        objective,
+        known["log_prob"],
+        behavior_log_prob,
+        advantages,
+        mask=mask,
+        reduction=reduction,
+        divergence=measured,
+        **_reduction_options(options),
+    )
+    figures = ("log_prob", "entropy") if entropy else ("log_prob",)
+    return outputs | {name: torch.where(mask, known[name].detach(), 0.0) for name in figures}
+
+
+def linear_policy_loss(
+    objective: Any,
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    **arguments: Any,
+) -> Outputs:
+    return logits_policy_loss(objective, logits=_head_logits(hidden, weight, bias, logit_softcap), **arguments)

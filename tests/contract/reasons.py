@@ -1,0 +1,231 @@
+"""What is left out of the product, and what is refused: data, each with its reason.
+
+A cell that is left out is counted by its reason and never run. A cell that is refused is run, and must raise the stated
+error with the stated name in its message. `MAY` is either.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from contract import axes
+from contract.axes import Ambient, DType, Engine, Given, Library, Measured, Regime, Shape, Storage, Use
+from contract.subjects import ARRAYS, SUBJECTS, is_vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from contract.calls import Cell
+
+Predicate = "Callable[[str, Cell], bool]"
+
+NUMPY = (Library.NUMPY, Library.READ_ONLY)
+OWNERS = {"numpy": NUMPY, "torch": (Library.TORCH,), "jax": (Library.JAX,)}
+WITHOUT_GRADIENT = (Ambient.NO_GRAD, Ambient.INFERENCE)
+TRANSFORMS = (Use.FUNC_GRAD, Use.VMAP, Use.VMAP_ONE, Use.COMPILE)
+
+
+def _dtypes(cell: Cell) -> set[DType]:
+    return {choice for name, choice in cell.items() if name in ARRAYS and isinstance(choice, DType)}
+
+
+def _named(subject: str, *ends: str) -> bool:
+    return subject.rpartition(".")[2] in ends
+
+
+def _has_tv(subject: str) -> bool:
+    return _named(subject, "binary_tv", "full_tv", "top_k_tv", "full_divergences", "top_k_divergences")
+
+
+def _sequences(cell: Cell) -> bool:
+    return getattr(cell.get("reduction"), "name", "").startswith("sequence")
+
+
+def _traced_shapes(subject: str, cell: Cell) -> set[Shape]:
+    shapes = {Shape.PADDED, Shape.NUMBER, Shape.NO_TOKENS}
+    if any(cell.get(name, Given.ABSENT) is not Given.ABSENT for name in ("segment_ids", "group_ids")):
+        shapes.add(Shape.PACKED)
+    # a large batch is taken in blocks by the losses of the adapter
+    return shapes | ({Shape.LARGE} if _named(subject, "policy_loss") else set())
+
+
+LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
+    (lambda _, c: c["library"] in NUMPY and DType.BFLOAT16 in _dtypes(c), "NumPy has no bfloat16"),
+    (
+        lambda _, c: c["library"] is Library.STRICT and bool(_dtypes(c) & {*axes.HALVES}),
+        "array-api-strict has no 16-bit floats",
+    ),
+    (
+        lambda _, c: c["ambient"].library is not None and c["library"] not in OWNERS[c["ambient"].library],
+        "a state of another library's",
+    ),
+    (
+        lambda _, c: c["library"] in {Library.JAX, Library.STRICT} and c["storage"] is not Storage.CONTIGUOUS,
+        "these arrays have no strides to choose",
+    ),
+    (
+        lambda _, c: c["ambient"] is Ambient.NO_X64 and bool(_dtypes(c) & {DType.FLOAT64, DType.INT64}),
+        "JAX without x64 has no 64-bit arrays",
+    ),
+    (lambda _, c: c["use"] is Use.JIT and c["library"] is not Library.JAX, "a transform of JAX"),
+    (
+        lambda _, c: c["use"] is Use.BACKWARD and c["library"] not in {Library.TORCH, Library.JAX},
+        "these arrays can't be differentiated",
+    ),
+    (
+        lambda _, c: c["ambient"] in WITHOUT_GRADIENT and c["use"] is not Use.FORWARD,
+        "where no gradient is recorded, none is taken",
+    ),
+    (
+        lambda s, c: c["library"] is Library.JAX and c["shape"] not in _traced_shapes(s, c),
+        "JAX compiles every operation for every shape: a few stand for all",
+    ),
+    (
+        lambda _, c: (
+            c["use"] in {Use.JIT, Use.VMAP, Use.VMAP_ONE} and c["library"] is Library.JAX and c["regime"] is not Regime.TYPICAL
+        ),
+        "what JAX traces does not depend on values",
+    ),
+    (
+        lambda s, c: c["use"] is Use.JVP and is_vocabulary(s) and not _named(s, "full_divergences", "top_k_divergences"),
+        "documented as reverse mode only",
+    ),
+    (
+        lambda _, c: c["shape"] is Shape.LARGE and c["regime"] is not Regime.TYPICAL,
+        "a large batch is a small one repeated: where the policies are is tested on the small one",
+    ),
+    (
+        lambda s, c: _has_tv(s) and c["use"] is not Use.FORWARD and c["regime"] in {Regime.ON_POLICY, Regime.CERTAIN},
+        "TV has no derivative where the policies are equal",
+    ),
+    (
+        lambda s, c: (
+            _named(s, "top_k_tv", "top_k_kl")
+            and c["regime"] in {Regime.DISTANT, Regime.CERTAIN}
+            and bool(_dtypes(c) & {*axes.HALVES})
+        ),
+        "probabilities rounded to 16 bits that leave no rest add up to more than 1",
+    ),
+    (
+        lambda s, c: c["use"] is Use.COMPILE and Use.COMPILE not in SUBJECTS[s].promises,
+        "torch.compile is documented to break the graph there",
+    ),
+    (
+        lambda _, c: c["use"] is Use.COMPILE and c["shape"] in {Shape.NO_TOKENS, Shape.NO_ROWS, Shape.LARGE},
+        "compiling takes seconds: its cells are those of other shapes",
+    ),
+    (
+        lambda _, c: c["use"] is Use.COMPILE and c["storage"] is Storage.EXPANDED,
+        "Dynamo looks at .grad of what is no leaf, which warns",
+    ),
+    (
+        lambda s, c: (
+            is_vocabulary(s) and (c["regime"], c["shape"], c["storage"]) == (Regime.IMPOSSIBLE, Shape.NUMBER, Storage.EXPANDED)
+        ),
+        "a row in which nothing is possible has no distribution",
+    ),
+    (
+        lambda _, c: c["use"] is Use.COMPILE and c["ambient"] is not Ambient.PLAIN,
+        "compiling takes seconds: its cells are those without another state",
+    ),
+)
+
+
+class Refusal(NamedTuple):
+    """What a cell raises, with a name in its message. `always` is False where a right result would do as well."""
+
+    error: tuple[type[Exception], ...]
+    name: str
+    reason: str
+    always: bool = True
+
+
+def _engine(reason: str, *, always: bool = True) -> Refusal:
+    return Refusal((ValueError, ImportError), "engine", reason, always)
+
+
+REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
+    (
+        lambda _, c: c.get("segment_ids", Given.ABSENT) is not Given.ABSENT and c["shape"] not in {Shape.PACKED, Shape.ONE},
+        Refusal((ValueError,), "segment_ids", "segment ids are of packed tokens"),
+    ),
+    (
+        lambda _, c: c.get("group_ids", Given.ABSENT) is not Given.ABSENT and c["shape"] not in {Shape.PACKED, Shape.ONE},
+        Refusal((ValueError,), "rewards", "group ids are of a list of rewards"),
+    ),
+    (
+        lambda s, c: _named(s, "group_advantages") and c["shape"] is Shape.NUMBER,
+        Refusal((ValueError,), "rewards", "one reward has no group"),
+    ),
+    (
+        lambda s, c: _named(s, "expand_advantages") and c["segment_ids"] is Given.ABSENT and len(c["shape"].leading) != 2,
+        Refusal((ValueError,), "mask", "padded sequences are rows"),
+    ),
+    (
+        lambda _, c: c.get("objective") == "DPPO per token" and c.get("divergence", Given.ABSENT) is Given.ABSENT,
+        Refusal((TypeError, ValueError), "divergence", "a divergence per token is the caller's to measure"),
+    ),
+    (
+        lambda s, c: s.startswith("drpo_core.") and c.get("engine") is Engine.COMPILED and c["library"] not in NUMPY,
+        _engine("the core's loop is compiled for NumPy arrays"),
+    ),
+    (
+        lambda s, c: s.startswith("drpo_torch.") and c.get("engine") is Engine.COMPILED and c["use"] in TRANSFORMS,
+        _engine("a transform of torch has no memory to give to a compiled loop", always=False),
+    ),
+    (
+        lambda s, c: is_vocabulary(s) and c.get("engine") is Engine.COMPILED and DType.FLOAT16 in _dtypes(c),
+        _engine("a compiled softmax may know no float16", always=False),
+    ),
+    (
+        lambda s, c: (
+            s == "drpo_torch.linear_policy_loss" and c["weight"] is not c["hidden"] and c["ambient"] not in axes.AUTOCAST
+        ),
+        Refusal((TypeError,), "weight", "a product of two dtypes is left to autocast"),
+    ),
+    (
+        lambda _, c: (
+            isinstance(c.get("divergence"), Measured) and c["divergence"].of != "top_k" and _has(c, "chunk_vocabulary")
+        ),
+        Refusal((ValueError,), "chunk_vocabulary", "a full divergence needs whole rows of logits"),
+    ),
+    (
+        lambda s, c: c["use"] in TRANSFORMS and c["use"] not in SUBJECTS[s].promises and c["library"] is Library.TORCH,
+        Refusal((RuntimeError, NotImplementedError), "", "torch.func is not promised there", always=False),
+    ),
+    (
+        lambda _, c: (
+            bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.CHECKPOINT, Use.BATCHED, Use.CREATE_GRAPH}
+        ),
+        Refusal((RuntimeError, ValueError), "", "logits that have been overwritten can't be read again", always=False),
+    ),
+    (
+        lambda _, c: bool(c.get("overwrite_logits")) and c["storage"] is Storage.EXPANDED,
+        Refusal((RuntimeError, ValueError), "", "rows that share memory can't each hold their gradient", always=False),
+    ),
+    (
+        lambda s, c: (
+            c["shape"] is Shape.NUMBER and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum"))
+        ),
+        Refusal((ValueError,), "mask", "a number is no sequence", always=False),
+    ),
+)
+
+
+def _has(cell: Cell, name: str) -> bool:
+    return cell.get(name, axes.Number.ABSENT) is not axes.Number.ABSENT
+
+
+def left_out(subject: str, cell: Cell) -> str | None:
+    """Why a cell is not run, or None."""
+    return next((reason for predicate, reason in LEFT_OUT if predicate(subject, cell)), None)
+
+
+def refusals(subject: str, cell: Cell) -> list[Refusal]:
+    """What a cell may raise."""
+    return [refusal for predicate, refusal in REFUSED if predicate(subject, cell)]
+
+
+def explain(value: Any) -> str:
+    """A choice as a word."""
+    return str(getattr(value, "value", value))

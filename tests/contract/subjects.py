@@ -1,0 +1,400 @@
+"""The table of subjects: every public function, what it should give, and what its arguments may be.
+
+The axes of a function follow from its signature: each parameter is found in one of the tables of parameters below. A new
+function without a subject, or a new parameter in none of the tables, fails `test_names.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import torch
+from contract import axes, names, oracle
+from contract.axes import DType, Engine, Given, Library, Number, Use
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# --- parameters ------------------------------------------------------------------------------------------------------------
+
+ARRAYS: dict[str, tuple[DType, ...]] = {
+    **dict.fromkeys(
+        (
+            "log_prob",
+            "behavior_log_prob",
+            "advantages",
+            "values",
+            "rewards",
+            "token_weights",
+            "divergence",
+            "top_k_log_prob",
+            "top_k_behavior_log_prob",
+            "logits",
+            "behavior_logits",
+            "log_normalizer",
+            "hidden",
+            "weight",
+            "bias",
+        ),
+        axes.FLOATS,
+    ),
+    **dict.fromkeys(("tokens", "top_k_ids", "segment_ids", "group_ids"), axes.INTEGERS),
+    **dict.fromkeys(("mask", "sampled_in_top_k"), (DType.BOOL,)),
+}
+"""Arrays: the dtypes of each, independently of the others'."""
+
+
+class Domain(NamedTuple):
+    """Which numbers a parameter takes."""
+
+    above: float | None = None
+    at_least: float | None = None
+    whole: bool = False
+    default: float | None = None
+
+    def has(self, value: float) -> bool:
+        """Whether a finite number is in the domain."""
+        if self.whole and value != int(value):
+            return False
+        return (self.above is None or value > self.above) and (self.at_least is None or value >= self.at_least)
+
+
+NUMBERS: dict[str, Domain] = {
+    "temperature": Domain(above=0.0),
+    "behavior_temperature": Domain(above=0.0),
+    "logit_softcap": Domain(above=0.0),
+    "normalizer": Domain(at_least=0.0),
+    "horizon": Domain(above=0.0),
+    "std_offset": Domain(at_least=0.0),
+    "tolerance": Domain(at_least=0.0),
+    "chunk_tokens": Domain(at_least=1, whole=True),
+    "chunk_vocabulary": Domain(at_least=1, whole=True),
+    "threads": Domain(at_least=1, whole=True),
+    # of objectives
+    "delta": Domain(above=0.0),
+    "delta_low": Domain(above=0.0),
+    "delta_high": Domain(above=0.0),
+    "eps": Domain(above=0.0),
+    "eps_low": Domain(above=0.0),
+    "eps_high": Domain(above=0.0),
+    "max_ratio": Domain(above=0.0),
+    "dual_clip": Domain(above=1.0),
+}
+"""Numbers, and which of them a parameter takes."""
+
+GOOD = {
+    "temperature": 0.7,
+    "behavior_temperature": 1.3,
+    "logit_softcap": 3.0,
+    "normalizer": 7.0,
+    "horizon": 7.0,
+    "std_offset": 0.01,
+    "tolerance": 0.1,
+    "chunk_tokens": 2,
+    "chunk_vocabulary": 3,
+    "threads": 2,
+}
+ARRAYS_OF_NUMBERS = {"normalizer", "horizon"}
+"""Numbers that may also be 0-d arrays, which nothing can check."""
+
+FLAGS = {"entropy", "diagnostics", "overwrite_logits", "divide_by_std", "leave_one_out"}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "objective": tuple(names.objectives()),
+    "reduction": axes.REDUCTIONS,
+    "engine": tuple(Engine),
+    "xp": (Given.ABSENT, Given.GIVEN),
+}
+ELSEWHERE = {
+    "spread": "threads are given to the compiled loop by the torch adapter, whose cells they are",
+    "group": "tests/test_torch_distributed.py runs several processes",
+    "shard_group": "tests/test_torch_distributed.py runs several processes",
+    "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
+    "axis_name": "given by the wrapper below",
+    "dtype": "of a result; the default in these cells",
+}
+"""Parameters that are no axis here, and why."""
+
+
+# --- functions -------------------------------------------------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """A public function under the contract."""
+
+    oracle: Callable[..., dict[str, torch.Tensor]]
+    differentiated: tuple[str, ...] = ()
+    """Arguments that receive a gradient."""
+    results: tuple[str, ...] = ()
+    """What the parts of a plain tuple are called."""
+    world: dict[str, str] = {}  # noqa: RUF012 -- never written to
+    """Arguments whose values have another name in the world."""
+    promises: frozenset[Use] = frozenset()
+    """Transforms beyond plain differentiation that the documentation promises."""
+    call: Callable[..., Any] | None = None
+    """How to call it with arrays, where they are not its arguments."""
+    parameters: tuple[str, ...] = ()
+    """Arguments of `call`, where they are not those of the function."""
+    constant: frozenset[str] = frozenset()
+    """Results that no gradient flows to, although the function is differentiable."""
+
+
+EVERY_TRANSFORM = frozenset({Use.FUNC_GRAD, Use.VMAP, Use.VMAP_ONE, Use.COMPILE, Use.JVP})
+_POLICIES = ("log_prob", "behavior_log_prob")
+_VOCABULARY = {name: f"vocabulary_{name}" for name in _POLICIES}
+_WHOLE = {name: f"all_{name}" for name in _POLICIES} | {"behavior_log_prob": "all_behavior_log_prob"}
+_FIRST = ("log_prob",)
+
+
+def _core() -> dict[str, Subject]:
+    elementwise = ("log_ratio", "importance_ratio", "probability_shift", "binary_tv", "binary_kl", "k1", "k2", "k3")
+    table = {name: Subject(getattr(oracle, name), _FIRST) for name in elementwise}
+    for name in ("full_tv", "full_kl"):
+        table[name] = Subject(getattr(oracle, name), _FIRST, world=_WHOLE)
+    for name in ("top_k_tv", "top_k_kl"):
+        table[name] = Subject(getattr(oracle, name), _FIRST, world=_VOCABULARY)
+    table["sampled_in_top_k"] = Subject(oracle.sampled_in_top_k)
+    table["group_advantages"] = Subject(oracle.group_advantages)
+    table["expand_advantages"] = Subject(
+        oracle.expand_advantages, world={"advantages": "sequence_advantages", "segment_ids": "sequence_ids"}
+    )
+    table["token_loss_and_gradient"] = Subject(oracle.token_loss_and_gradient)
+    table["policy_loss_and_gradient"] = Subject(oracle.policy_loss_and_gradient)
+    table["token_diagnostics"] = Subject(oracle.token_diagnostics)
+    table["validate"] = Subject(lambda *_, **__: {})
+    arrays = ("objective", "log_prob", "behavior_log_prob", "advantages", "mask")
+    table["merge_diagnostics"] = Subject(oracle.token_diagnostics, call=_merged, parameters=arrays)
+    table["summarize"] = Subject(oracle.token_diagnostics, call=_summarized, parameters=arrays)
+    return {f"drpo_core.{name}": subject for name, subject in table.items()}
+
+
+def _reductions() -> dict[str, Subject]:
+    def of(name: str) -> Callable[..., dict[str, torch.Tensor]]:
+        def reduce(
+            values: torch.Tensor, mask: torch.Tensor, *, horizon: float = 1.0, **options: Any
+        ) -> dict[str, torch.Tensor]:
+            reduction = axes.Reduction(name, (("horizon", horizon),))
+            known = {key: options[key] for key in ("normalizer", "token_weights", "segment_ids") if key in options}
+            return {"": oracle.reduced(values, oracle.coefficients(reduction, mask, **known))}
+
+        return reduce
+
+    def total(values: torch.Tensor, mask: torch.Tensor, *, token_weights: torch.Tensor | None = None, **_: Any) -> Any:
+        c = oracle.coefficients(axes.REDUCTIONS[0], mask, normalizer=1.0, token_weights=token_weights)
+        return {"total": oracle.reduced(values, c), "count": mask.sum().double()}
+
+    def coefficients(reduction: axes.Reduction, mask: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+        known = {
+            k: v for k, v in options.items() if k in {"normalizer", "token_weights", "segment_ids", "bound_token_weights"}
+        }
+        return {"": oracle.coefficients(reduction, mask, **known)}
+
+    def count(reduction: axes.Reduction, mask: torch.Tensor, segment_ids: torch.Tensor | None = None, **_: Any) -> Any:
+        return {"": oracle.count(reduction, mask, segment_ids)}
+
+    table = {
+        f"drpo_core.{name}": Subject(of(name), ("values",))
+        for name in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")
+    }
+    table["drpo_core.masked_sum"] = Subject(total, ("values",))
+    table["drpo_core.reduction.reduction_coefficients"] = Subject(coefficients, call=_coefficients)
+    table["drpo_core.reduction.reduction_count"] = Subject(count, call=_count)
+    return table
+
+
+def _adapters() -> dict[str, Subject]:
+    loss_and_diagnostics = ("loss", "diagnostics")
+    head = ("hidden", "weight", "bias")
+    token = {
+        "token_loss": Subject(oracle.token_loss, _FIRST, promises=EVERY_TRANSFORM),
+        "policy_loss": Subject(oracle.policy_loss, _FIRST, loss_and_diagnostics, promises=EVERY_TRANSFORM),
+    }
+    vocabulary = {
+        "token_log_prob": Subject(oracle.token_log_prob, ("logits",)),
+        "logits_policy_loss": Subject(oracle.logits_policy_loss, ("logits",)),
+        "linear_policy_loss": Subject(oracle.linear_policy_loss, head),
+        "full_divergences": Subject(oracle.full_divergences, ("logits",)),
+        "top_k_divergences": Subject(oracle.top_k_divergences, ("logits", "log_normalizer")),
+    }
+    return {
+        f"{module}.{name}": subject for module in ("drpo_torch", "drpo_jax") for name, subject in (token | vocabulary).items()
+    }
+
+
+def _distributed() -> dict[str, Subject]:
+    def normalizer(reduction: axes.Reduction, mask: torch.Tensor, segment_ids: torch.Tensor | None = None, **_: Any) -> Any:
+        return {"": oracle.count(reduction, mask, segment_ids)}
+
+    def coefficients(reduction: axes.Reduction, mask: torch.Tensor, segment_ids: torch.Tensor | None = None, **_: Any) -> Any:
+        return {"": oracle.coefficients(reduction, mask, normalizer=7.0, segment_ids=segment_ids)}
+
+    arrays = ("objective", "log_prob", "behavior_log_prob", "advantages", "mask")
+    of_mask = ("reduction", "mask", "segment_ids")
+    return {
+        "drpo_torch.distributed.global_normalizer": Subject(normalizer, call=_torch_normalizer, parameters=of_mask),
+        "drpo_torch.distributed.global_coefficients": Subject(coefficients, call=_torch_coefficients, parameters=of_mask),
+        "drpo_torch.distributed.all_reduce_diagnostics": Subject(
+            oracle.token_diagnostics, call=_torch_all_reduced, parameters=arrays
+        ),
+        "drpo_jax.distributed.global_normalizer": Subject(normalizer, call=_jax_normalizer, parameters=of_mask),
+        "drpo_jax.distributed.global_coefficients": Subject(coefficients, call=_jax_coefficients, parameters=of_mask),
+        "drpo_jax.distributed.all_reduce_diagnostics": Subject(
+            oracle.token_diagnostics, call=_jax_all_reduced, parameters=arrays
+        ),
+    }
+
+
+# --- calls with arrays, where the function takes something else ----------------------------------------------------------------
+
+
+def _diagnostics(objective: Any, **arrays: Any) -> Any:
+    return names.public()["drpo_core.token_diagnostics"](objective, **arrays)
+
+
+def _merged(merge: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
+    """The diagnostics of what comes before a place of the last axis, merged with those of what comes after it."""
+    if not arrays["mask"].ndim:
+        return merge(_diagnostics(objective, **arrays))
+    return merge(
+        *(_diagnostics(objective, **{k: v[..., part] for k, v in arrays.items()}) for part in (slice(2), slice(2, None)))
+    )
+
+
+def _summarized(summarize: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
+    figures = summarize(_diagnostics(objective, **arrays))
+    assert all(type(figure) is float for figure in figures.values())
+    return {name: torch.tensor(figure, dtype=torch.float64) for name, figure in figures.items()}
+
+
+def _dtype(array: Any) -> Any:
+    return torch.float32 if isinstance(array, torch.Tensor) else "float32"
+
+
+def _coefficients(function: Callable[..., Any], reduction: Any, mask: Any, **options: Any) -> Any:
+    xp = names.namespace(mask)
+    return function(reduction, mask, dtype=xp.float32, **{"xp": xp} | options)
+
+
+_count = _coefficients
+
+
+def _torch_normalizer(function: Callable[..., Any], reduction: Any, mask: Any, segment_ids: Any = None) -> Any:
+    return function(reduction, mask, segment_ids=segment_ids)
+
+
+def _torch_coefficients(function: Callable[..., Any], reduction: Any, mask: Any, segment_ids: Any = None) -> Any:
+    return function(reduction, mask, normalizer=7.0, shard_group=torch.distributed.group.WORLD, segment_ids=segment_ids)
+
+
+def _torch_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
+    return function(_diagnostics(objective, **arrays))
+
+
+def _on_one_device(function: Callable[..., Any], *arrays: Any) -> Any:
+    """Under vmap with a name for its axis, which stands for a mesh of one device."""
+    result = jax.vmap(function, axis_name="devices")(*(None if a is None else a[None] for a in arrays))
+    return jax.tree.map(lambda a: a[0], result)
+
+
+def _jax_normalizer(function: Callable[..., Any], reduction: Any, mask: Any, segment_ids: Any = None) -> Any:
+    return _on_one_device(lambda m, s: function(reduction, m, axis_name="devices", segment_ids=s), mask, segment_ids)
+
+
+def _jax_coefficients(function: Callable[..., Any], reduction: Any, mask: Any, segment_ids: Any = None) -> Any:
+    of = functools.partial(function, reduction, normalizer=7.0, shard_axis_name="devices")
+    return _on_one_device(lambda m, s: of(m, segment_ids=s), mask, segment_ids)
+
+
+def _jax_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
+    figures = _diagnostics(objective, **arrays)
+    reduced = jax.vmap(lambda d: function(d, axis_name="devices"), axis_name="devices")(
+        jax.tree.map(lambda a: a[None], figures)
+    )
+    return jax.tree.map(lambda a: a[0], reduced)
+
+
+SUBJECTS: dict[str, Subject] = _core() | _reductions() | _adapters() | _distributed()
+
+VALUES = "holds what a function returned or will be given: its arrays are compared where they are returned"
+CLASSES = {
+    "BehaviorPolicyWarning": "a warning",
+    "VacuousTrustRegionWarning": "a warning",
+    "Objective": "a protocol",
+    "Reduction": "a protocol",
+    **dict.fromkeys(("PolicyLoss", "TokenLoss", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
+    **dict.fromkeys(("SelectedLogProb", "TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
+    **dict.fromkeys(
+        ("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"
+    ),
+}
+"""Public classes that are no objectives, and where they are held to the contract."""
+
+
+# --- axes of a subject -----------------------------------------------------------------------------------------------------
+
+
+def function_of(subject: str) -> Callable[..., Any]:
+    """The public function."""
+    return names.public()[subject]
+
+
+@functools.cache
+def parameters_of(subject: str) -> dict[str, bool]:
+    """Parameters that are axes, and whether they may be left out."""
+    own = SUBJECTS[subject].parameters
+    signature = inspect.signature(function_of(subject)).parameters
+    found = {name: name not in own and p.default is None for name, p in signature.items()}
+    if own:
+        found = {name: found.get(name, name == "segment_ids") for name in own}
+    return {name: optional for name, optional in found.items() if name not in ELSEWHERE}
+
+
+@functools.cache
+def is_vocabulary(subject: str) -> bool:
+    """Whether it takes logits, or what they are made of."""
+    return bool({"logits", "hidden"} & set(parameters_of(subject)))
+
+
+@functools.cache
+def axes_of(subject: str) -> dict[str, tuple[Any, ...]]:
+    """Every axis of a function, and what it may be on it, the base first."""
+    found: dict[str, tuple[Any, ...]] = {}
+    vocabulary = is_vocabulary(subject)
+    for name, optional in parameters_of(subject).items():
+        if name in ARRAYS:
+            found[name] = (Given.ABSENT, *ARRAYS[name]) if optional else ARRAYS[name]
+            if name == "divergence" and vocabulary:
+                found[name] += axes.MEASURED
+        elif name in NUMBERS:
+            found[name] = (Number.ABSENT, Number.PLAIN, Number.SCALAR)
+            found[name] += (Number.ARRAY,) if name in ARRAYS_OF_NUMBERS else ()
+        elif name in FLAGS:
+            found[name] = (True, False) if name == "diagnostics" else (False, True)
+        else:
+            found[name] = CHOICES[name]
+    return found | _environment(subject)
+
+
+def _environment(subject: str) -> dict[str, tuple[Any, ...]]:
+    differentiable = bool(SUBJECTS[subject].differentiated)
+    libraries, uses = tuple(Library), axes.CORE_USES
+    if not subject.startswith("drpo_core."):
+        libraries = (Library.TORCH,) if subject.startswith("drpo_torch.") else (Library.JAX,)
+        uses = axes.TORCH_USES if libraries == (Library.TORCH,) else axes.JAX_USES
+    if not differentiable:
+        uses = tuple(use for use in (Use.FORWARD, Use.JIT) if use in uses)
+    owners = {"jax": Library.JAX, "torch": Library.TORCH, "numpy": Library.NUMPY, None: None}
+    states = tuple(a for a in axes.Ambient if owners[a.library] in (None, *libraries))
+    environment = {
+        "library": libraries,
+        "shape": tuple(axes.Shape),
+        "storage": tuple(axes.Storage) if libraries != (Library.JAX,) else (axes.Storage.CONTIGUOUS,),
+        "regime": tuple(axes.Regime),
+        "ambient": states,
+        "use": uses,
+    }
+    if "mask" in parameters_of(subject):
+        environment["masked"] = tuple(axes.Masked)
+    return environment
