@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from drpo_torch import linear_reduction, policy_loss, token_loss
-from drpo_torch.engines.namespace import COMPILED
+from drpo_torch.engines._namespace import COMPILED
 from torch_cases import batch, each_reduction
 from variants import ALL, ONE_A_FAMILY
 
