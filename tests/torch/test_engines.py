@@ -72,7 +72,7 @@ def evaluated(objective, data, engine, **options):
 
 def of_the_core(objective, data, reduction=token_mean, **options):
     """The same from the core's functions per token on NumPy in float64, and the reduction's coefficients."""
-    arrays = {name: tensor.detach().numpy().astype(np.float64) for name, tensor in data.items() if tensor.is_floating_point()}
+    arrays = {name: tensor.detach().double().numpy() for name, tensor in data.items() if tensor.is_floating_point()}
     mask = data["mask"].numpy()
     tokens = {name: arrays[name] for name in ("log_prob", "behavior_log_prob", "advantages")}
     divergence = arrays.get("divergence")
