@@ -499,11 +499,31 @@ def _integers(adapter):
 @pytest.mark.parametrize(
     ("name", "wrong", "error", "message"),
     [
-        ("log_prob", lambda a: a.wrong_type, TypeError, r"log_prob: expected a (torch.Tensor|jax.Array), got (numpy.)?ndarray"),
-        ("advantages", lambda a: a.wrong_type, TypeError, r"advantages: expected a (torch.Tensor|jax.Array), got (numpy.)?ndarray"),
+        (
+            "log_prob",
+            lambda a: a.wrong_type,
+            TypeError,
+            r"log_prob: expected a (torch.Tensor|jax.Array), got (numpy.)?ndarray",
+        ),
+        (
+            "advantages",
+            lambda a: a.wrong_type,
+            TypeError,
+            r"advantages: expected a (torch.Tensor|jax.Array), got (numpy.)?ndarray",
+        ),
         ("mask", lambda a: a.wrong_type, TypeError, r"mask: expected a (torch.Tensor|jax.Array), got (numpy.)?ndarray"),
-        ("divergence", lambda a: a.wrong_type, TypeError, r"divergence: expected a (torch.Tensor|jax.Array), got (numpy.)?ndarray"),
-        ("token_weights", lambda a: a.wrong_type, TypeError, r"token_weights: expected a (torch.Tensor|jax.Array), got (numpy.)?nd"),
+        (
+            "divergence",
+            lambda a: a.wrong_type,
+            TypeError,
+            r"divergence: expected a (torch.Tensor|jax.Array), got (numpy.)?ndarray",
+        ),
+        (
+            "token_weights",
+            lambda a: a.wrong_type,
+            TypeError,
+            r"token_weights: expected a (torch.Tensor|jax.Array), got (numpy.)?nd",
+        ),
         ("segment_ids", lambda _: [0, 1], TypeError, r"segment_ids: expected a (torch.Tensor|jax.Array), got list"),
         ("log_prob", lambda _: None, TypeError, r"log_prob: expected an array of real floating dtype, got NoneType"),
         ("log_prob", lambda _: -1.0, TypeError, r"log_prob: expected a (torch.Tensor|jax.Array), got float"),

@@ -19,7 +19,7 @@ from contract.subjects import SUBJECTS
 
 def main(names: list[str]) -> int:
     """Run the subjects whose names contain one of these; how many cells failed."""
-    jax.config.update("jax_enable_x64", True)  # noqa: FBT003 -- JAX's signature
+    jax.config.update("jax_enable_x64", True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     left_out, totals, every = Counter[str](), Counter[str](), []
     for subject in SUBJECTS:
@@ -31,7 +31,7 @@ def main(names: list[str]) -> int:
         for cell in of.cells:
             try:
                 outcomes[check(subject, cell)] += 1
-            except Exception as error:  # noqa: BLE001 -- listed below
+            except Exception as error:
                 if (known := open_cells.reason(subject, error)) is not None:
                     outcomes[f"open ({known})"] += 1
                     continue

@@ -91,7 +91,9 @@ def _check_refusal(error: Exception, may: list[Refusal]) -> None:
 
 
 def _expected(may: list[Refusal]) -> str:
-    return " or ".join(f"{'/'.join(e.__name__ for e in r.error)} naming {r.name or 'what is refused'!r} ({r.reason})" for r in may)
+    return " or ".join(
+        f"{'/'.join(e.__name__ for e in r.error)} naming {r.name or 'what is refused'!r} ({r.reason})" for r in may
+    )
 
 
 # --- values ----------------------------------------------------------------------------------------------------------------
@@ -239,7 +241,9 @@ def _shown(values: np.ndarray) -> str:
 
 def _check_rows_sum_to_zero(gradient: np.ndarray, tolerance: float) -> None:
     sums, sizes = gradient.sum(-1), np.abs(gradient).sum(-1)
-    assert (np.abs(sums) <= tolerance * sizes + 8 * SMALLEST["float16"]).all(), f"gradient of logits: rows sum to {_shown(sums)}"
+    assert (np.abs(sums) <= tolerance * sizes + 8 * SMALLEST["float16"]).all(), (
+        f"gradient of logits: rows sum to {_shown(sums)}"
+    )
 
 
 # --- masks and memory ------------------------------------------------------------------------------------------------------

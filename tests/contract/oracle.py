@@ -80,7 +80,7 @@ def k2(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
 
 
 def k3(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
-    """r − 1 − ℓ, continued beyond ℓ = 20 along its tangent."""
+    """R − 1 − ℓ, continued beyond ℓ = 20 along its tangent."""
     ell = log_ratio(log_prob, behavior_log_prob)[""]
     bounded = ell.clamp(max=SATURATION)
     return {"": torch.expm1(bounded) - bounded + math.expm1(SATURATION) * (ell - SATURATION).clamp(min=0.0)}
@@ -209,7 +209,11 @@ def group_advantages(
     **_: Any,
 ) -> Outputs:
     result = torch.zeros_like(rewards)
-    groups = [group_ids == i for i in group_ids.unique()] if group_ids is not None else _sequences(torch.ones_like(rewards) == 1, None)
+    groups = (
+        [group_ids == i for i in group_ids.unique()]
+        if group_ids is not None
+        else _sequences(torch.ones_like(rewards) == 1, None)
+    )
     for own in groups:
         r = rewards[own]
         if len(r) < 2 or bool((r == r[0]).all()):
@@ -221,7 +225,9 @@ def group_advantages(
 
 
 def expand_advantages(advantages: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None, **_: Any) -> Outputs:
-    per_token = advantages[:, None].expand(mask.shape) if segment_ids is None else advantages[torch.where(mask, segment_ids, 0)]
+    per_token = (
+        advantages[:, None].expand(mask.shape) if segment_ids is None else advantages[torch.where(mask, segment_ids, 0)]
+    )
     return {"": torch.where(mask, per_token, 0.0)}
 
 
@@ -260,7 +266,13 @@ class Tokens:
     """Per token: the loss as a function of log π with its analytic derivative, the gradient, the weight; masked ones are 0."""
 
     def __init__(
-        self, objective: Any, log_prob: Tensor, behavior_log_prob: Tensor, advantages: Tensor, mask: Tensor, divergence: Tensor | None
+        self,
+        objective: Any,
+        log_prob: Tensor,
+        behavior_log_prob: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        divergence: Tensor | None,
     ) -> None:
         x, b, a = log_prob.detach(), behavior_log_prob, advantages
         d = x if divergence is None else divergence
@@ -416,9 +428,7 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -_xlogy(log_probs.exp(), log_probs).sum(-1)
 
 
-def token_log_prob(
-    *, logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False, **_: Any
-) -> Outputs:
+def token_log_prob(*, logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False, **_: Any) -> Outputs:
     x = (logits / temperature).log_softmax(-1)
     outputs = {"log_prob": _picked(x, tokens[..., None])[..., 0], "log_normalizer": (logits / temperature).logsumexp(-1)}
     return outputs | ({"entropy": _entropy(x)} if entropy else {})

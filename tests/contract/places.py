@@ -68,7 +68,9 @@ def numbers() -> Iterator[Place]:
             for name, reduction in (("normalizer", drpo_core.token_mean), ("horizon", drpo_core.sequence_mean_token_sum)):
                 if name == "normalizer" and name not in defaults:
                     continue  # nothing is divided there
-                yield Place(f"{subject} bound {name}", name, _bind(call, reduction, name), None if name == "normalizer" else 1.0)
+                yield Place(
+                    f"{subject} bound {name}", name, _bind(call, reduction, name), None if name == "normalizer" else 1.0
+                )
         if "divergence" in parameters and is_vocabulary(subject):
             module = drpo_torch if subject.startswith("drpo_torch.") else drpo_jax
             yield from _recorded_numbers(subject, module)

@@ -168,7 +168,9 @@ def run_of(subject, engine, spoilt=False):
         found = {path: exact(a) for path, a in outputs.items()}
         if cell["library"] is Library.TORCH and wanted:
             loss = sum(o.sum() for o in outputs.values() if o.requires_grad)
-            found |= {f"gradient of {n}": exact(g) for n, g in zip(wanted, torch.autograd.grad(loss, [arrays[n] for n in wanted]))}
+            found |= {
+                f"gradient of {n}": exact(g) for n, g in zip(wanted, torch.autograd.grad(loss, [arrays[n] for n in wanted]))
+            }
         return found
 
     return run
@@ -176,7 +178,11 @@ def run_of(subject, engine, spoilt=False):
 
 def scaled(found, factor):
     """What a loss with `factor` times the weight gives: of what is linear in it."""
-    return {path: array * factor for path, array in found.items() if path in {"", "loss", "gradient", "weight"} or "gradient of" in path}
+    return {
+        path: array * factor
+        for path, array in found.items()
+        if path in {"", "loss", "gradient", "weight"} or "gradient of" in path
+    }
 
 
 def assert_same(found, want):
@@ -237,7 +243,7 @@ def test_a_global_that_changes_between_calls_is_seen(subject, engine, monkeypatc
 
 def of_core(subject, engine, objective, spoilt=False):
     """What token_loss_and_gradient gives for the tokens of a token-scale function, reduced by token_mean."""
-    call = call_of(subject, base_cell(subject, masked=Masked.SOME, **({"mask": axes_of(subject)["mask"][1]})), spoilt=spoilt)
+    call = call_of(subject, base_cell(subject, masked=Masked.SOME, mask=axes_of(subject)["mask"][1]), spoilt=spoilt)
     arrays = {name: exact(array) for name, array in call.arrays.items()}
     result = drpo_core.token_loss_and_gradient(
         objective, arrays["log_prob"], arrays["behavior_log_prob"], arrays["advantages"], mask=arrays["mask"]

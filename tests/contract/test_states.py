@@ -67,7 +67,10 @@ def test_results_survive_the_safe_load(ledger):
 # --- diagnostics -----------------------------------------------------------------------------------------------------------
 
 WITH_DIAGNOSTICS = [
-    (subject, library) for subject in SUBJECTS if "diagnostics" in parameters_of(subject) for library in axes_of(subject)["library"]
+    (subject, library)
+    for subject in SUBJECTS
+    if "diagnostics" in parameters_of(subject)
+    for library in axes_of(subject)["library"]
 ]
 
 
@@ -213,5 +216,3 @@ def test_diagnostics_are_merged_across_ranks_by_name(ledger):
     reduced = drpo_torch.distributed.all_reduce_diagnostics(dict(reversed(part.items())))
     assert drpo_core.summarize(reduced) == pytest.approx(drpo_core.summarize(part), nan_ok=True)
     ledger(Counter(held=1))
-
-

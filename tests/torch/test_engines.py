@@ -368,7 +368,7 @@ def test_errors(engine):
         with pytest.raises(error, match=message):
             policy_loss(SUBJECT, **data | change, engine=engine)
     for wrong in (DRPO, 3, None, object()):
-        with pytest.raises(TypeError, match="^objective: expected"):
+        with pytest.raises(TypeError, match=r"^objective: expected"):
             policy_loss(wrong, **data, engine=engine)
 
 
@@ -393,8 +393,7 @@ def test_without_numba(monkeypatch):
     monkeypatch.setitem(scope, "find_spec", lambda _: None)
     try:
         with pytest.warns(SlowEngineWarning, match=r"pip install 'drpo-core\[compiled\]'") as warned:
-            for _ in range(3):
-                found = evaluated(SUBJECT, batch(), "auto")
+            found, *_ = [evaluated(SUBJECT, batch(), "auto") for _ in range(3)]
         assert len(warned) == 1
         assert warned[0].filename == __file__
         assert_same(found, of_the_core(SUBJECT, batch()))
