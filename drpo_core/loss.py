@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -394,4 +395,12 @@ def _say_once_how_to_compile() -> None:
         "policy losses on a CPU run as array operations, several times slower than the compiled loop: "
         "pip install 'drpo-core[compiled]' (or pass engine='arrays')"
     )
-    warnings.warn(msg, SlowEngineWarning, stacklevel=4)
+    warnings.warn(msg, SlowEngineWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """Where to say that a warning came from: the first frame outside the library and its adapters."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("drpo_"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -178,5 +178,3 @@ def test_expm1_is_accurate_where_inductor_compiles_it():
     exact = torch.from_numpy(np.expm1(t.float().double().numpy())).float()
     torch.testing.assert_close(compiled(t.float()), exact, rtol=4e-7, atol=0.0, equal_nan=True)
     torch.testing.assert_close(COMPILED.expm1(t), torch.expm1(t), rtol=1e-15, atol=0.0, equal_nan=True)
-
-
