@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -395,12 +395,12 @@ def _say_once_how_to_compile() -> None:
         "policy losses on a CPU run as array operations, several times slower than the compiled loop: "
         "pip install 'drpo-core[compiled]' (or pass engine='arrays')"
     )
-    warnings.warn(msg, SlowEngineWarning, stacklevel=_level_of_caller())
+    warnings.warn(msg, SlowEngineWarning, stacklevel=_caller())
 
 
-def _level_of_caller() -> int:
-    """Where to say that a warning came from: the first frame outside the library and its adapters."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith("drpo_"):
+def _caller() -> int:
+    """The `stacklevel`, in the calling function, of the code that called this library or an adapter of it."""
+    frame, level = sys._getframe(1), 1  # noqa: SLF001 -- `skip_file_prefixes` is for Python 3.12
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("drpo_core", "drpo_torch"):
         frame, level = frame.f_back, level + 1
     return level

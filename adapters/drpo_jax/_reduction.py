@@ -14,12 +14,14 @@ from drpo_jax._checks import check_jax_arrays
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LinearReduction", "linear_reduction"]
+    from drpo_core.reduction import LinearReduction
+
+__all__ = ["linear_reduction"]
 
 
 @dataclass(frozen=True, slots=True)
-class LinearReduction:
-    """What `linear_reduction` makes of a function: a `reduction` of the policy losses."""
+class _Linear:
+    """A linear function of values and mask, as a `drpo_core.reduction.LinearReduction`."""
 
     function: Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -97,16 +99,17 @@ def linear_reduction(function: Callable[[jax.Array, jax.Array], jax.Array]) -> L
     Returns
     -------
     LinearReduction
-        Equal to another one of the same function. `token_weights` of a loss are factors of c. `normalizer` and
-        `segment_ids` must be None: the function divides by itself.
+        For the argument `reduction` of the policy losses. The `token_weights` of a loss are factors of c; `normalizer`
+        and `segment_ids` must be None, as the function divides by itself. Two of the same function are equal, so that
+        `jit` compiles once.
 
     Raises
     ------
     TypeError
         If the function is not callable; when a loss uses it, if it does not give a floating-point scalar, or is not linear.
     ValueError
-        When a loss uses it: if zeros do not give 0, where JAX knows the value (so not under `jit`), or if it sums over
-        devices.
+        When a loss uses it: if zeros do not give 0, where JAX knows the value (so not under `jit`), if it sums over
+        devices, or if `normalizer` or `segment_ids` are given.
 
     See Also
     --------
@@ -136,4 +139,4 @@ def linear_reduction(function: Callable[[jax.Array, jax.Array], jax.Array]) -> L
     if not callable(given):
         msg = f"function: expected a function of values and a mask, got {type(given).__name__}"
         raise TypeError(msg)
-    return LinearReduction(function)
+    return _Linear(function)

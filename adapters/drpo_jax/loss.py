@@ -199,10 +199,10 @@ def checked_policy_loss(
     """Σ m c L, differentiable in `log_prob`, and diagnostics; checks nothing."""
     run = partial(policy_pass, objective, dtype=dtype, xp=xp)
     constants = jax.lax.stop_gradient(constants)
-    # as constants too: where a loop is differentiated, what it fills arrays with is made beforehand and read each time
+    # not to be differentiated: out of a loop that is, JAX moves the constants, as arrays that every round then reads
     arrays = (jax.lax.stop_gradient(log_prob), *constants)
     in_chunks = log_prob.size > _CHUNK and not is_explicitly_sharded(arrays) and is_elementwise(objective)
-    result = (_in_chunks if in_chunks else partial)(run, diagnostics=diagnostics)(*arrays)
+    result = _in_chunks(run, *arrays, diagnostics=diagnostics) if in_chunks else run(*arrays, diagnostics=diagnostics)
 
     def gradient(*arrays: Any) -> jax.Array:  # noqa: ANN401 -- those of `policy_pass`
         return run(*arrays, diagnostics=False).gradient  # type: ignore[no-any-return]
@@ -210,8 +210,8 @@ def checked_policy_loss(
     return _attached(gradient, result.loss, result.gradient, log_prob, constants), result.diagnostics
 
 
-def _in_chunks(run: Callable[..., PolicyLoss], *, diagnostics: bool) -> Callable[..., PolicyLoss]:
-    """`policy_pass` of many tokens: on a CPU its sums are those of chunks of tokens, elsewhere it is as it was.
+def _in_chunks(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool) -> PolicyLoss:  # noqa: ANN401
+    """``run(*arrays, diagnostics=diagnostics)``, a pass over many tokens, whose sums a CPU takes chunk by chunk.
 
     XLA's CPU compiler makes a loop of every sum. It writes what it is going to sum to memory first, and reads the tokens
     again for the next sum: those of a chunk, to and from the cache. The gradient is no output of the chunks, because
@@ -239,7 +239,8 @@ def _in_chunks(run: Callable[..., PolicyLoss], *, diagnostics: bool) -> Callable
         gradient = run(*arrays, diagnostics=False).gradient
         return PolicyLoss(jnp.sum(losses), gradient, combine_diagnostics(statistics, xp=jnp) if diagnostics else None)
 
-    return partial(jax.lax.platform_dependent, cpu=on_cpu, default=partial(run, diagnostics=diagnostics))
+    elsewhere = partial(run, diagnostics=diagnostics)
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)  # type: ignore[no-any-return]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

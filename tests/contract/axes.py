@@ -155,8 +155,8 @@ _CONTEXTS: dict[Ambient, Any] = {
     Ambient.DEFAULT_DTYPE: lambda: _switched(torch.set_default_dtype, torch.float64, torch.float32),
     Ambient.DETERMINISTIC: lambda: _switched(torch.use_deterministic_algorithms, True, False),
     Ambient.ANOMALY: lambda: torch.autograd.set_detect_anomaly(mode=True),
-    Ambient.NO_X64: lambda: jax.enable_x64(False),  # noqa: FBT003 -- JAX's signature
-    Ambient.DEBUG_NANS: lambda: jax.debug_nans(True),  # noqa: FBT003
+    Ambient.NO_X64: lambda: jax.enable_x64(False),
+    Ambient.DEBUG_NANS: lambda: jax.debug_nans(True),
 }
 
 
@@ -219,7 +219,9 @@ REDUCTIONS = (
     Reduction("sequence_mean_token_sum", (("horizon", 7.0),)),
     Reduction("token_mean", (("normalizer", 7.0),)),
     Reduction("sequence_mean_token_mean", (("token_weights", BOUND_ARRAY),)),
+    Reduction("linear"),
 )
+"""Those of the core, with numbers and arrays bound, and a function of one's own by `linear_reduction`."""
 
 
 class Number(StrEnum):

@@ -155,7 +155,7 @@ def run_of(subject, engine, spoilt=False):
     if cell["mask"] is Given.ABSENT:
         cell["mask"] = axes_of(subject)["mask"][1]
     call = call_of(subject, cell, spoilt=spoilt)
-    options = {} if cell.get("engine", Engine.AUTO) is Engine.AUTO else {"engine": names.engine(subject, engine)}
+    options = {"engine": engine.value} if "engine" in cell else {}
     assert not refusals(subject, cell)
 
     def run(objective):
@@ -243,7 +243,7 @@ def test_a_global_that_changes_between_calls_is_seen(subject, engine, monkeypatc
 
 def of_core(subject, engine, objective, spoilt=False):
     """What token_loss_and_gradient gives for the tokens of a token-scale function, reduced by token_mean."""
-    call = call_of(subject, base_cell(subject, masked=Masked.SOME, **({"mask": axes_of(subject)["mask"][1]})), spoilt=spoilt)
+    call = call_of(subject, base_cell(subject, masked=Masked.SOME, mask=axes_of(subject)["mask"][1]), spoilt=spoilt)
     arrays = {name: exact(array) for name, array in call.arrays.items()}
     result = drpo_core.token_loss_and_gradient(
         objective, arrays["log_prob"], arrays["behavior_log_prob"], arrays["advantages"], mask=arrays["mask"]
@@ -265,16 +265,12 @@ def test_an_objective_that_looks_across_tokens_works_or_is_refused(subject, engi
     want = of_core(subject, engine, objective)
     try:
         found = run_of(subject, engine, spoilt)(objective)
-    except drpo_core_untraceable():
+    except names.UntraceableError:
         assert engine is Engine.COMPILED
         return
     for path, key in (("gradient of log_prob", "gradient"), ("gradient", "gradient")):
         if path in found:
             np.testing.assert_allclose(found[path], want[key], rtol=1e-4, atol=1e-9)
-
-
-def drpo_core_untraceable():
-    return names.untraceable()
 
 
 WEIGHTS = {
@@ -298,7 +294,7 @@ def test_a_weight_that_is_no_array_of_the_tokens_works_or_is_refused_by_name(sub
     run = run_of(subject, engine)
     try:
         found = run(objective)
-    except (TypeError, ValueError, drpo_core_untraceable()) as error:
+    except (TypeError, ValueError, names.UntraceableError) as error:
         assert "weight" in str(error), f"{type(error).__name__}: {error}"
         return
     assert want is not None, "a result"

@@ -66,7 +66,7 @@ def test_a_number_means_what_it_is_or_is_refused_by_name(place, ledger):
             named = place.name in str(error)
             right = named and (plain is None or plain == "refused")
             outcome = f"{type(error).__name__}: {error}"[:110] if not right else None
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             outcome = f"{type(error).__name__}: {error}"[:110]
         else:
             accepted = (value is None and plain is None and place.default is None) or plain not in {None, "refused"}
@@ -94,7 +94,7 @@ def test_a_number_as_an_array_means_what_it_is_or_is_refused_by_name(place, ledg
         except (TypeError, ValueError) as error:
             if place.name not in str(error):
                 wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
         else:
             if value.ndim or value != number:
@@ -162,7 +162,7 @@ def test_what_is_no_array_of_an_argument_is_refused_by_name(place, ledger):
         except (TypeError, ValueError) as error:
             if not any(name in str(error) for name in (place.name, *_also(place, word))):
                 wrong.append(f"{place.id} = {word}: {type(error).__name__}: {error}".splitlines()[0][:200])
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{place.id} = {word}: {type(error).__name__}: {error}".splitlines()[0][:200])
         else:
             wrong.append(f"{place.id} = {word}: a result")
@@ -216,7 +216,7 @@ def test_what_is_no_choice_is_refused_by_name(place, ledger):
         except (TypeError, ValueError) as error:
             if place.name not in str(error):
                 wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
         else:
             wrong.append(f"{place.id} = {value!r}: a result")
@@ -262,7 +262,7 @@ def test_ids_outside_the_vocabulary_are_refused_or_give_nan(subject, name, ledge
             if name not in str(error):
                 wrong.append(f"{bad}: {type(error).__name__}: {error}"[:150])
             continue
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{bad}: {type(error).__name__}: {error}"[:150])
             continue
         if subject.endswith("sampled_in_top_k"):

@@ -41,7 +41,7 @@ def cotangents(shape: tuple[int, ...]) -> list[float]:
 def total(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Σ w·output over the outputs that require a gradient."""
     with torch.device("cpu"):
-        wanted = {path: o for path, o in sorted(outputs.items()) if o.requires_grad}
+        wanted = {path: o for path, o in sorted(outputs.items()) if o is not None and o.requires_grad}
         weights = {p: torch.tensor(cotangents(o.shape), dtype=torch.float64).reshape(o.shape) for p, o in wanted.items()}
         return sum((weights[p].to(o.dtype) * o).sum() for p, o in wanted.items())  # type: ignore[return-value]
 
@@ -106,13 +106,13 @@ def named_statistics(result: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return statistics(dict(zip(names, result, strict=True)) if names and type(result) is tuple else result)
 
 
-def _forward(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001 -- the signature of a use
+def _forward(cell: TorchCell, leaf: bool) -> Result:
     result, outputs = cell.forward(cell.tensors)
     assert not any(o.requires_grad for o in outputs.values()), "an output requires a gradient that no input has"
     return _finished(cell, result, outputs, {})
 
 
-def _backward(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _backward(cell: TorchCell, leaf: bool) -> Result:
     tensors = cell.leaves(leaf=leaf)
     result, outputs = cell.forward(tensors)
     if cell.differentiated:
@@ -125,7 +125,7 @@ def _anomaly(cell: TorchCell) -> Any:
     return (cell.ambient if cell.ambient is Ambient.ANOMALY else Ambient.PLAIN).around()
 
 
-def _retained(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _retained(cell: TorchCell, leaf: bool) -> Result:
     """With retain_graph, and again without: the same bits as a single backward pass."""
     tensors = cell.leaves(leaf=leaf)
     result, outputs = cell.forward(tensors)
@@ -140,7 +140,7 @@ def _retained(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     return _finished(cell, result, outputs, dict(zip(cell.differentiated, first, strict=True)))
 
 
-def _accumulated(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _accumulated(cell: TorchCell, leaf: bool) -> Result:
     """Two micro-batches: every output divided in place, gradients added up where they are."""
     tensors = cell.leaves(leaf=leaf)
     added = {name: torch.zeros_like(tensors[name]) for name in cell.differentiated}
@@ -161,7 +161,7 @@ def _accumulated(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     return _finished(cell, result, outputs, gradients)
 
 
-def _scaled(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _scaled(cell: TorchCell, leaf: bool) -> Result:
     """As torch.amp.GradScaler does it; the gradients arrive scaled."""
     tensors = cell.leaves(leaf=leaf)
     result, outputs = cell.forward(tensors)
@@ -169,7 +169,7 @@ def _scaled(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     return _finished(cell, result, outputs, cell.gradients(tensors))
 
 
-def _constants(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _constants(cell: TorchCell, leaf: bool) -> Result:
     """Every floating tensor requires a gradient; those that are constants get none."""
     tensors = cell.leaves(leaf=leaf)
     others = [n for n, t in tensors.items() if t.is_floating_point() and n not in cell.differentiated]
@@ -182,7 +182,7 @@ def _constants(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     return _finished(cell, result, outputs, cell.gradients(tensors))
 
 
-def _checkpoint(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _checkpoint(cell: TorchCell, leaf: bool) -> Result:
     tensors = cell.leaves(leaf=leaf)
     kept: list[Any] = []
 
@@ -198,7 +198,7 @@ def _checkpoint(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     return _finished(cell, kept[0][0], named, cell.gradients(tensors))
 
 
-def _batched(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _batched(cell: TorchCell, leaf: bool) -> Result:
     """Vectorised rows of a Jacobian."""
     tensors = cell.leaves(leaf=leaf)
     result, outputs = cell.forward(tensors)
@@ -210,7 +210,7 @@ def _batched(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     return _finished(cell, result, outputs, {n: row[0] for n, row in zip(cell.differentiated, rows, strict=True)})
 
 
-def _create_graph(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _create_graph(cell: TorchCell, leaf: bool) -> Result:
     """A second derivative is refused by name, or it is right: it stands among the gradients as "second …"."""
     tensors = cell.leaves(leaf=leaf)
     result, outputs = cell.forward(tensors)
@@ -228,25 +228,25 @@ def _create_graph(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     return _finished(cell, result, outputs, gradients)
 
 
-def _func_grad(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001
+def _func_grad(cell: TorchCell, leaf: bool) -> Result:
     constants = {n: t for n, t in cell.tensors.items() if n not in cell.differentiated}
     aside: list[frozenset[str]] = []
 
     def scalar(wanted: dict[str, torch.Tensor]) -> Any:
         result, outputs = cell.forward(wanted | constants)
         aside.append(frozenset(path for path, o in outputs.items() if o.requires_grad))
-        return total(outputs), (result, outputs)
+        return total(outputs), (outputs, named_statistics(result, cell.names))
 
     wanted = {n: cell.tensors[n].detach() for n in cell.differentiated}
-    gradients, (result, outputs) = torch.func.grad(scalar, has_aux=True)(wanted)
-    return Result(outputs, named_statistics(result, cell.names), gradients, aside[0])
+    gradients, (outputs, figures) = torch.func.grad(scalar, has_aux=True)(wanted)
+    return Result(outputs, figures, gradients, aside[0])
 
 
-def _vmap(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001
+def _vmap(cell: TorchCell, leaf: bool) -> Result:
     return _vmapped(cell, tuple(cell.tensors))
 
 
-def _vmap_one(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001
+def _vmap_one(cell: TorchCell, leaf: bool) -> Result:
     """Over one constant, such as the advantages of several reward models; else over what is differentiated."""
     constants = [n for n, t in cell.tensors.items() if t.is_floating_point() and n not in cell.differentiated]
     return _vmapped(cell, (constants[-1:] or cell.differentiated)[:1])
@@ -273,7 +273,7 @@ def _vmapped(cell: TorchCell, over: tuple[str, ...]) -> Result:
     return Result(first[0], first[1], first[2], aside[0][1])
 
 
-def _compile(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _compile(cell: TorchCell, leaf: bool) -> Result:
     """Traced as a whole; compiling the trace is inductor's, and takes ten times as long."""
     torch._dynamo.reset()  # noqa: SLF001 -- the documented name
     tensors = cell.leaves(leaf=leaf)

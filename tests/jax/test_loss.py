@@ -1,6 +1,7 @@
 """What drpo_jax promises beyond what both adapters do: transformations, sharding, residuals, x64 off."""
 
 import collections
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_jit_with_a_static_objective_and_grad_with_diagnostics(objective):
         return jax.value_and_grad(loss, has_aux=True)(data["log_prob"])
 
     (value, statistics), gradient = step(objective, data)
-    step(type(objective)(**{name: getattr(objective, name) for name in objective.__slots__}), data)
+    step(dataclasses.replace(objective), data)
     assert len(traced) == 1, "equal objectives share a compilation"
     count = float(data["mask"].sum())
     np.testing.assert_allclose(value, expected.loss.sum() / count, rtol=1e-12)
@@ -269,9 +270,11 @@ class AcrossTokens:
     """Weights that depend on the mean ratio of all tokens that an objective is shown."""
 
     def loss(self, tokens):
+        """In score form."""
         return -tokens.advantages * self.weight(tokens) * tokens.log_prob
 
     def weight(self, tokens):
+        """Relative to the mean."""
         return tokens.ratio / tokens.xp.mean(tokens.ratio)
 
 
@@ -300,8 +303,9 @@ def counted(monkeypatch):
         return count
 
     monkeypatch.setattr(Tokens, "of", counting("made", Tokens.of))
+    checks = counting("checked", tokens_module.check_tokens)
     for module in (tokens_module, loss_module):
-        monkeypatch.setattr(module, "check_tokens", counting("checked", tokens_module.check_tokens))
+        monkeypatch.setattr(module, "check_tokens", checks)
     return calls
 
 

@@ -96,7 +96,7 @@ def linear_policy_loss(
     diagnostics
         Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
     chunk_tokens
-        How many tokens' logits exist at once.
+        How many tokens' logits exist at once. An objective of your own is shown the tokens of one chunk.
 
     Returns
     -------
