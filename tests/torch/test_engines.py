@@ -25,6 +25,7 @@ from drpo_core import loss as core_loss
 from drpo_core.engines import numba_loop
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.testing import from_function, parametrize_with_checks
+from drpo_core.testing.implementation import form_of
 
 SUBJECT = DRPO(delta_low=0.1, delta_high=0.2)
 
@@ -430,7 +431,7 @@ def with_engine(objective, engine, reduction, **claims):
 
         declared = {
             "objective": objective,
-            "form": "score" if isinstance(objective, CISPO) else "ratio",
+            "form": form_of(objective),
             "reduction": reduction.__name__,
             "gradient": "analytic",
             "takes_packed": True,

@@ -80,7 +80,7 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
 
     output_type = PolicyLossOutput
     out_keys: list[str]
-    _tokens: dict[str, torch.Tensor]
+    _tokens: dict[str, Any]
     _statistics: Diagnostics
     _stand_in: torch.Tensor
 
