@@ -175,6 +175,7 @@ class Use(StrEnum):
     FUNC_GRAD = "func.grad"
     VMAP = "vmap"
     VMAP_ONE = "vmap over one argument"
+    TWICE = "two calls of one tensor"
     COMPILE = "compile"
     JIT = "jit"
     JVP = "jvp"
@@ -189,6 +190,7 @@ TORCH_USES = (
     Use.CONSTANTS,
     Use.CHECKPOINT,
     Use.BATCHED,
+    Use.TWICE,
     Use.CREATE_GRAPH,
     Use.FUNC_GRAD,
     Use.VMAP,

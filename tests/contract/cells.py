@@ -88,7 +88,7 @@ def covering(axes: Axes, left_out: Callable[[Cell], str | None], *, strength: in
 
 def sample(axes: Axes, left_out: Callable[[Cell], str | None], size: int, *, seed: int) -> list[Cell]:
     """Cells at random."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)  # noqa: S311 -- a sample, not a secret
     cells = []
     for _ in range(size):
         cell, _reason = _repaired({n: rng.choice(c) for n, c in axes.items()}, {}, axes, left_out, rng)

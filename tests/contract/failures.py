@@ -32,7 +32,7 @@ def run(subject: str, some: Iterable[Cell]) -> Counter[str]:
             if known is None:
                 kinds.setdefault(kind(error), []).append(cell)
             else:
-                outcomes[f"open ({known})"] += 1
+                outcomes[f"open: {known}"] += 1
     if kinds:
         raise AssertionError("\n".join(lines(subject, kinds)))
     return outcomes

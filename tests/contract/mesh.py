@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from contract import uses
-from contract.arrays import exact, flatten
+from contract.arrays import exact, flatten, statistics
 from contract.axes import DType, Given, Library, Masked
 from contract.calls import call_of
 from contract.places import base_cell
@@ -63,7 +63,7 @@ def spec(name: str, array: Any) -> P:
 
 def values(result: uses.Result) -> dict[str, np.ndarray]:
     """Everything a function gives, by name."""
-    found = {f"output {k}": exact(v) for k, v in (result.outputs | result.statistics).items()}
+    found = {f"output {k}": exact(v) for k, v in (result.outputs | statistics(result.outputs)).items()}
     return found | {f"gradient {k}": exact(v) for k, v in result.gradients.items()}
 
 
@@ -107,13 +107,12 @@ def in_shard_map(subject: str, call: Any, differentiated: tuple[str, ...]) -> us
         out = (P(), P()) if reduced else P("x")
         result = jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(wanted, constants)
         outputs = flatten(result, ("loss", "diagnostics") if reduced else names)
-        return uses.jax_total(outputs), (outputs, uses.named_statistics(result, ("loss", "diagnostics") if reduced else names))
+        return uses.jax_total(outputs), outputs
 
     if not differentiated:
-        outputs, figures = jax.jit(whole)(wanted, constants)[1]
-        return uses.Result(outputs, figures, {}, frozenset())
-    gradients, (outputs, figures) = jax.jit(jax.grad(whole, has_aux=True))(wanted, constants)
-    return uses.Result(outputs, figures, gradients, frozenset())
+        return uses.Result(jax.jit(whole)(wanted, constants)[1], {}, frozenset())
+    gradients, outputs = jax.jit(jax.grad(whole, has_aux=True))(wanted, constants)
+    return uses.Result(outputs, gradients, frozenset())
 
 
 def main() -> None:

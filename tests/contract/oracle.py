@@ -80,7 +80,7 @@ def k2(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
 
 
 def k3(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
-    """R − 1 − ℓ, continued beyond ℓ = 20 along its tangent."""
+    """The estimator r − 1 − ℓ, continued beyond ℓ = 20 along its tangent."""
     ell = log_ratio(log_prob, behavior_log_prob)[""]
     bounded = ell.clamp(max=SATURATION)
     return {"": torch.expm1(bounded) - bounded + math.expm1(SATURATION) * (ell - SATURATION).clamp(min=0.0)}
@@ -287,8 +287,8 @@ class Tokens:
         self.loss = value + self.gradient * torch.where(torch.isfinite(linear) & mask, linear, 0.0)
         self.mask, self.x, self.b, self.a = mask, x, b, a
 
-    def diagnostics(self, path: str) -> Outputs:
-        """Statistics by the path to them, from their definitions."""
+    def diagnostics(self, path: str, *, rounded: bool = False) -> Outputs:
+        """Statistics by the path to them, from their definitions; of log-probs that the function rounds itself or not."""
         mask = self.mask
         x, b, a, w = (t[mask] for t in (self.x, self.b, self.a, self.weight))
         ell = log_ratio(x, b)[""]
@@ -341,7 +341,7 @@ class Tokens:
         unknown = []
         if rho.numel() and bool((rho < UNDERFLOW).all()):
             unknown += ["gradient_mass_kept", "effective_sample_size"]  # float32 has no squares of these
-        if bool(((w != 1.0) & ((w - 1.0).abs() < ROUNDING * 64)).any()):
+        if bool(((rounded | (w != 1.0)) & ((w - 1.0).abs() < ROUNDING * 64)).any()):
             unknown += ["attenuated_fraction", "amplified_fraction"]  # float32 rounds these to 1
         figures |= dict.fromkeys(unknown)
         return {f"{path}/{name}".lstrip("/"): value for name, value in figures.items()}
@@ -398,6 +398,7 @@ def policy_loss(
     diagnostics: bool = True,
     divergence: Tensor | None = None,
     final_gradient: bool = False,
+    rounded: bool = False,
     **options: Any,
 ) -> Outputs:
     tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
@@ -405,7 +406,7 @@ def policy_loss(
     outputs = reduced(tokens.loss, c, "loss")
     if final_gradient:
         outputs["gradient"] = c * tokens.gradient
-    return outputs | (tokens.diagnostics("diagnostics") if diagnostics else {})
+    return outputs | (tokens.diagnostics("diagnostics", rounded=rounded) if diagnostics else {})
 
 
 def policy_loss_and_gradient(objective: Any, *arrays: Tensor, **arguments: Any) -> Outputs:
@@ -512,6 +513,7 @@ def logits_policy_loss(
     temperature: float = 1.0,
     entropy: bool = False,
     recorded: dict[str, Any] | None = None,
+    diagnostics: bool = True,
     **options: Any,
 ) -> Outputs:
     ids = torch.where(mask, tokens, 0)
@@ -525,7 +527,8 @@ def logits_policy_loss(
         mask=mask,
         reduction=reduction,
         divergence=measured,
-        diagnostics=options.get("diagnostics", True),
+        diagnostics=diagnostics,
+        rounded=True,
         **_reduction_options(options),
     )
     figures = ("log_prob", "entropy") if entropy else ("log_prob",)

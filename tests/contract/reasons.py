@@ -42,6 +42,10 @@ def _is_base_objective(cell: Cell) -> bool:
     return cell["objective"] == next(iter(names.objectives()))
 
 
+def _has_float16(cell: Cell) -> bool:
+    return DType.FLOAT16 in _dtypes(cell) or cell["ambient"] is Ambient.AUTOCAST_FLOAT16
+
+
 def _has_tv(subject: str) -> bool:
     return _named(subject, "binary_tv", "full_tv", "top_k_tv", "full_divergences", "top_k_divergences")
 
@@ -95,8 +99,16 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "linear reductions are the adapters' losses' own",
     ),
     (
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] is Use.CHECKPOINT,
+        "a checkpoint computes from the logits again, which overwrite_logits excludes",
+    ),
+    (
         lambda s, c: c["library"] is Library.JAX and c["shape"] not in _traced_shapes(s, c),
         "JAX compiles every operation for every shape: a few stand for all",
+    ),
+    (
+        lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
+        "a statistic of nothing is NaN",
     ),
     (
         lambda s, c: _named(s, "merge_diagnostics") and c["ambient"] is Ambient.DEBUG_NANS,
@@ -214,7 +226,7 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         _engine("a transform of torch has no memory to give to a compiled loop", always=False),
     ),
     (
-        lambda s, c: is_vocabulary(s) and c.get("engine") is Engine.COMPILED and DType.FLOAT16 in _dtypes(c),
+        lambda s, c: is_vocabulary(s) and c.get("engine") is Engine.COMPILED and _has_float16(c),
         _engine("a compiled softmax may know no float16", always=False),
     ),
     (
@@ -246,14 +258,20 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((RuntimeError,), "vectorised cotangents", "which rows are needed differs between cotangents", always=False),
     ),
     (
-        lambda _, c: (
-            bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.CHECKPOINT, Use.BATCHED, Use.CREATE_GRAPH}
-        ),
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.BATCHED, Use.TWICE, Use.CREATE_GRAPH},
         Refusal((RuntimeError, ValueError), "", "logits that have been overwritten can't be read again", always=False),
     ),
     (
         lambda _, c: bool(c.get("overwrite_logits")) and c["storage"] is Storage.EXPANDED,
         Refusal((RuntimeError, ValueError), "", "rows that share memory can't each hold their gradient", always=False),
+    ),
+    (
+        lambda _, c: (
+            "objective" in c and c.get("log_prob") is DType.FLOAT16 and c["library"] in NUMPY and c["regime"] is Regime.DISTANT
+        ),
+        Refusal(
+            (RuntimeWarning, FloatingPointError), "overflow", "a gradient that float16 can't hold, as NumPy says", always=False
+        ),
     ),
     (
         lambda s, c: (

@@ -366,9 +366,9 @@ def parameters_of(subject: str) -> dict[str, bool]:
     """Parameters that are axes, and whether they may be left out."""
     own = SUBJECTS[subject].parameters
     signature = inspect.signature(function_of(subject)).parameters
-    found = {name: name not in own and p.default is None for name, p in signature.items()}
+    found = {name: p.default is None for name, p in signature.items()}
     if own:
-        found = {name: found.get(name, name in {"segment_ids", "token_weights"}) for name in own}
+        found = {name: name in {"segment_ids", "token_weights"} for name in own}
     return {name: optional for name, optional in found.items() if name not in ELSEWHERE}
 
 

@@ -106,7 +106,7 @@ def test_a_number_as_an_array_means_what_it_is_or_is_refused_by_name(place, ledg
     assert not wrong, "\n".join(wrong)
 
 
-def impostors(place):
+def impostors(place):  # noqa: PLR0912 -- a branch an impostor
     """What is no array for this argument, and a word for it."""
     array = place.arrays[place.name]
     values, library = exact(array), place.library
@@ -141,6 +141,8 @@ def impostors(place):
         yield "a NumPy array", of(array.dtype.name if library is Library.JAX else str(array.dtype)[6:], Library.NUMPY)
     elif len(place.arrays) > 1:
         yield "a torch tensor", of(place.dtypes[0], Library.TORCH)
+    if place.name in {"hidden", "logits"} and array.ndim:
+        yield "nothing on the last axis", array[..., :0]
     yield "one axis more", array[None]
     if array.ndim:
         yield "one axis less", array[0]
@@ -170,7 +172,7 @@ def test_what_is_no_array_of_an_argument_is_refused_by_name(place, ledger):
     assert not wrong, "\n".join(wrong)
 
 
-AXES = {"one axis more", "one axis less", "one element of the last axis", "one row"}
+AXES = {"nothing on the last axis", "one axis more", "one axis less", "one element of the last axis", "one row"}
 
 
 def _also(place, word):
@@ -222,6 +224,14 @@ def test_what_is_no_choice_is_refused_by_name(place, ledger):
             wrong.append(f"{place.id} = {value!r}: a result")
     ledger(ran)
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_divergence_that_no_objective_has_is_refused_by_name(ledger):
+    """The one field of an objective that is a word."""
+    for value in (None, 1.0, True, "tv", "", np.ones(3), ["binary_tv"]):
+        with pytest.raises((TypeError, ValueError), match="divergence"):
+            drpo_core.DPPO(delta=0.1, divergence=value)
+        ledger(Counter(refused=1))
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------------
