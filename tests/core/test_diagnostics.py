@@ -418,7 +418,7 @@ def test_errors(backend):
         backend.run(token_diagnostics, DRPO(delta=0.2), LOG_PROB, BEHAVIOR, np.ones(1))
 
 
-ROLLOUTS = Path(drpo_core.__file__).parent / "data" / "gemma3_270m_arithmetic.npz"
+ROLLOUTS = Path(drpo_core.__file__).parent / "audit" / "data" / "gemma3_270m_arithmetic.npz"
 
 
 @pytest.mark.parametrize(
