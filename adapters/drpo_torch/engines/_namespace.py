@@ -41,7 +41,8 @@ class EagerNamespace:
 
     def count_nonzero(self, x: torch.Tensor) -> torch.Tensor:
         """How many elements are not 0, as a 0-d int64."""
-        if type(x) is not torch.Tensor or x.device.type != "cpu":
+        # of few elements, to make a tensor of the count takes longer than to count
+        if type(x) is not torch.Tensor or x.device.type != "cpu" or x.numel() < 1 << 14:
             return torch.count_nonzero(x)
         return torch.tensor(np.count_nonzero(x.numpy()), device=x.device)
 

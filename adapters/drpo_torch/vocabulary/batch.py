@@ -16,7 +16,7 @@ from drpo_core.reduction import reduction_coefficients
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_untransformed
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines._namespace import namespace
-from drpo_torch.vocabulary.divergences import full_divergence_rows, top_k_rows
+from drpo_torch.vocabulary.divergences import TopK, full_divergence_rows, top_k_rows
 from drpo_torch.vocabulary.recorded import (
     FullDivergence,
     LinearHead,
@@ -209,7 +209,9 @@ class TokenBatch:
         if isinstance(self.given.divergence, TopKDivergence):
             top_k = self.given.divergence.behavior_log_prob.detach()
             top_k = top_k.reshape(-1, top_k.shape[-1])[key]
-            both = top_k_rows(found.columns, found.log_prob, self.behavior_log_prob[key], top_k)
+            behavior = TopK(self.behavior_log_prob[key], top_k)
+            tokens, ids = found.columns[:, 0], found.columns[:, 1:]
+            both = top_k_rows(tokens, ids, TopK(sampled, found.log_prob[:, 1:]), behavior)
             measured = getattr(both, self.given.divergence.kind)
         valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
         batch = Batch(sampled, self.behavior_log_prob[key], self.advantages[key], valid, self.coefficients[key], measured)

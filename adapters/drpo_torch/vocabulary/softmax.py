@@ -146,6 +146,15 @@ class Workspace:
         budget = _CPU_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BYTES
         self.rows = max(1, budget // max(1, vocabulary * dtype.itemsize))
         self.x, self.p = torch.empty((2, self.rows, vocabulary), dtype=dtype, device=device)
+        self._stored: torch.Tensor | None = None
+
+    def take(self, matrix: torch.Tensor, key: slice | torch.Tensor) -> torch.Tensor:
+        """Rows of a matrix: a view if they are neighbours, else copies in a buffer of their dtype, for one step."""
+        if isinstance(key, slice):
+            return matrix[key]
+        if self._stored is None:
+            self._stored = torch.empty(self.x.shape, dtype=matrix.dtype, device=self.x.device)
+        return torch.index_select(matrix, 0, key, out=self._stored[: len(key)])
 
     def steps(self, count: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Slices that cover `count` rows, each with buffers of its shape."""
@@ -197,14 +206,13 @@ class ArrayRows:
         entropies = torch.empty_like(maxima) if entropy else None
         for step, buffer, p_buffer in self.work.steps(count):
             key = places[step].key
-            x = self.tempering(z[key], buffer)
+            x = self.tempering(self.work.take(z, key), buffer)
             maximum = x.amax(-1, keepdim=True)
             if entropy:
                 x = torch.sub(x, maximum, out=buffer)
-            in_place = keep is not None and isinstance(key, slice)
-            p = torch.softmax(x, -1, out=keep[key] if in_place else p_buffer)  # type: ignore[index]
-            if keep is not None and not in_place:
-                keep[key] = p
+            p = torch.softmax(x, -1, out=keep[key] if keep is not None and isinstance(key, slice) else p_buffer)
+            if keep is not None and not isinstance(key, slice):
+                keep.index_copy_(0, key, p)
             # torch adds up the exponentials one after the other: of 10⁵ of them the sum is off by 10⁻⁵, but this one is not
             total = p.sum(-1)
             log_sum = (total / p.amax(-1)).log_()
@@ -221,9 +229,10 @@ class ArrayRows:
         for step, buffer, p_buffer in self.work.steps(len(places)):
             key = places[step].key
             if kept:
-                p = out[key].mul_(scale[step, None])
+                p = self.work.take(out, key).mul_(scale[step, None])
             else:
-                x = self.tempering(z[key], buffer)
+                stored = self.work.take(z, key)
+                x = self.tempering(stored, buffer)
                 p = torch.softmax(x, -1, out=p_buffer)
                 total = p.sum(-1, keepdim=True)
                 if pull.slope is None:
@@ -232,9 +241,9 @@ class ArrayRows:
                     x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
                     p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
             p.scatter_add_(-1, pull.column[step, None], pull.at_column[step, None])
-            self.tempering.pull_back_(p, z[key] if self.tempering.softcap is not None else p)
+            self.tempering.pull_back_(p, p if kept else stored)
             if not isinstance(key, slice):
-                out[key] = p.to(out.dtype)
+                out.index_copy_(0, key, p.to(out.dtype))
             elif not kept:
                 out[key].copy_(p)
 

@@ -22,32 +22,19 @@ from torchrl.trainers import MixedPrecisionOptimizationStepper
 from torchrl.trainers.algorithms.grpo import GRPOTrainer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from drpo_core import (
-    CISPO,
-    DPPO,
-    DRPO,
-    SPO,
-    MaskDRPO,
-    PolicyGradient,
-    PPOClip,
-    sequence_mean_token_mean,
-    summarize,
-    token_mean,
-)
+from drpo_core import DRPO, SPO, PolicyGradient, PPOClip, sequence_mean_token_mean, summarize, token_mean
+from drpo_core.objectives import OBJECTIVES as FAMILIES
 
 VOCABULARY = 32
 PROMPTS, RESPONSES = (3, 5, 1, 4), (6, 4, 6, 2)
 LONGEST = max(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
 CLIP = (0.2, 0.28)
+BITING = {"delta": 0.05, "eps": (0.2, 0.28), "max_ratio": 1.1, "DPPO-TV": 0.02, "DPPO-KL": 0.002}
 OBJECTIVES = [
-    PolicyGradient(),
-    PPOClip(eps_low=0.2, eps_high=0.28),
-    CISPO(max_ratio=1.1),
-    SPO(eps=0.2),
-    DPPO(delta=0.02),
-    DPPO(delta=0.002, divergence="binary_kl"),
-    DRPO(delta=0.05),
-    MaskDRPO(delta=0.05),
+    family.make(BITING.get(family.name, BITING.get(family.threshold, *family.typical[:1])))
+    if family.threshold
+    else family.make()
+    for family in FAMILIES
 ]
 
 
@@ -107,6 +94,7 @@ def train(make_loss, steps=4, learning_rate=0.02):
     return outputs, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.usefixtures("compiled_only")
 @pytest.mark.parametrize(
     "options",
     [
@@ -149,6 +137,7 @@ def test_every_objective_trains_and_is_logged(objective):
             assert not torch.equal(parameters, trained(other)[1])
 
 
+@pytest.mark.usefixtures("compiled_only")
 @pytest.mark.parametrize(("aggregation", "reduction"), [("token_mean", token_mean), ("prompt_mean", sequence_mean_token_mean)])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_the_loss_is_the_librarys(objective, aggregation, reduction):
@@ -317,7 +306,8 @@ def test_what_transformers_wrapper_records_is_no_anchor():
 
 
 def test_torchrl_still_has_what_is_overridden():
-    """What this integration relies on: two methods with these arguments, and the output's own entries."""
+    """What this integration relies on: three methods with these arguments, and the output's own entries."""
     assert list(inspect.signature(GRPOLoss._log_weight).parameters) == ["self", "tensordict", "adv_shape"]
     assert list(inspect.signature(GRPOLoss._compute_policy_objective).parameters) == ["self", "log_weight", "advantage"]
+    assert list(inspect.signature(GRPOLoss._aggregate_loss_value).parameters) == ["self", "value", "mask", "tensordict"]
     assert not set(STATISTICS) & set(LLMLossOutput.__dataclass_fields__)
