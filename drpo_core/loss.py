@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -394,4 +395,12 @@ def _say_once_how_to_compile() -> None:
         "policy losses on a CPU run as array operations, several times slower than the compiled loop: "
         "pip install 'drpo-core[compiled]' (or pass engine='arrays')"
     )
-    warnings.warn(msg, SlowEngineWarning, stacklevel=4)
+    warnings.warn(msg, SlowEngineWarning, stacklevel=_caller())
+
+
+def _caller() -> int:
+    """The `stacklevel`, in the calling function, of the code that called this library or an adapter of it."""
+    frame, level = sys._getframe(1), 1  # noqa: SLF001 -- `skip_file_prefixes` is for Python 3.12
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("drpo_core", "drpo_torch"):
+        frame, level = frame.f_back, level + 1
+    return level

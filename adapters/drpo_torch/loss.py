@@ -290,7 +290,7 @@ class _Linear:
                 msg = "reduction: expected a linear function of the values, got one whose derivative depends on them"
                 raise TypeError(msg)
             # NaN is 0/0, of a batch without a valid token, where no coefficient is used
-            if at_zero.device.type == "cpu" and abs(at_zero.item()) > 0.0:
+            if type(at_zero) is torch.Tensor and at_zero.device.type == "cpu" and abs(at_zero.item()) > 0.0:
                 msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
                 raise ValueError(msg)
         if token_weights is None:

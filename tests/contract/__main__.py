@@ -1,4 +1,5 @@
-"""The matrix as a report: ``python -m contract [-v] [subject …]`` with ``tests`` on the path.
+# ruff: noqa: T201 -- a report is printed
+"""The matrix as a report: ``python -m contract [part of a name …]`` with ``tests`` on the path.
 
 A line a subject (cells, pairs of choices, what held, was refused and failed, seconds of CPU), then the failures, each kind
 in its smallest cell, then what no cell has, by reason.
@@ -19,7 +20,7 @@ from contract.subjects import SUBJECTS
 
 def main(names: list[str]) -> int:
     """Run the subjects whose names contain one of these; how many cells failed."""
-    jax.config.update("jax_enable_x64", True)  # noqa: FBT003 -- JAX's signature
+    jax.config.update("jax_enable_x64", True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     left_out, totals, every = Counter[str](), Counter[str](), []
     for subject in SUBJECTS:
@@ -31,25 +32,25 @@ def main(names: list[str]) -> int:
         for cell in of.cells:
             try:
                 outcomes[check(subject, cell)] += 1
-            except Exception as error:  # noqa: BLE001 -- listed below
+            except Exception as error:
                 if (known := open_cells.reason(subject, error)) is not None:
-                    outcomes[f"open ({known})"] += 1
+                    outcomes[f"open: {known}"] += 1
                     continue
                 outcomes["failed"] += 1
                 kinds.setdefault(failures.kind(error), []).append(cell)
         seconds = time.process_time() - start
         counts = "  ".join(f"{outcomes[word]:4} {word}" for word in ("held", "refused", "failed"))
-        print(f"{subject:45} {len(of.cells):4} cells  {of.pairs:5} pairs  {counts}  {seconds:6.1f} s", flush=True)  # noqa: T201
+        print(f"{subject:45} {len(of.cells):4} cells  {of.pairs:5} pairs  {counts}  {seconds:6.1f} s", flush=True)
         for line in failures.lines(subject, kinds, shrunk=50):
-            print("   ", line, flush=True)  # noqa: T201
+            print("   ", line, flush=True)
         left_out.update(of.left_out)
         totals.update(outcomes)
         totals["cells"] += len(of.cells)
         totals["pairs"] += of.pairs
         every.append(seconds)
-    print(", ".join(f"{n} {word}" for word, n in totals.items()), f"{sum(every):.0f} s")  # noqa: T201
+    print(", ".join(f"{n} {word}" for word, n in totals.items()), f"{sum(every):.0f} s")
     for reason, n in left_out.most_common():
-        print(f"{n:6} pairs of choices that no cell has: {reason}")  # noqa: T201
+        print(f"{n:6} pairs of choices that no cell has: {reason}")
     return totals["failed"]
 
 

@@ -115,18 +115,20 @@ def flatten(value: Any, names: tuple[str, ...] = (), path: str = "") -> dict[str
     }
 
 
-def statistics(value: Any, path: str = "") -> dict[str, Any]:
-    """Every statistic of a result, by the path to it: `value` as an array."""
-    if hasattr(value, "value") and "count" in getattr(value, "_fields", ()):
-        return {path: value.value}
-    if isinstance(value, dict):
-        items = value.items()
-    elif hasattr(value, "_fields"):
-        items = zip(value._fields, value, strict=True)
-    elif isinstance(value, (tuple, list)):
-        items = ((str(i), item) for i, item in enumerate(value))
-    else:
-        return {}
-    return {
-        key: array for name, item in items for key, array in statistics(item, f"{path}/{name}" if path else str(name)).items()
-    }
+def statistics(outputs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The value of every statistic among the arrays of a result, by the path to it, from the fields it is made of."""
+    found = {}
+    for path in outputs:
+        name, _, field = path.rpartition("/")
+        if field != "count":
+            continue
+        fields = {key.rpartition("/")[2]: exact(array) for key, array in outputs.items() if key.rpartition("/")[0] == name}
+        if "value" in fields:
+            found[name] = fields["value"]
+            continue
+        count, total = fields["count"], fields["total"]
+        if "total_of_squares" in fields:
+            count, total = fields["total_of_squares"] * count, total**2
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found[name] = np.where(count == 0.0, np.nan, total / np.where(count == 0.0, 1.0, count))
+    return found

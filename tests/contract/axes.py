@@ -155,8 +155,8 @@ _CONTEXTS: dict[Ambient, Any] = {
     Ambient.DEFAULT_DTYPE: lambda: _switched(torch.set_default_dtype, torch.float64, torch.float32),
     Ambient.DETERMINISTIC: lambda: _switched(torch.use_deterministic_algorithms, True, False),
     Ambient.ANOMALY: lambda: torch.autograd.set_detect_anomaly(mode=True),
-    Ambient.NO_X64: lambda: jax.enable_x64(False),  # noqa: FBT003 -- JAX's signature
-    Ambient.DEBUG_NANS: lambda: jax.debug_nans(True),  # noqa: FBT003
+    Ambient.NO_X64: lambda: jax.enable_x64(False),
+    Ambient.DEBUG_NANS: lambda: jax.debug_nans(True),
 }
 
 
@@ -175,6 +175,7 @@ class Use(StrEnum):
     FUNC_GRAD = "func.grad"
     VMAP = "vmap"
     VMAP_ONE = "vmap over one argument"
+    TWICE = "two calls of one tensor"
     COMPILE = "compile"
     JIT = "jit"
     JVP = "jvp"
@@ -189,6 +190,7 @@ TORCH_USES = (
     Use.CONSTANTS,
     Use.CHECKPOINT,
     Use.BATCHED,
+    Use.TWICE,
     Use.CREATE_GRAPH,
     Use.FUNC_GRAD,
     Use.VMAP,

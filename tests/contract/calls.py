@@ -122,7 +122,10 @@ def _measured(choice: Measured, cell: Cell, array: Callable[..., Any], library: 
     """A recorded policy, and its arrays by the names they have in the world."""
     module = drpo_torch if library is Library.TORCH else drpo_jax
     if choice.of == "top_k":
-        recorded = {"top_k_ids": array("top_k_ids", DType.INT64), "top_k_behavior_log_prob": array("top_k_behavior_log_prob")}
+        recorded = {
+            "top_k_ids": array("top_k_ids", cell["tokens"]),
+            "top_k_behavior_log_prob": array("top_k_behavior_log_prob"),
+        }
         ids, log_prob = recorded.values()
         return module.TopKDivergence(kind=choice.kind, ids=ids, behavior_log_prob=log_prob), recorded
     if choice.of == "full":

@@ -88,7 +88,7 @@ def covering(axes: Axes, left_out: Callable[[Cell], str | None], *, strength: in
 
 def sample(axes: Axes, left_out: Callable[[Cell], str | None], size: int, *, seed: int) -> list[Cell]:
     """Cells at random."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)  # noqa: S311 -- a sample, not a secret
     cells = []
     for _ in range(size):
         cell, _reason = _repaired({n: rng.choice(c) for n, c in axes.items()}, {}, axes, left_out, rng)
@@ -100,7 +100,9 @@ def sample(axes: Axes, left_out: Callable[[Cell], str | None], size: int, *, see
 def product(axes: Axes, names: Iterable[str]) -> list[Cell]:
     """Every combination on some axes, the others at their base."""
     names = list(names)
-    return [{**base(axes), **dict(zip(names, choices, strict=True))} for choices in itertools.product(*(axes[n] for n in names))]
+    return [
+        {**base(axes), **dict(zip(names, choices, strict=True))} for choices in itertools.product(*(axes[n] for n in names))
+    ]
 
 
 def smallest(cell: Cell, axes: Axes, fails: Callable[[Cell], bool]) -> Cell:
@@ -127,7 +129,9 @@ def _possible(axes: Axes, left_out: Callable[[Cell], str | None], rng: random.Ra
     """The axes without the choices that no cell may have, and how many pairs those would have been in, by reason."""
     reasons, kept = Counter[str](), {}
     for name, choices in axes.items():
-        kept[name] = tuple(choice for choice in choices if choice is choices[0] or _some_cell(name, choice, axes, left_out, rng, reasons))
+        kept[name] = tuple(
+            choice for choice in choices if choice is choices[0] or _some_cell(name, choice, axes, left_out, rng, reasons)
+        )
     return kept, reasons
 
 

@@ -27,12 +27,12 @@ def run(subject: str, some: Iterable[Cell]) -> Counter[str]:
     for cell in some:
         try:
             outcomes[check(subject, cell)] += 1
-        except Exception as error:  # noqa: BLE001 -- listed below
+        except Exception as error:
             known = open_cells.reason(subject, error)
             if known is None:
                 kinds.setdefault(kind(error), []).append(cell)
             else:
-                outcomes[f"open ({known})"] += 1
+                outcomes[f"open: {known}"] += 1
     if kinds:
         raise AssertionError("\n".join(lines(subject, kinds)))
     return outcomes
@@ -61,7 +61,7 @@ def fails_alike(subject: str, cell: Cell, what: str) -> bool:
     """Whether a cell fails in the same way."""
     try:
         check(subject, cell)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return kind(error) == what
     return False
 
@@ -70,7 +70,7 @@ def message(subject: str, cell: Cell) -> str:
     """What a cell fails with, in full."""
     try:
         check(subject, cell)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
 

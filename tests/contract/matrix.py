@@ -20,7 +20,7 @@ SEED = int(os.environ.get("CONTRACT_SEED", "0"))
 MORE = float(os.environ.get("CONTRACT_CELLS", "1"))
 """Times as many cells drawn from the full product: a nightly run draws more of them, of another seed."""
 
-DRAWN, DRAWN_REFUSED, DRAWN_SLOW = 20, 6, 3
+DRAWN, DRAWN_REFUSED, DRAWN_SLOW = 20, 6, 2
 
 SLOW = "compiled for every cell: every choice a few times instead of every pair of choices"
 
@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
 def matrix_of(subject: str) -> Matrix:
     """Every pair of choices on two axes, a sample of the full product, and some cells of each refusal.
 
-    Of what XLA or Dynamo compile for each cell, every choice `DRAWN_SLOW` times, and once where the core runs on JAX.
+    Of what XLA or Dynamo compile for each cell, every choice a few times.
     """
     every, seed = axes_of(subject), zlib.crc32(subject.encode()) + SEED
     fast, slow = _split(every)
@@ -53,9 +53,10 @@ def matrix_of(subject: str) -> Matrix:
         return SLOW if slow is not None and _is_slow(cell) else not_a_result(cell)
 
     pairs = cells.covering(every if fast else {}, not_fast, seed=seed) if fast else cells.Cells([], 0, Counter())
-    found = pairs.cells + cells.sample(fast or slow or every, not_a_result, int(DRAWN * MORE), seed=seed)
+    drawn = int(DRAWN * MORE) if fast else 0
+    found = pairs.cells + cells.sample(fast or every, not_a_result, drawn, seed=seed)
     if slow is not None:
-        times = int(DRAWN_SLOW * MORE) if not fast else 1
+        times = int(DRAWN_SLOW * MORE) if not fast else 1 + (Library.JAX in slow["library"])
         for i in range(times):
             found += cells.covering(slow, not_a_result, strength=1, seed=seed + i).cells
     for predicate, refusal in REFUSED:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from contract import uses
-from contract.arrays import exact, flatten
+from contract.arrays import exact, flatten, statistics
 from contract.axes import DType, Given, Library, Masked
 from contract.calls import call_of
 from contract.places import base_cell
@@ -45,7 +45,7 @@ def cells() -> Any:
         if Library.JAX not in axes_of(subject)["library"] or row.call is not None or subject.endswith("validate"):
             continue
         parameters = parameters_of(subject)
-        given = {n: axes_of(subject)[n][1] for n in ("mask", "token_weights") if n in parameters and parameters[n]}
+        given = {n: axes_of(subject)[n][1] for n in ("mask", "token_weights") if parameters.get(n)}
         cell = base_cell(subject, library=Library.JAX, masked=Masked.SOME, **given)
         for n in ("tokens", "top_k_ids", "segment_ids", "group_ids"):
             if cell.get(n, Given.ABSENT) is not Given.ABSENT:
@@ -63,7 +63,7 @@ def spec(name: str, array: Any) -> P:
 
 def values(result: uses.Result) -> dict[str, np.ndarray]:
     """Everything a function gives, by name."""
-    found = {f"output {k}": exact(v) for k, v in (result.outputs | result.statistics).items()}
+    found = {f"output {k}": exact(v) for k, v in (result.outputs | statistics(result.outputs)).items()}
     return found | {f"gradient {k}": exact(v) for k, v in result.gradients.items()}
 
 
@@ -107,13 +107,12 @@ def in_shard_map(subject: str, call: Any, differentiated: tuple[str, ...]) -> us
         out = (P(), P()) if reduced else P("x")
         result = jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(wanted, constants)
         outputs = flatten(result, ("loss", "diagnostics") if reduced else names)
-        return uses.jax_total(outputs), (outputs, uses.named_statistics(result, ("loss", "diagnostics") if reduced else names))
+        return uses.jax_total(outputs), outputs
 
     if not differentiated:
-        outputs, figures = jax.jit(whole)(wanted, constants)[1]
-        return uses.Result(outputs, figures, {}, frozenset())
-    gradients, (outputs, figures) = jax.jit(jax.grad(whole, has_aux=True))(wanted, constants)
-    return uses.Result(outputs, figures, gradients, frozenset())
+        return uses.Result(jax.jit(whole)(wanted, constants)[1], {}, frozenset())
+    gradients, outputs = jax.jit(jax.grad(whole, has_aux=True))(wanted, constants)
+    return uses.Result(outputs, gradients, frozenset())
 
 
 def main() -> None:
@@ -142,7 +141,7 @@ def main() -> None:
                     if name in want:
                         scale = np.abs(want[name][np.isfinite(want[name])]).max(initial=0.0)
                         np.testing.assert_allclose(array, want[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
-            except Exception as error:  # noqa: BLE001 -- reported
+            except Exception as error:
                 text = " ".join(str(error).split())[:240]
                 failures.append(f"{subject} [{layout}, {way}] {type(error).__name__}: {text}")
     json.dump({"ran": ran, "failures": failures}, sys.stdout)
@@ -150,5 +149,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-

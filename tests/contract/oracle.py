@@ -80,7 +80,7 @@ def k2(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
 
 
 def k3(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
-    """r − 1 − ℓ, continued beyond ℓ = 20 along its tangent."""
+    """The estimator r − 1 − ℓ, continued beyond ℓ = 20 along its tangent."""
     ell = log_ratio(log_prob, behavior_log_prob)[""]
     bounded = ell.clamp(max=SATURATION)
     return {"": torch.expm1(bounded) - bounded + math.expm1(SATURATION) * (ell - SATURATION).clamp(min=0.0)}
@@ -209,7 +209,11 @@ def group_advantages(
     **_: Any,
 ) -> Outputs:
     result = torch.zeros_like(rewards)
-    groups = [group_ids == i for i in group_ids.unique()] if group_ids is not None else _sequences(torch.ones_like(rewards) == 1, None)
+    groups = (
+        [group_ids == i for i in group_ids.unique()]
+        if group_ids is not None
+        else _sequences(torch.ones_like(rewards) == 1, None)
+    )
     for own in groups:
         r = rewards[own]
         if len(r) < 2 or bool((r == r[0]).all()):
@@ -221,7 +225,9 @@ def group_advantages(
 
 
 def expand_advantages(advantages: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None, **_: Any) -> Outputs:
-    per_token = advantages[:, None].expand(mask.shape) if segment_ids is None else advantages[torch.where(mask, segment_ids, 0)]
+    per_token = (
+        advantages[:, None].expand(mask.shape) if segment_ids is None else advantages[torch.where(mask, segment_ids, 0)]
+    )
     return {"": torch.where(mask, per_token, 0.0)}
 
 
@@ -260,7 +266,13 @@ class Tokens:
     """Per token: the loss as a function of log π with its analytic derivative, the gradient, the weight; masked ones are 0."""
 
     def __init__(
-        self, objective: Any, log_prob: Tensor, behavior_log_prob: Tensor, advantages: Tensor, mask: Tensor, divergence: Tensor | None
+        self,
+        objective: Any,
+        log_prob: Tensor,
+        behavior_log_prob: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        divergence: Tensor | None,
     ) -> None:
         x, b, a = log_prob.detach(), behavior_log_prob, advantages
         d = x if divergence is None else divergence
@@ -275,8 +287,8 @@ class Tokens:
         self.loss = value + self.gradient * torch.where(torch.isfinite(linear) & mask, linear, 0.0)
         self.mask, self.x, self.b, self.a = mask, x, b, a
 
-    def diagnostics(self, path: str) -> Outputs:
-        """Statistics by the path to them, from their definitions."""
+    def diagnostics(self, path: str, *, rounded: bool = False) -> Outputs:
+        """Statistics by the path to them, from their definitions; of log-probs that the function rounds itself or not."""
         mask = self.mask
         x, b, a, w = (t[mask] for t in (self.x, self.b, self.a, self.weight))
         ell = log_ratio(x, b)[""]
@@ -329,7 +341,7 @@ class Tokens:
         unknown = []
         if rho.numel() and bool((rho < UNDERFLOW).all()):
             unknown += ["gradient_mass_kept", "effective_sample_size"]  # float32 has no squares of these
-        if bool(((w != 1.0) & ((w - 1.0).abs() < ROUNDING * 64)).any()):
+        if bool(((rounded | (w != 1.0)) & ((w - 1.0).abs() < ROUNDING * 64)).any()):
             unknown += ["attenuated_fraction", "amplified_fraction"]  # float32 rounds these to 1
         figures |= dict.fromkeys(unknown)
         return {f"{path}/{name}".lstrip("/"): value for name, value in figures.items()}
@@ -386,6 +398,7 @@ def policy_loss(
     diagnostics: bool = True,
     divergence: Tensor | None = None,
     final_gradient: bool = False,
+    rounded: bool = False,
     **options: Any,
 ) -> Outputs:
     tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
@@ -393,7 +406,7 @@ def policy_loss(
     outputs = reduced(tokens.loss, c, "loss")
     if final_gradient:
         outputs["gradient"] = c * tokens.gradient
-    return outputs | (tokens.diagnostics("diagnostics") if diagnostics else {})
+    return outputs | (tokens.diagnostics("diagnostics", rounded=rounded) if diagnostics else {})
 
 
 def policy_loss_and_gradient(objective: Any, *arrays: Tensor, **arguments: Any) -> Outputs:
@@ -416,9 +429,7 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -_xlogy(log_probs.exp(), log_probs).sum(-1)
 
 
-def token_log_prob(
-    *, logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False, **_: Any
-) -> Outputs:
+def token_log_prob(*, logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False, **_: Any) -> Outputs:
     x = (logits / temperature).log_softmax(-1)
     outputs = {"log_prob": _picked(x, tokens[..., None])[..., 0], "log_normalizer": (logits / temperature).logsumexp(-1)}
     return outputs | ({"entropy": _entropy(x)} if entropy else {})
@@ -502,6 +513,7 @@ def logits_policy_loss(
     temperature: float = 1.0,
     entropy: bool = False,
     recorded: dict[str, Any] | None = None,
+    diagnostics: bool = True,
     **options: Any,
 ) -> Outputs:
     ids = torch.where(mask, tokens, 0)
@@ -515,7 +527,8 @@ def logits_policy_loss(
         mask=mask,
         reduction=reduction,
         divergence=measured,
-        diagnostics=options.get("diagnostics", True),
+        diagnostics=diagnostics,
+        rounded=True,
         **_reduction_options(options),
     )
     figures = ("log_prob", "entropy") if entropy else ("log_prob",)

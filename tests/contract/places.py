@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import drpo_jax
@@ -20,12 +21,13 @@ from contract.subjects import ARRAYS, CHOICES, GOOD, NUMBERS, SUBJECTS, axes_of,
 
 import drpo_core
 
-PER_TOKEN = next(filter(names.is_per_token, names.objectives()))
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from contract.cells import Cell
+
+
+PER_TOKEN = next(filter(names.is_per_token, names.objectives()))
 
 
 class Place(NamedTuple):
@@ -42,15 +44,7 @@ def base_cell(subject: str, **choices: Any) -> Cell:
     return {**base(axes_of(subject)), **choices}
 
 
-def parts_of(subject: str, **choices: Any) -> tuple[Call, tuple[Any, ...], dict[str, Any]]:
-    """The call of a cell, and what it binds."""
-    call = call_of(subject, base_cell(subject, **choices))
-    return call, (), dict(call.arrays)
-
-
 def _defaults(subject: str) -> dict[str, Any]:
-    import inspect  # noqa: PLC0415
-
     missing = inspect.Parameter.empty
     signature = inspect.signature(function_of(subject)).parameters
     return {n: dataclasses.MISSING if p.default is missing else p.default for n, p in signature.items()}
@@ -68,7 +62,9 @@ def numbers() -> Iterator[Place]:
             for name, reduction in (("normalizer", drpo_core.token_mean), ("horizon", drpo_core.sequence_mean_token_sum)):
                 if name == "normalizer" and name not in defaults:
                     continue  # nothing is divided there
-                yield Place(f"{subject} bound {name}", name, _bind(call, reduction, name), None if name == "normalizer" else 1.0)
+                yield Place(
+                    f"{subject} bound {name}", name, _bind(call, reduction, name), None if name == "normalizer" else 1.0
+                )
         if "divergence" in parameters and is_vocabulary(subject):
             module = drpo_torch if subject.startswith("drpo_torch.") else drpo_jax
             yield from _recorded_numbers(subject, module)

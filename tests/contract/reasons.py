@@ -42,6 +42,10 @@ def _is_base_objective(cell: Cell) -> bool:
     return cell["objective"] == next(iter(names.objectives()))
 
 
+def _has_float16(cell: Cell) -> bool:
+    return DType.FLOAT16 in _dtypes(cell) or cell["ambient"] is Ambient.AUTOCAST_FLOAT16
+
+
 def _has_tv(subject: str) -> bool:
     return _named(subject, "binary_tv", "full_tv", "top_k_tv", "full_divergences", "top_k_divergences")
 
@@ -95,19 +99,33 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "linear reductions are the adapters' losses' own",
     ),
     (
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] is Use.CHECKPOINT,
+        "a checkpoint computes from the logits again, which overwrite_logits excludes",
+    ),
+    (
         lambda s, c: c["library"] is Library.JAX and c["shape"] not in _traced_shapes(s, c),
         "JAX compiles every operation for every shape: a few stand for all",
+    ),
+    (
+        lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
+        "a statistic of nothing is NaN",
     ),
     (
         lambda s, c: _named(s, "merge_diagnostics") and c["ambient"] is Ambient.DEBUG_NANS,
         "these cells slice their arrays, and a slice of a masked NaN is an operation that gives NaN",
     ),
     (
-        lambda _, c: c.get("engine", Engine.ARRAYS) is not Engine.ARRAYS and not c.get("diagnostics", True) and not _is_base_objective(c),
+        lambda _, c: (
+            c.get("engine", Engine.ARRAYS) is not Engine.ARRAYS
+            and not c.get("diagnostics", True)
+            and not _is_base_objective(c)
+        ),
         "a loop takes a second to compile: one without diagnostics is compiled for one objective",
     ),
     (
-        lambda _, c: c["use"] in {Use.JIT, Use.VMAP, Use.VMAP_ONE} and c["library"] is Library.JAX and c["regime"] is not Regime.TYPICAL,
+        lambda _, c: (
+            c["use"] in {Use.JIT, Use.VMAP, Use.VMAP_ONE} and c["library"] is Library.JAX and c["regime"] is not Regime.TYPICAL
+        ),
         "what JAX traces does not depend on values",
     ),
     (
@@ -127,7 +145,11 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "what is left of a probability of 1 is known to rounding only, and its derivative not at all",
     ),
     (
-        lambda s, c: _named(s, "top_k_tv", "top_k_kl") and c["regime"] in {Regime.DISTANT, Regime.CERTAIN} and bool(_dtypes(c) & {*axes.HALVES}),
+        lambda s, c: (
+            _named(s, "top_k_tv", "top_k_kl")
+            and c["regime"] in {Regime.DISTANT, Regime.CERTAIN}
+            and bool(_dtypes(c) & {*axes.HALVES})
+        ),
         "probabilities rounded to 16 bits that leave no rest add up to more than 1",
     ),
     (
@@ -204,7 +226,7 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         _engine("a transform of torch has no memory to give to a compiled loop", always=False),
     ),
     (
-        lambda s, c: is_vocabulary(s) and c.get("engine") is Engine.COMPILED and DType.FLOAT16 in _dtypes(c),
+        lambda s, c: is_vocabulary(s) and c.get("engine") is Engine.COMPILED and _has_float16(c),
         _engine("a compiled softmax may know no float16", always=False),
     ),
     (
@@ -216,11 +238,15 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((ValueError,), "log_prob: ", "a token of probability 0 can't have been sampled", always=False),
     ),
     (
-        lambda s, c: s == "drpo_torch.linear_policy_loss" and c["weight"] is not c["hidden"] and c["ambient"] not in axes.AUTOCAST,
+        lambda s, c: (
+            s == "drpo_torch.linear_policy_loss" and c["weight"] is not c["hidden"] and c["ambient"] not in axes.AUTOCAST
+        ),
         Refusal((TypeError,), "weight", "a product of two dtypes is left to autocast"),
     ),
     (
-        lambda _, c: isinstance(c.get("divergence"), Measured) and c["divergence"].of != "top_k" and _has(c, "chunk_vocabulary"),
+        lambda _, c: (
+            isinstance(c.get("divergence"), Measured) and c["divergence"].of != "top_k" and _has(c, "chunk_vocabulary")
+        ),
         Refusal((ValueError,), "chunk_vocabulary", "a full divergence needs whole rows of logits"),
     ),
     (
@@ -232,7 +258,7 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((RuntimeError,), "vectorised cotangents", "which rows are needed differs between cotangents", always=False),
     ),
     (
-        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.CHECKPOINT, Use.BATCHED, Use.CREATE_GRAPH},
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.BATCHED, Use.TWICE, Use.CREATE_GRAPH},
         Refusal((RuntimeError, ValueError), "", "logits that have been overwritten can't be read again", always=False),
     ),
     (
@@ -240,7 +266,17 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((RuntimeError, ValueError), "", "rows that share memory can't each hold their gradient", always=False),
     ),
     (
-        lambda s, c: c["shape"] is Shape.NUMBER and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum")),
+        lambda _, c: (
+            "objective" in c and c.get("log_prob") is DType.FLOAT16 and c["library"] in NUMPY and c["regime"] is Regime.DISTANT
+        ),
+        Refusal(
+            (RuntimeWarning, FloatingPointError), "overflow", "a gradient that float16 can't hold, as NumPy says", always=False
+        ),
+    ),
+    (
+        lambda s, c: (
+            c["shape"] is Shape.NUMBER and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum"))
+        ),
         Refusal((ValueError,), "mask", "a number is no sequence", always=False),
     ),
 )

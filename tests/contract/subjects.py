@@ -173,7 +173,9 @@ def _core() -> dict[str, Subject]:
 
 def _reductions() -> dict[str, Subject]:
     def of(name: str) -> Callable[..., dict[str, torch.Tensor]]:
-        def reduce(values: torch.Tensor, mask: torch.Tensor, *, horizon: float = 1.0, **options: Any) -> dict[str, torch.Tensor]:
+        def reduce(
+            values: torch.Tensor, mask: torch.Tensor, *, horizon: float = 1.0, **options: Any
+        ) -> dict[str, torch.Tensor]:
             reduction = axes.Reduction(name, (("horizon", horizon),))
             known = {key: options[key] for key in ("normalizer", "token_weights", "segment_ids") if key in options}
             return oracle.reduced(values, oracle.coefficients(reduction, mask, **known))
@@ -185,13 +187,18 @@ def _reductions() -> dict[str, Subject]:
         return oracle.reduced(values, c, "total") | {"count": mask.sum().double()}
 
     def coefficients(reduction: axes.Reduction, mask: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
-        known = {k: v for k, v in options.items() if k in {"normalizer", "token_weights", "segment_ids", "bound_token_weights"}}
+        known = {
+            k: v for k, v in options.items() if k in {"normalizer", "token_weights", "segment_ids", "bound_token_weights"}
+        }
         return {"": oracle.coefficients(reduction, mask, **known)}
 
     def count(reduction: axes.Reduction, mask: torch.Tensor, segment_ids: torch.Tensor | None = None, **_: Any) -> Any:
         return {"": oracle.count(reduction, mask, segment_ids)}
 
-    table = {f"drpo_core.{name}": Subject(of(name), ("values",)) for name in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")}
+    table = {
+        f"drpo_core.{name}": Subject(of(name), ("values",))
+        for name in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")
+    }
     table["drpo_core.reduction.masked_sum"] = Subject(total, ("values",))
     table["drpo_core.reduction.reduction_coefficients"] = Subject(coefficients, call=_coefficients)
     table["drpo_core.reduction.reduction_count"] = Subject(count, call=_count)
@@ -316,7 +323,9 @@ def _jax_coefficients(function: Callable[..., Any], reduction: Any, mask: Any, s
 
 def _jax_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
     figures = _diagnostics(objective, **arrays)
-    reduced = jax.vmap(lambda d: function(d, axis_name="devices"), axis_name="devices")(jax.tree.map(lambda a: a[None], figures))
+    reduced = jax.vmap(lambda d: function(d, axis_name="devices"), axis_name="devices")(
+        jax.tree.map(lambda a: a[None], figures)
+    )
     return jax.tree.map(lambda a: a[0], reduced)
 
 
@@ -331,12 +340,16 @@ CLASSES = {
     "Objective": "a protocol",
     **dict.fromkeys(("PolicyLoss", "TokenLoss", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
     **dict.fromkeys(("TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
-    **dict.fromkeys(("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"),
+    **dict.fromkeys(
+        ("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"
+    ),
 }
 """Public classes that are no objectives, and where they are held to the contract."""
 
 
-NO_SUBJECTS = {"drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`"}
+NO_SUBJECTS = {
+    "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`"
+}
 """Public functions that are no subjects, and why."""
 
 
@@ -353,9 +366,9 @@ def parameters_of(subject: str) -> dict[str, bool]:
     """Parameters that are axes, and whether they may be left out."""
     own = SUBJECTS[subject].parameters
     signature = inspect.signature(function_of(subject)).parameters
-    found = {name: name not in own and p.default is None for name, p in signature.items()}
+    found = {name: p.default is None for name, p in signature.items()}
     if own:
-        found = {name: found.get(name, name in {"segment_ids", "token_weights"}) for name in own}
+        found = {name: name in {"segment_ids", "token_weights"} for name in own}
     return {name: optional for name, optional in found.items() if name not in ELSEWHERE}
 
 

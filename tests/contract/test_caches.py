@@ -153,7 +153,7 @@ def run_of(subject, engine, spoilt=False):
     if "engine" in cell:
         cell["engine"] = engine
     if cell["mask"] is Given.ABSENT:
-        cell["mask"] = axes_of(subject)["mask"][1]
+        cell["mask"] = axes_of(subject)["mask"][-1]
     call = call_of(subject, cell, spoilt=spoilt)
     options = {"engine": engine.value} if "engine" in cell else {}
     assert not refusals(subject, cell)
@@ -168,7 +168,9 @@ def run_of(subject, engine, spoilt=False):
         found = {path: exact(a) for path, a in outputs.items()}
         if cell["library"] is Library.TORCH and wanted:
             loss = sum(o.sum() for o in outputs.values() if o.requires_grad)
-            found |= {f"gradient of {n}": exact(g) for n, g in zip(wanted, torch.autograd.grad(loss, [arrays[n] for n in wanted]))}
+            found |= {
+                f"gradient of {n}": exact(g) for n, g in zip(wanted, torch.autograd.grad(loss, [arrays[n] for n in wanted]))
+            }
         return found
 
     return run
@@ -176,7 +178,11 @@ def run_of(subject, engine, spoilt=False):
 
 def scaled(found, factor):
     """What a loss with `factor` times the weight gives: of what is linear in it."""
-    return {path: array * factor for path, array in found.items() if path in {"", "loss", "gradient", "weight"} or "gradient of" in path}
+    return {
+        path: array * factor
+        for path, array in found.items()
+        if path in {"", "loss", "gradient", "weight"} or "gradient of" in path
+    }
 
 
 def assert_same(found, want):
@@ -235,9 +241,9 @@ def test_a_global_that_changes_between_calls_is_seen(subject, engine, monkeypatc
     ledger(Counter(held=1))
 
 
-def of_core(subject, engine, objective, spoilt=False):
+def of_core(subject, objective):
     """What token_loss_and_gradient gives for the tokens of a token-scale function, reduced by token_mean."""
-    call = call_of(subject, base_cell(subject, masked=Masked.SOME, **({"mask": axes_of(subject)["mask"][1]})), spoilt=spoilt)
+    call = call_of(subject, base_cell(subject, masked=Masked.SOME, mask=axes_of(subject)["mask"][-1]))
     arrays = {name: exact(array) for name, array in call.arrays.items()}
     result = drpo_core.token_loss_and_gradient(
         objective, arrays["log_prob"], arrays["behavior_log_prob"], arrays["advantages"], mask=arrays["mask"]
@@ -256,7 +262,7 @@ def test_an_objective_that_looks_across_tokens_works_or_is_refused(subject, engi
     if isinstance(objective, Branching) and "jax" in subject:
         pytest.skip("JAX traces: a value that decides is its own clear error")
     ledger(Counter(held=1))
-    want = of_core(subject, engine, objective)
+    want = of_core(subject, objective)
     try:
         found = run_of(subject, engine, spoilt)(objective)
     except names.UntraceableError:
@@ -288,7 +294,9 @@ def test_a_weight_that_is_no_array_of_the_tokens_works_or_is_refused_by_name(sub
     run = run_of(subject, engine)
     try:
         found = run(objective)
-    except (TypeError, ValueError, names.UntraceableError) as error:
+    except names.UntraceableError:
+        return  # says what it can't compile
+    except (TypeError, ValueError) as error:
         assert "weight" in str(error), f"{type(error).__name__}: {error}"
         return
     assert want is not None, "a result"
@@ -318,6 +326,7 @@ def test_a_schedule_of_thresholds_compiles_once(ledger):
     ledger(Counter(held=1000))
 
 
+@pytest.mark.filterwarnings("ignore::drpo_core.VacuousTrustRegionWarning")
 def test_every_objective_at_two_thresholds_compiles_one_loop(ledger):
     """Whatever its numbers are, an objective is one loop."""
     rng = np.random.default_rng(1)

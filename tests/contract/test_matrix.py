@@ -29,7 +29,11 @@ def test_pairs_of_choices(subject, part, ledger):
 def test_dtypes_of_all_arrays(subject, ledger):
     """The dtype of each array that is always given, independently of the others', in each engine."""
     every = axes_of(subject)
-    names = [name for name in every if (name in ARRAYS and name not in {"mask", "sampled_in_top_k"} and every[name][0] in ARRAYS[name])]
+    names = [
+        name
+        for name in every
+        if (name in ARRAYS and name not in {"mask", "sampled_in_top_k"} and every[name][0] in ARRAYS[name])
+    ]
     names += ["engine"] if "engine" in every else []
     libraries = every["library"]
     cells = [{**cell, "library": library} for library in libraries for cell in product(every, names)]

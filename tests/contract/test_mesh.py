@@ -19,7 +19,7 @@ def test_every_function_on_four_devices(ledger):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    run = subprocess.run(  # noqa: S603 -- this interpreter, a module of ours
+    run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "contract.mesh"],
         env=environment,
         capture_output=True,

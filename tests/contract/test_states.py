@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from contract import names
-from contract.arrays import bits, exact, flatten, memory
-from contract.axes import Library, Shape
+from contract.arrays import bits, exact, flatten, make, memory
+from contract.axes import DType, Library, Shape
 from contract.calls import call_of
 from contract.places import base_cell
 from contract.subjects import ARRAYS, SUBJECTS, axes_of, parameters_of
@@ -48,26 +48,29 @@ def test_an_objective_survives_the_safe_load_and_copies(label, ledger):
     ledger(Counter(held=3))
 
 
-def test_results_survive_the_safe_load(ledger):
+def test_diagnostics_survive_the_safe_load(ledger):
     ran = Counter()
     for subject, result in results():
-        if not flatten(result, SUBJECTS[subject].results):
-            continue
-        file = io.BytesIO()
-        torch.save({"step": 3, "result": result}, file)
-        file.seek(0)
-        again = torch.load(file, weights_only=True)["result"]
-        assert type(again) is type(result), subject
-        mine, theirs = flatten(result), flatten(again)
-        assert {k: bits(v) for k, v in mine.items()} == {k: bits(v) for k, v in theirs.items()}, subject
-        ran["held"] += 1
+        for path, diagnostics in _diagnostics(result, SUBJECTS[subject].results):
+            file = io.BytesIO()
+            torch.save({"step": 3, "diagnostics": diagnostics}, file)
+            file.seek(0)
+            again = torch.load(file, weights_only=True)["diagnostics"]
+            assert {k: type(v) for k, v in again.items()} == {k: type(v) for k, v in diagnostics.items()}, (subject, path)
+            mine, theirs = ({k: bits(v) for k, v in flatten(every).items()} for every in (diagnostics, again))
+            assert mine == theirs, (subject, path)
+            ran["held"] += 1
+    assert ran
     ledger(ran)
 
 
 # --- diagnostics -----------------------------------------------------------------------------------------------------------
 
 WITH_DIAGNOSTICS = [
-    (subject, library) for subject in SUBJECTS if "diagnostics" in parameters_of(subject) for library in axes_of(subject)["library"]
+    (subject, library)
+    for subject in SUBJECTS
+    if "diagnostics" in parameters_of(subject)
+    for library in axes_of(subject)["library"]
 ]
 
 
@@ -189,6 +192,20 @@ def test_memory_grows_with_the_tokens_not_with_their_square(subject, name, ledge
     ledger(Counter(held=1))
 
 
+# --- nothing to do ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", [Library.NUMPY, Library.TORCH, Library.JAX], ids=lambda library: library.value)
+def test_a_batch_without_sequences_has_no_advantages(library, ledger):
+    """Padding alone: nothing is valid, so nothing is looked up."""
+    advantages, mask, ids = (
+        make(values, dtype, library)
+        for values, dtype in ((np.zeros(0), DType.FLOAT32), (np.zeros(3), DType.BOOL), (np.zeros(3), DType.INT64))
+    )
+    assert exact(drpo_core.expand_advantages(advantages, mask, segment_ids=ids)).tolist() == [0.0, 0.0, 0.0]
+    ledger(Counter(held=1))
+
+
 # --- ranks without work ----------------------------------------------------------------------------------------------------
 
 
@@ -213,5 +230,3 @@ def test_diagnostics_are_merged_across_ranks_by_name(ledger):
     reduced = drpo_torch.distributed.all_reduce_diagnostics(dict(reversed(part.items())))
     assert drpo_core.summarize(reduced) == pytest.approx(drpo_core.summarize(part), nan_ok=True)
     ledger(Counter(held=1))
-
-

@@ -28,7 +28,9 @@ def ids(places):
 
 
 def good(place):
-    return {"delta": 0.2, "eps": 0.2, "max_ratio": 1.5, "dual_clip": 3.0}.get(place.name.split("_")[0], GOOD.get(place.name, 1.5))
+    return {"delta": 0.2, "eps": 0.2, "max_ratio": 1.5, "dual_clip": 3.0}.get(
+        place.name.split("_")[0], GOOD.get(place.name, 1.5)
+    )
 
 
 def wrong_and_right(place):
@@ -64,7 +66,7 @@ def test_a_number_means_what_it_is_or_is_refused_by_name(place, ledger):
             named = place.name in str(error)
             right = named and (plain is None or plain == "refused")
             outcome = f"{type(error).__name__}: {error}"[:110] if not right else None
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             outcome = f"{type(error).__name__}: {error}"[:110]
         else:
             accepted = (value is None and plain is None and place.default is None) or plain not in {None, "refused"}
@@ -79,7 +81,9 @@ def test_a_number_means_what_it_is_or_is_refused_by_name(place, ledger):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("place", [p for p in NUMBER_PLACES if NUMBERS[p.name].above == 0.0 or p.name == "normalizer"], ids=lambda p: p.id)
+@pytest.mark.parametrize(
+    "place", [p for p in NUMBER_PLACES if NUMBERS[p.name].above == 0.0 or p.name == "normalizer"], ids=lambda p: p.id
+)
 def test_a_number_as_an_array_means_what_it_is_or_is_refused_by_name(place, ledger):
     """0-d arrays of NumPy are read; of other libraries nothing may be, where it would synchronise a device."""
     wrong, ran = [], Counter()
@@ -90,7 +94,7 @@ def test_a_number_as_an_array_means_what_it_is_or_is_refused_by_name(place, ledg
         except (TypeError, ValueError) as error:
             if place.name not in str(error):
                 wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
         else:
             if value.ndim or value != number:
@@ -102,7 +106,7 @@ def test_a_number_as_an_array_means_what_it_is_or_is_refused_by_name(place, ledg
     assert not wrong, "\n".join(wrong)
 
 
-def impostors(place):
+def impostors(place):  # noqa: PLR0912 -- a branch an impostor
     """What is no array for this argument, and a word for it."""
     array = place.arrays[place.name]
     values, library = exact(array), place.library
@@ -137,6 +141,8 @@ def impostors(place):
         yield "a NumPy array", of(array.dtype.name if library is Library.JAX else str(array.dtype)[6:], Library.NUMPY)
     elif len(place.arrays) > 1:
         yield "a torch tensor", of(place.dtypes[0], Library.TORCH)
+    if place.name in {"hidden", "logits"} and array.ndim:
+        yield "nothing on the last axis", array[..., :0]
     yield "one axis more", array[None]
     if array.ndim:
         yield "one axis less", array[0]
@@ -158,7 +164,7 @@ def test_what_is_no_array_of_an_argument_is_refused_by_name(place, ledger):
         except (TypeError, ValueError) as error:
             if not any(name in str(error) for name in (place.name, *_also(place, word))):
                 wrong.append(f"{place.id} = {word}: {type(error).__name__}: {error}".splitlines()[0][:200])
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{place.id} = {word}: {type(error).__name__}: {error}".splitlines()[0][:200])
         else:
             wrong.append(f"{place.id} = {word}: a result")
@@ -166,7 +172,7 @@ def test_what_is_no_array_of_an_argument_is_refused_by_name(place, ledger):
     assert not wrong, "\n".join(wrong)
 
 
-AXES = {"one axis more", "one axis less", "one element of the last axis", "one row"}
+AXES = {"nothing on the last axis", "one axis more", "one axis less", "one element of the last axis", "one row"}
 
 
 def _also(place, word):
@@ -212,12 +218,20 @@ def test_what_is_no_choice_is_refused_by_name(place, ledger):
         except (TypeError, ValueError) as error:
             if place.name not in str(error):
                 wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{place.id} = {value!r}: {type(error).__name__}: {error}"[:200])
         else:
             wrong.append(f"{place.id} = {value!r}: a result")
     ledger(ran)
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_divergence_that_no_objective_has_is_refused_by_name(ledger):
+    """The one field of an objective that is a word."""
+    for value in (None, 1.0, True, "tv", "", np.ones(3), ["binary_tv"]):
+        with pytest.raises((TypeError, ValueError), match="divergence"):
+            drpo_core.DPPO(delta=0.1, divergence=value)
+        ledger(Counter(refused=1))
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------------
@@ -258,7 +272,7 @@ def test_ids_outside_the_vocabulary_are_refused_or_give_nan(subject, name, ledge
             if name not in str(error):
                 wrong.append(f"{bad}: {type(error).__name__}: {error}"[:150])
             continue
-        except Exception as error:  # noqa: BLE001 -- reported
+        except Exception as error:
             wrong.append(f"{bad}: {type(error).__name__}: {error}"[:150])
             continue
         if subject.endswith("sampled_in_top_k"):

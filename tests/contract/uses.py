@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import torch
 import torch.utils.checkpoint
-from contract.arrays import bits, flatten, statistics
+from contract.arrays import bits, flatten
 from contract.axes import Ambient, Use
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ SCALE = 65536.0
 
 
 class Result(NamedTuple):
-    """Outputs and statistics by path, and gradients by argument; `differentiable` names the outputs that had one."""
+    """Outputs by path and gradients by argument; `differentiable` names the outputs that had one."""
 
     outputs: dict[str, Any]
-    statistics: dict[str, Any]
     gradients: dict[str, Any]
     differentiable: frozenset[str]
 
@@ -71,11 +70,10 @@ class TorchCell(NamedTuple):
                 made[name].retain_grad()
         return made
 
-    def forward(self, tensors: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """The result, and its arrays by path; in the state."""
+    def forward(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The arrays of the result by path; in the state."""
         with self.ambient.around():
-            result = self.function(**tensors)
-            return result, flatten(result, self.names)
+            return flatten(self.function(**tensors), self.names)
 
     def gradients(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What has arrived at the differentiated tensors."""
@@ -84,7 +82,9 @@ class TorchCell(NamedTuple):
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in the same layout, as the result of operations on a leaf."""
-    dense = tensor[tuple(slice(0, 1) if s == 0 and n > 1 else slice(None) for s, n in zip(tensor.stride(), tensor.shape, strict=True))]
+    dense = tensor[
+        tuple(slice(0, 1) if s == 0 and n > 1 else slice(None) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    ]
     base = dense.clone(memory_format=torch.preserve_format).requires_grad_()
     return (base * 1).expand(tensor.shape)
 
@@ -94,39 +94,33 @@ def torch_result(use: Use, cell: TorchCell, *, overwrites: bool = False) -> Resu
     return _TORCH.get(use, _backward)(cell, not overwrites)
 
 
-def _finished(cell: TorchCell, result: Any, outputs: Any, gradients: Any) -> Result:
-    differentiable = frozenset(path for path, o in outputs.items() if o.requires_grad)
-    return Result(outputs, named_statistics(result, cell.names), gradients, differentiable)
+def _finished(outputs: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> Result:
+    return Result(outputs, gradients, frozenset(path for path, o in outputs.items() if o.requires_grad))
 
 
-def named_statistics(result: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """`statistics` of a result; the parts of a plain tuple by their names."""
-    return statistics(dict(zip(names, result, strict=True)) if names and type(result) is tuple else result)
-
-
-def _forward(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001 -- the signature of a use
-    result, outputs = cell.forward(cell.tensors)
+def _forward(cell: TorchCell, leaf: bool) -> Result:
+    outputs = cell.forward(cell.tensors)
     assert not any(o.requires_grad for o in outputs.values()), "an output requires a gradient that no input has"
-    return _finished(cell, result, outputs, {})
+    return _finished(outputs, {})
 
 
-def _backward(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _backward(cell: TorchCell, leaf: bool) -> Result:
     tensors = cell.leaves(leaf=leaf)
-    result, outputs = cell.forward(tensors)
+    outputs = cell.forward(tensors)
     if cell.differentiated:
         with _anomaly(cell):
             total(outputs).backward()
-    return _finished(cell, result, outputs, cell.gradients(tensors))
+    return _finished(outputs, cell.gradients(tensors))
 
 
 def _anomaly(cell: TorchCell) -> Any:
     return (cell.ambient if cell.ambient is Ambient.ANOMALY else Ambient.PLAIN).around()
 
 
-def _retained(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _retained(cell: TorchCell, leaf: bool) -> Result:
     """With retain_graph, and again without: the same bits as a single backward pass."""
     tensors = cell.leaves(leaf=leaf)
-    result, outputs = cell.forward(tensors)
+    outputs = cell.forward(tensors)
     inputs = [tensors[name] for name in cell.differentiated]
     of = total(outputs)
     first = [g.clone() for g in torch.autograd.grad(of, inputs, retain_graph=True)]
@@ -135,15 +129,15 @@ def _retained(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     for name, a, b in zip(cell.differentiated, first, again, strict=True):
         assert bits(a) == bits(b), f"{name}: the second backward pass of a retained graph gives another gradient"
         assert bits(a) == bits(once.gradients[name]), f"{name}: retain_graph changes the gradient"
-    return _finished(cell, result, outputs, dict(zip(cell.differentiated, first, strict=True)))
+    return _finished(outputs, dict(zip(cell.differentiated, first, strict=True)))
 
 
-def _accumulated(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _accumulated(cell: TorchCell, leaf: bool) -> Result:
     """Two micro-batches: every output divided in place, gradients added up where they are."""
     tensors = cell.leaves(leaf=leaf)
     added = {name: torch.zeros_like(tensors[name]) for name in cell.differentiated}
     for _ in range(2):
-        result, outputs = cell.forward(tensors)
+        outputs = cell.forward(tensors)
         for output in outputs.values():
             if output.requires_grad:
                 output /= 2
@@ -156,62 +150,64 @@ def _accumulated(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
         if output.requires_grad:
             output.detach().mul_(2)
     gradients = {name: tensors[name].grad if tensors[name].is_leaf else added[name] for name in cell.differentiated}
-    return _finished(cell, result, outputs, gradients)
+    return _finished(outputs, gradients)
 
 
-def _scaled(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _scaled(cell: TorchCell, leaf: bool) -> Result:
     """As torch.amp.GradScaler does it; the gradients arrive scaled."""
     tensors = cell.leaves(leaf=leaf)
-    result, outputs = cell.forward(tensors)
+    outputs = cell.forward(tensors)
     (total(outputs) * cell.scale).backward()
-    return _finished(cell, result, outputs, cell.gradients(tensors))
+    return _finished(outputs, cell.gradients(tensors))
 
 
-def _constants(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _constants(cell: TorchCell, leaf: bool) -> Result:
     """Every floating tensor requires a gradient; those that are constants get none."""
     tensors = cell.leaves(leaf=leaf)
     others = [n for n, t in tensors.items() if t.is_floating_point() and n not in cell.differentiated]
     for name in others:
         tensors[name] = tensors[name].detach().requires_grad_()
-    result, outputs = cell.forward(tensors)
+    outputs = cell.forward(tensors)
     total(outputs).backward()
     received = [name for name in others if tensors[name].grad is not None and bool(tensors[name].grad.any())]
     assert not received, f"constants that receive a gradient: {received}"
-    return _finished(cell, result, outputs, cell.gradients(tensors))
+    return _finished(outputs, cell.gradients(tensors))
 
 
-def _checkpoint(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _checkpoint(cell: TorchCell, leaf: bool) -> Result:
     tensors = cell.leaves(leaf=leaf)
-    kept: list[Any] = []
-
-    def function(**some: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = cell.function(**some)
-        kept.append((result, flatten(result, cell.names)))
-        return tuple(kept[-1][1].values())
-
     with cell.ambient.around():
-        outputs = torch.utils.checkpoint.checkpoint(function, use_reentrant=False, **tensors)
-    named = dict(zip(kept[0][1], outputs, strict=True))
-    total(named).backward()
-    return _finished(cell, kept[0][0], named, cell.gradients(tensors))
+        outputs = torch.utils.checkpoint.checkpoint(
+            lambda **some: flatten(cell.function(**some), cell.names), use_reentrant=False, **tensors
+        )
+    total(outputs).backward()
+    return _finished(outputs, cell.gradients(tensors))
 
 
-def _batched(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _batched(cell: TorchCell, leaf: bool) -> Result:
     """Vectorised rows of a Jacobian."""
     tensors = cell.leaves(leaf=leaf)
-    result, outputs = cell.forward(tensors)
+    outputs = cell.forward(tensors)
     inputs = [tensors[name] for name in cell.differentiated]
     of = total(outputs)
     rows = torch.autograd.grad(of, inputs, torch.tensor([1.0, 3.0], dtype=of.dtype), is_grads_batched=True)
     for name, row in zip(cell.differentiated, rows, strict=True):
         assert torch.allclose(row[1].double(), 3.0 * row[0].double(), rtol=0.02), f"{name}: rows of one Jacobian differ"
-    return _finished(cell, result, outputs, {n: row[0] for n, row in zip(cell.differentiated, rows, strict=True)})
+    return _finished(outputs, {n: row[0] for n, row in zip(cell.differentiated, rows, strict=True)})
 
 
-def _create_graph(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _twice(cell: TorchCell, leaf: bool) -> Result:
+    """The result of an operation, given to two calls: neither may take it for its own."""
+    tensors = cell.leaves(leaf=False)
+    first, outputs = cell.forward(tensors), cell.forward(tensors)
+    ((total(first) + total(outputs)) / 2).backward()
+    return _finished(outputs, cell.gradients(tensors))
+
+
+def _create_graph(cell: TorchCell, leaf: bool) -> Result:
     """A second derivative is refused by name, or it is right: it stands among the gradients as "second …"."""
     tensors = cell.leaves(leaf=leaf)
-    result, outputs = cell.forward(tensors)
+    outputs = cell.forward(tensors)
     inputs = [tensors[name] for name in cell.differentiated]
     try:
         first = torch.autograd.grad(total(outputs), inputs, create_graph=True)
@@ -223,28 +219,28 @@ def _create_graph(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
     gradients = dict(zip(cell.differentiated, first, strict=True))
     for name, tensor, found in zip(cell.differentiated, inputs, second, strict=True):
         gradients[f"second {name}"] = torch.zeros_like(tensor) if found is None else found
-    return _finished(cell, result, outputs, gradients)
+    return _finished(outputs, gradients)
 
 
-def _func_grad(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001
+def _func_grad(cell: TorchCell, leaf: bool) -> Result:
     constants = {n: t for n, t in cell.tensors.items() if n not in cell.differentiated}
     aside: list[frozenset[str]] = []
 
     def scalar(wanted: dict[str, torch.Tensor]) -> Any:
-        result, outputs = cell.forward(wanted | constants)
+        outputs = cell.forward(wanted | constants)
         aside.append(frozenset(path for path, o in outputs.items() if o.requires_grad))
-        return total(outputs), (outputs, named_statistics(result, cell.names))
+        return total(outputs), outputs
 
     wanted = {n: cell.tensors[n].detach() for n in cell.differentiated}
-    gradients, (outputs, figures) = torch.func.grad(scalar, has_aux=True)(wanted)
-    return Result(outputs, figures, gradients, aside[0])
+    gradients, outputs = torch.func.grad(scalar, has_aux=True)(wanted)
+    return Result(outputs, gradients, aside[0])
 
 
-def _vmap(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001
+def _vmap(cell: TorchCell, leaf: bool) -> Result:
     return _vmapped(cell, tuple(cell.tensors))
 
 
-def _vmap_one(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001
+def _vmap_one(cell: TorchCell, leaf: bool) -> Result:
     """Over one constant, such as the advantages of several reward models; else over what is differentiated."""
     constants = [n for n, t in cell.tensors.items() if t.is_floating_point() and n not in cell.differentiated]
     return _vmapped(cell, (constants[-1:] or cell.differentiated)[:1])
@@ -258,27 +254,27 @@ def _vmapped(cell: TorchCell, over: tuple[str, ...]) -> Result:
 
     def gradient_and_outputs(tensors: dict[str, torch.Tensor]) -> Any:
         def scalar(wanted: dict[str, torch.Tensor]) -> Any:
-            result, outputs = cell.forward(tensors | wanted)
-            aside.append((result, frozenset(path for path, o in outputs.items() if o.requires_grad)))
-            return total(outputs), (outputs, named_statistics(result, cell.names))
+            outputs = cell.forward(tensors | wanted)
+            aside.append(frozenset(path for path, o in outputs.items() if o.requires_grad))
+            return total(outputs), outputs
 
         return torch.func.grad(scalar, has_aux=True)({n: tensors[n] for n in cell.differentiated})
 
-    gradients, (outputs, figures) = torch.func.vmap(gradient_and_outputs, in_dims=(dims,))(stacked)
-    for name, array in {**gradients, **outputs, **figures}.items():
+    gradients, outputs = torch.func.vmap(gradient_and_outputs, in_dims=(dims,))(stacked)
+    for name, array in {**gradients, **outputs}.items():
         assert bits(array[0]) == bits(array[1]), f"{name}: vmap over two copies gives two results"
-    first = [{name: array[0].clone() for name, array in every.items()} for every in (outputs, figures, gradients)]
-    return Result(first[0], first[1], first[2], aside[0][1])
+    outputs, gradients = ({name: array[0].clone() for name, array in every.items()} for every in (outputs, gradients))
+    return Result(outputs, gradients, aside[0])
 
 
-def _compile(cell: TorchCell, leaf: bool) -> Result:  # noqa: FBT001
+def _compile(cell: TorchCell, leaf: bool) -> Result:
     """Traced as a whole; compiling the trace is inductor's, and takes ten times as long."""
     torch._dynamo.reset()  # noqa: SLF001 -- the documented name
     tensors = cell.leaves(leaf=leaf)
     compiled = torch.compile(cell.function, fullgraph=True, backend="aot_eager")
-    result, outputs = cell._replace(function=compiled).forward(tensors)
+    outputs = cell._replace(function=compiled).forward(tensors)
     total(outputs).backward()
-    return _finished(cell, result, outputs, cell.gradients(tensors))
+    return _finished(outputs, cell.gradients(tensors))
 
 
 _TORCH = {
@@ -290,6 +286,7 @@ _TORCH = {
     Use.CONSTANTS: _constants,
     Use.CHECKPOINT: _checkpoint,
     Use.BATCHED: _batched,
+    Use.TWICE: _twice,
     Use.CREATE_GRAPH: _create_graph,
     Use.FUNC_GRAD: _func_grad,
     Use.VMAP: _vmap,
@@ -301,19 +298,23 @@ _TORCH = {
 # --- JAX -------------------------------------------------------------------------------------------------------------------
 
 
-def jax_result(use: Use, function: Function, arrays: dict[str, Any], differentiated: tuple[str, ...], names: tuple[str, ...]) -> Result:
+def jax_result(
+    use: Use, function: Function, arrays: dict[str, Any], differentiated: tuple[str, ...], names: tuple[str, ...]
+) -> Result:
     """Run a use of JAX."""
     wanted = {n: arrays[n] for n in differentiated}
     constants = {n: a for n, a in arrays.items() if n not in wanted}
-    # which outputs are differentiable is known by differentiating each
     if use is Use.FORWARD or not differentiated:
-        called = jax.jit(lambda a: _parts(function(**a), names)) if use is Use.JIT else lambda a: _parts(function(**a), names)
-        outputs, figures = called(arrays)
-        return Result(outputs, figures, {}, frozenset(outputs))
+
+        def called(arrays: dict[str, Any]) -> dict[str, Any]:
+            return flatten(function(**arrays), names)
+
+        outputs = (jax.jit(called) if use is Use.JIT else called)(arrays)
+        return Result(outputs, {}, frozenset(outputs))
 
     def of(wanted: dict[str, Any], constants: dict[str, Any]) -> Any:
-        parts = _parts(function(**wanted, **constants), names)
-        return jax_total(parts[0]), parts
+        outputs = flatten(function(**wanted, **constants), names)
+        return jax_total(outputs), outputs
 
     if use is Use.CHECKPOINT:
         of = jax.checkpoint(of)
@@ -330,15 +331,11 @@ def jax_result(use: Use, function: Function, arrays: dict[str, Any], differentia
             return {n: jnp.stack((a, a)) if n in over else a for n, a in some.items()}
 
         dims = tuple({n: 0 if n in over else None for n in some} for some in (wanted, constants))
-        gradients, parts = jax.vmap(gradient, in_axes=dims)(stacked(wanted), stacked(constants))
-        gradients, (outputs, figures) = jax.tree.map(lambda a: a[0], (gradients, parts))
+        both = jax.vmap(gradient, in_axes=dims)(stacked(wanted), stacked(constants))
+        gradients, outputs = jax.tree.map(lambda a: a[0], both)
     else:
-        gradients, (outputs, figures) = gradient(wanted, constants)
-    return Result(outputs, figures, gradients, frozenset(outputs))
-
-
-def _parts(result: Any, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return flatten(result, names), named_statistics(result, names)
+        gradients, outputs = gradient(wanted, constants)
+    return Result(outputs, gradients, frozenset(outputs))
 
 
 def jax_total(outputs: dict[str, Any]) -> Any:
@@ -356,9 +353,9 @@ def jax_total(outputs: dict[str, Any]) -> Any:
 def _jvp(of: Function, wanted: dict[str, Any], constants: dict[str, Any]) -> Result:
     """Forward mode along one-hot tangents is too many: along a random one, with the gradient's own product beside it."""
     tangents = {n: jnp.asarray(cotangents(a.shape)).reshape(a.shape).astype(a.dtype) for n, a in wanted.items()}
-    _, forward, (outputs, figures) = jax.jvp(lambda w: of(w, constants), (wanted,), (tangents,), has_aux=True)
+    _, forward, outputs = jax.jvp(lambda w: of(w, constants), (wanted,), (tangents,), has_aux=True)
     gradients, _ = jax.grad(of, has_aux=True)(wanted, constants)
     backward = sum(jnp.sum(gradients[n].astype("float32") * tangents[n].astype("float32")) for n in wanted)
     size = sum(jnp.sum(jnp.abs(gradients[n].astype("float32") * tangents[n].astype("float32"))) for n in wanted)
     assert bool(jnp.abs(forward - backward) <= 0.01 * size), f"jvp gives {forward}, grad {backward}"
-    return Result(outputs, figures, gradients, frozenset(outputs))
+    return Result(outputs, gradients, frozenset(outputs))

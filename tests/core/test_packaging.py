@@ -57,10 +57,15 @@ def test_the_wheel_has_three_packages_at_top_level_and_nothing_else(distribution
     assert not [name for name in names if "__pycache__" in name or "test_" in name]
 
 
+def _files(root):
+    """Those of the checkout: a test that imports from the copy leaves bytecode there."""
+    return (file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+
+
 def test_the_wheel_has_every_module_and_data_file_of_the_checkout(source, distributions):
     names = set(zipfile.ZipFile(distributions[0]).namelist())
     roots = [source / "drpo_core", source / "adapters" / "drpo_torch", source / "adapters" / "drpo_jax"]
-    expected = {f.relative_to(root.parent).as_posix() for root in roots for f in root.rglob("*") if f.is_file()}
+    expected = {f.relative_to(root.parent).as_posix() for root in roots for f in _files(root)}
     assert expected <= names
     assert {f"drpo_core/audit/data/gemma3_270m_{n}.npz" for n in ("arithmetic", "teacher_forced_topk")} <= names
 

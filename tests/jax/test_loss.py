@@ -303,8 +303,9 @@ def counted(monkeypatch):
         return count
 
     monkeypatch.setattr(Tokens, "of", counting("made", Tokens.of))
+    checks = counting("checked", tokens_module.check_tokens)
     for module in (tokens_module, loss_module):
-        monkeypatch.setattr(module, "check_tokens", counting("checked", tokens_module.check_tokens))
+        monkeypatch.setattr(module, "check_tokens", checks)
     return calls
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from row import Row
 
-from drpo_core import CISPO, DRPO
+from drpo_core import DRPO
 from drpo_core.objectives import OBJECTIVES
 from drpo_core.objectives.configured import at_clip_range
 from drpo_core.testing import from_core, from_function
+from drpo_core.testing.implementation import form_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +61,7 @@ def of_objective(objective: Objective, adapter: str) -> Implementation:
             f"function = policy_loss({adapter!r}, {objective!r})"
         ),
         objective=objective,
-        form="score" if isinstance(objective, CISPO) else "ratio",
+        form=form_of(objective),
         reduction="token_mean",
         dtypes=("float32",),
         family=partial(of_objective, adapter=adapter),

@@ -25,6 +25,7 @@ from drpo_core import loss as core_loss
 from drpo_core.engines import numba_loop
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.testing import from_function, parametrize_with_checks
+from drpo_core.testing.implementation import form_of
 
 SUBJECT = DRPO(delta_low=0.1, delta_high=0.2)
 
@@ -72,7 +73,7 @@ def evaluated(objective, data, engine, **options):
 
 def of_the_core(objective, data, reduction=token_mean, **options):
     """The same from the core's functions per token on NumPy in float64, and the reduction's coefficients."""
-    arrays = {name: tensor.detach().numpy().astype(np.float64) for name, tensor in data.items() if tensor.is_floating_point()}
+    arrays = {name: tensor.detach().double().numpy() for name, tensor in data.items() if tensor.is_floating_point()}
     mask = data["mask"].numpy()
     tokens = {name: arrays[name] for name in ("log_prob", "behavior_log_prob", "advantages")}
     divergence = arrays.get("divergence")
@@ -368,7 +369,7 @@ def test_errors(engine):
         with pytest.raises(error, match=message):
             policy_loss(SUBJECT, **data | change, engine=engine)
     for wrong in (DRPO, 3, None, object()):
-        with pytest.raises(TypeError, match="^objective: expected"):
+        with pytest.raises(TypeError, match=r"^objective: expected"):
             policy_loss(wrong, **data, engine=engine)
 
 
@@ -393,8 +394,7 @@ def test_without_numba(monkeypatch):
     monkeypatch.setitem(scope, "find_spec", lambda _: None)
     try:
         with pytest.warns(SlowEngineWarning, match=r"pip install 'drpo-core\[compiled\]'") as warned:
-            for _ in range(3):
-                found = evaluated(SUBJECT, batch(), "auto")
+            found, *_ = [evaluated(SUBJECT, batch(), "auto") for _ in range(3)]
         assert len(warned) == 1
         assert warned[0].filename == __file__
         assert_same(found, of_the_core(SUBJECT, batch()))
@@ -431,7 +431,7 @@ def with_engine(objective, engine, reduction, **claims):
 
         declared = {
             "objective": objective,
-            "form": "score" if isinstance(objective, CISPO) else "ratio",
+            "form": form_of(objective),
             "reduction": reduction.__name__,
             "gradient": "analytic",
             "takes_packed": True,

@@ -199,7 +199,7 @@ def _check_sequence_level(objective: Objective, example: Any) -> None:  # noqa: 
             f"loss_algo: expected 'grpo' with {type(objective).__name__}, whose trust region is of tokens' probabilities, "
             "got 'gspo-token', the ratio of sequences"
         )
-        raise ValueError(msg)  # noqa: TRY004 -- of the configuration
+        raise ValueError(msg)
     if example.segment_ids is not None:
         msg = "loss_algo: expected 'grpo' with packed sequences, got 'gspo-token', which would mix the sequences of a row"
         raise ValueError(msg)

@@ -324,11 +324,12 @@ def check_divergence(divergence: Divergence | None, leading: tuple[int, ...], vo
         _check_top_k(divergence, leading, names=("divergence.ids", "divergence.behavior_log_prob"))
     elif isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
         head, prefix = divergence.behavior, "divergence.behavior."
-        check_head(head.hidden, head.weight, head.bias, prefix=prefix)
+        check_head(head.hidden, head.weight, None, prefix=prefix)
         check_shape(f"{prefix}hidden", head.hidden, (*leading, *head.hidden.shape[-1:]), f"{of} and one more axis, H")
         if head.weight.shape[0] != vocabulary:
             msg = f"{prefix}weight: expected one row for each of the {vocabulary} tokens, got {head.weight.shape}"
             raise ValueError(msg)
+        check_head(head.hidden, head.weight, head.bias, prefix=prefix)
     elif isinstance(divergence, FullDivergence):
         behavior: Any = divergence.behavior
         check_float(**{"divergence.behavior": behavior})

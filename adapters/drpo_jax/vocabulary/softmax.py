@@ -213,8 +213,8 @@ def _backward(
 ) -> tuple[jax.Array, None, None]:
     logits, tokens, mask, result = kept
     z = _tempered(logits, mask, temperature)
-    log_probs = z - result.log_normalizer[..., None]
-    probability = jnp.exp(log_probs)
+    # normalised anew: of logits of size 300 the rounded log-normaliser would leave rows that don't sum to 1
+    _, probability = normalize(z)
     outside = outside_vocabulary(tokens, logits.shape[-1])
     of_log_prob = jnp.where(outside & (cotangents.log_prob != 0.0), jnp.nan, cotangents.log_prob)[..., None]
     of_normalizer = cotangents.log_normalizer[..., None]
@@ -223,7 +223,8 @@ def _backward(
     reached = (of_log_prob != 0.0) | (of_normalizer != 0.0)
     if result.entropy is not None and cotangents.entropy is not None:
         of_entropy = cotangents.entropy[..., None]
-        surprise = jnp.where(probability > 0.0, log_probs, 0.0) + result.entropy[..., None]
+        log_probs = jnp.where(probability > 0.0, z, result.log_normalizer[..., None]) - result.log_normalizer[..., None]
+        surprise = log_probs + result.entropy[..., None]
         gradient = gradient - of_entropy * probability * surprise
         reached = reached | (of_entropy != 0.0)
     if mask is not None:

@@ -80,7 +80,7 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
 
     output_type = PolicyLossOutput
     out_keys: list[str]
-    _tokens: dict[str, torch.Tensor]
+    _tokens: dict[str, Any]
     _statistics: Diagnostics
     _stand_in: torch.Tensor
 
@@ -152,7 +152,8 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
             shape = result.shape
             return result.sum()
 
-        loss, statistics = policy_loss(self.objective, **self._tokens, reduction=linear_reduction(total))
+        tokens: dict[str, Any] = self._tokens
+        loss, statistics = policy_loss(self.objective, **tokens, reduction=linear_reduction(total))
         assert statistics is not None
         self._statistics = statistics
         return loss.reshape(shape)

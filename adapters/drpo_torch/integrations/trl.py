@@ -138,9 +138,11 @@ class PolicyLossMixin(_Trainer):  # type: ignore[misc]
     def _normalizer(self, mask: torch.Tensor, num_items: torch.Tensor, accumulated: float) -> torch.Tensor | float:
         """What TRL divides the sum of tokens by, or with "grpo" the sum of the sequences' means."""
         if self.loss_type == "dapo":
-            normalizer = num_items.clamp(min=1.0) / self.accelerator.num_processes
+            normalizer: torch.Tensor = num_items.clamp(min=1.0) / self.accelerator.num_processes
             # the count is of the generation batch, of which one accumulation window is a part
-            return normalizer * accumulated / self.args.steps_per_generation if self.model.training else normalizer
+            if self.model.training:
+                normalizer = normalizer * (accumulated / self.args.steps_per_generation)
+            return normalizer
         if self.loss_type == "bnpo":
             return mask.sum().clamp(min=1.0) * accumulated
         rows: int = mask.size(0)

@@ -11,7 +11,7 @@ pytest.importorskip("skyrl", reason="runs in the environment of `nox -s integrat
 import ray
 import torch
 from drpo_torch.integrations import BehaviorPolicyWarning
-from drpo_torch.integrations.skyrl import OBJECTIVES, register
+from drpo_torch.integrations.skyrl import register
 from skyrl.backends.skyrl_train.utils.ppo_utils import (
     LOSSES_WITH_OLD_LOGPROBS,
     PolicyLossRegistry,
@@ -22,9 +22,12 @@ from skyrl.backends.skyrl_train.workers.worker import PolicyWorkerBase
 from skyrl.backends.skyrl_train.workers.worker_utils import reduce_metrics
 from skyrl.train.config import SkyRLTrainConfig
 
-from drpo_core import DRPO, SPO, diagnostics, summarize, token_loss_and_gradient
+from drpo_core import DRPO, SPO, summarize, token_diagnostics, token_loss_and_gradient
+from drpo_core.objectives.configured import families_by_name
 
-NAMES = [*OBJECTIVES, "drpo_core_gspo"]
+pytestmark = pytest.mark.usefixtures("compiled_only")
+
+NAMES = [*families_by_name(), "drpo_core_gspo", "drpo_core_dual_clip"]
 REDUCTIONS = ["token_mean", "sequence_mean", "seq_mean_token_sum_norm", "token_mean_legacy", "prompt_mean"]
 KEYS = ("eps_clip_low", "eps_clip_high", "clip_ratio_c", "dppo.delta_low", "dppo.delta_high", "cispo.cispo_eps_clip_high")
 SETTINGS = dict(zip(KEYS, (0.1, 0.15, 1.4, 0.05, 0.1, 0.3), strict=True))
@@ -72,17 +75,17 @@ PARITY = {
     ("regular", "drpo_core_ppo_clip"): {},
     ("dual_clip", "drpo_core_dual_clip"): {},
     ("gspo", "drpo_core_gspo"): {"eps_clip_low": 0.05},
-    ("dppo", "drpo_core_dppo"): {},
+    ("dppo", "drpo_core_dppo_tv"): {"dppo.dppo_type": "binary_tv"},
+    ("dppo", "drpo_core_dppo_kl"): {"dppo.dppo_type": "binary_kl"},
     ("cispo", "drpo_core_cispo"): {},
-    ("importance_sampling", "drpo_core_policy_gradient"): {},
+    ("importance_sampling", "drpo_core_pg_is"): {},
 }
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dppo_type", ["binary_tv", "binary_kl"])
 @pytest.mark.parametrize(("theirs", "ours"), PARITY)
-def test_parity_with_skyrl(theirs, ours, dppo_type, reduction):
-    settings = PARITY[theirs, ours] | {"dppo.dppo_type": dppo_type, "loss_reduction": reduction}
+def test_parity_with_skyrl(theirs, ours, reduction):
+    settings = PARITY[theirs, ours] | {"loss_reduction": reduction}
     value, gradient, metrics = run(algorithm(ours, **settings), batch(reduction))
     expected_value, expected, expected_metrics = run(algorithm(theirs, **settings), batch(reduction))
     largest = float(expected.abs().max())
@@ -101,7 +104,7 @@ def test_every_objective_runs_with_thresholds_of_the_command_line(name):
     assert torch.isfinite(gradient).all()
     assert {"clip_ratio", "dropped_fraction", "weight_min"} <= metrics.keys()
     stricter = run(algorithm(name, **{key: value / 10 for key, value in SETTINGS.items()} | {"clip_ratio_c": 1.01}))
-    assert torch.equal(gradient, stricter[1]) is (name == "drpo_core_policy_gradient")
+    assert torch.equal(gradient, stricter[1]) is (name == "drpo_core_pg_is")
 
 
 def test_drpo_is_the_library_summed():
@@ -114,7 +117,7 @@ def test_drpo_is_the_library_summed():
     torch.testing.assert_close(loss, expected.loss.sum(), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(gradient, expected.gradient, rtol=1e-12, atol=0.0)
     assert {name: metrics[name] for name in metrics if name != "clip_ratio"} == pytest.approx(
-        summarize(diagnostics(*tokens, mask=mask)), rel=1e-12
+        summarize(token_diagnostics(*tokens, mask=mask)), rel=1e-12
     )
 
 
@@ -126,6 +129,33 @@ def test_micro_batches_add_up(name, reduction):
     parts = [run(config, {key: value[rows] for key, value in tensors.items()}) for rows in ([0], [1, 2], [3])]
     torch.testing.assert_close(sum(part[0] for part in parts), whole, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), gradient, rtol=1e-12, atol=1e-15)
+
+
+class Own:
+    """An objective of a user: −A r, without its gradient for converging tokens."""
+
+    def loss(self, tokens):
+        """−A r."""
+        return -tokens.advantages * tokens.ratio
+
+    def weight(self, tokens):
+        """1 where the token diverges."""
+        return tokens.indicator(tokens.along_advantage(tokens.ratio_minus_one) > 0.0)
+
+
+@pytest.mark.parametrize("made", [Own(), lambda _: Own()], ids=["object", "function"])
+def test_any_objective(made):
+    register("own", made)
+    try:
+        loss, gradient, metrics = run(algorithm("own"), batch(dtype=torch.float64))
+    finally:
+        PolicyLossRegistry.unregister("own")
+    surrogate = run(algorithm("drpo_core_pg_is"), batch(dtype=torch.float64))
+    torch.testing.assert_close(loss, surrogate[0], rtol=1e-12, atol=0.0)
+    kept = gradient != 0.0
+    assert 0 < kept.sum() < (surrogate[1] != 0.0).sum()
+    torch.testing.assert_close(gradient[kept], surrogate[1][kept], rtol=1e-12, atol=0.0)
+    assert metrics["outside_fraction"] == 0.0
 
 
 def test_masked_tokens_may_hold_anything():
@@ -188,7 +218,7 @@ def test_masks_of_the_off_policy_correction_are_skyrls():
     tensors = batch()
     tensors["old_log_probs"] = tensors["rollout_logprobs"] + 0.2 * torch.linspace(-1.0, 1.0, 24).reshape(4, 6)
     expected_value, expected, figures = run(algorithm("dppo", **correction), tensors)
-    value, gradient, metrics = run(algorithm("drpo_core_dppo", **correction), tensors)
+    value, gradient, metrics = run(algorithm("drpo_core_dppo_tv", **correction), tensors)
     assert not torch.equal(expected, run(algorithm("dppo"), tensors)[1])
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(value, expected_value, rtol=1e-6, atol=1e-6)

@@ -15,10 +15,10 @@ PAIRS = [
     ("regular", "drpo_core_ppo_clip"),
     ("dual_clip", "drpo_core_dual_clip"),
     ("gspo", "drpo_core_gspo"),
-    ("dppo:binary_tv", "drpo_core_dppo:binary_tv"),
-    ("dppo:binary_kl", "drpo_core_dppo:binary_kl"),
+    ("dppo:binary_tv", "drpo_core_dppo_tv:binary_tv"),
+    ("dppo:binary_kl", "drpo_core_dppo_kl:binary_kl"),
     ("cispo", "drpo_core_cispo"),
-    ("importance_sampling", "drpo_core_policy_gradient"),
+    ("importance_sampling", "drpo_core_pg_is"),
 ]
 OTHERS = ["drpo", "drpo_core_mask_drpo", "drpo_core_spo"]
 OURS = [ours for _, ours in PAIRS] + OTHERS

@@ -22,7 +22,6 @@ from drpo_core.objectives import OBJECTIVES as FAMILIES
 from drpo_core.objectives import label
 
 
-
 class Own:
     """An objective of a user."""
 

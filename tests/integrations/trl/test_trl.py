@@ -300,7 +300,7 @@ AGGREGATIONS = {
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_loss_is_the_librarys_and_the_aggregation_trls(
-    make: Any, loss_type: str, accumulated: int, training: bool
+    make: Any, loss_type: str, accumulated: int, *, training: bool
 ) -> None:
     """Of ragged completions, one of them empty, for an objective of a user."""
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "steps_per_generation": 2}

@@ -429,7 +429,9 @@ def test_diagnostics_do_not_depend_on_the_micro_batch() -> None:
     log_diagnostics(made)
     logged = made.rl_cluster.actor_trainer.rl_metrics_to_log
     names = [name for name in logged if name.startswith("trust_region/")]
-    assert {name.removeprefix("trust_region/") for name in names} == set(token_diagnostics(DRPO(delta=0.1), *3 * [np.zeros(1)]))
+    assert {name.removeprefix("trust_region/") for name in names} == set(
+        token_diagnostics(DRPO(delta=0.1), *3 * [np.zeros(1)])
+    )
     for name in names:
         assert logged[name]([part[name] for part in auxes]) == pytest.approx(logged[name]([aux[name]]), rel=1e-5), name
     mean_of_means = np.mean([part["trust_region/ratio_mean"].value for part in auxes])
