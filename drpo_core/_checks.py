@@ -37,12 +37,16 @@ def check_dtype(name: str, array: Array, kind: str, *, xp: Namespace) -> None:
     _check_is_array(name, array, kind)
     try:
         right = xp.isdtype(array.dtype, kind)
-    except (AttributeError, TypeError) as error:
-        # each library's own word for a dtype of another one
-        msg = f"{name}: expected an array of {kind} dtype of the library of the other arguments, got {_described(array)}"
-        raise TypeError(msg) from error
+        foreign = not right and _library(array.dtype) != _library(xp.zeros(0).dtype)
+    except (AttributeError, TypeError):
+        # each library's own word for a dtype of another one, or for one that it has not
+        right, foreign = False, True
+    if foreign:
+        expected = f"an array of {kind} dtype of the library of the other arguments"
+        msg = f"{name}: expected {expected}, got {_described(array)} and dtype {array.dtype}"
+        raise TypeError(msg)
     if not right:
-        msg = f"{name}: expected a {kind} dtype, got {array.dtype}"
+        msg = f"{name}: expected {'an' if kind[0] in 'aeiou' else 'a'} {kind} dtype, got {array.dtype}"
         if kind == "bool":
             msg += "; pass `mask != 0` (per-token weights belong in token_weights)"
         raise TypeError(msg)
@@ -103,7 +107,8 @@ def check_number(
 def compute_dtype(*arrays: Array, xp: Namespace) -> Any:
     """Dtype of the arithmetic: the inputs' common dtype, but float32 at least."""
     # not xp.result_type: Dynamo can't trace torch's for float16 and bfloat16
-    return xp.float64 if any(array.dtype == xp.float64 for array in arrays) else xp.float32
+    wide = (xp.float64, getattr(xp, "longdouble", xp.float64))
+    return xp.float64 if any(array.dtype in wide for array in arrays) else xp.float32
 
 
 def _check_is_array(name: str, array: object, kind: str) -> None:
@@ -119,6 +124,10 @@ def _common_namespace(arrays: dict[str, Array]) -> Namespace:
         given = ", ".join(f"{name} is a {_described(array)}" for name, array in arrays.items())
         msg = f"expected arrays of one library, but {given}"
         raise TypeError(msg) from error
+
+
+def _library(dtype: object) -> str:
+    return type(dtype).__module__.partition(".")[0]
 
 
 def _described(value: object) -> str:

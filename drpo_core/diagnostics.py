@@ -6,6 +6,7 @@ Every statistic is a small tuple of 0-d arrays that stays on the device, adds up
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_api_compat import array_namespace, to_device
@@ -16,7 +17,7 @@ from drpo_core.reduction import count_true
 from drpo_core.tokens import Tokens, constant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from drpo_core._arrays import Array, Bool, Float, Namespace
     from drpo_core.objectives import Objective
@@ -271,6 +272,11 @@ def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:
     dict
         Number by name, in the same order; NaN for a statistic that counted nothing.
 
+    Raises
+    ------
+    TypeError
+        If it is not a dict of diagnostics.
+
     Examples
     --------
     >>> import numpy as np
@@ -281,6 +287,10 @@ def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:
     """
     if not statistics:
         return {}
+    given: object = statistics
+    if not isinstance(given, Mapping):
+        msg = f"statistics: expected a dict of diagnostics, got {type(given).__name__}"
+        raise TypeError(msg)
     first = next(iter(statistics.values()))
     xp = array_namespace(first.count)
     values = [xp.where(statistic.count > 0.0, statistic.value, xp.nan) for statistic in statistics.values()]

@@ -278,7 +278,10 @@ def sampled_in_top_k(
     """
     xp = check_arrays(xp=xp, kind="integral", tokens=tokens)
     check_dtype("top_k_ids", top_k_ids, "integral", xp=xp)
-    check_shape("top_k_ids", top_k_ids[..., 0], "tokens", tokens)
+    if tuple(top_k_ids.shape[:-1]) != tuple(tokens.shape) or not top_k_ids.ndim:
+        shape = (*tokens.shape, "K")
+        msg = f"top_k_ids: expected the shape of tokens and one more axis, {shape}, got {tuple(top_k_ids.shape)}"
+        raise ValueError(msg)
     return xp.any(top_k_ids == tokens[..., None], axis=-1)
 
 

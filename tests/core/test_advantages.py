@@ -98,7 +98,7 @@ def test_group_errors(backend):
         backend.run(group_advantages, np.array(1.0))
     with pytest.raises(ValueError, match=r"group_ids: expected the shape of rewards, \(2,\), got \(1,\)"):
         backend.run(group_advantages, np.array([1.0, 0.0]), group_ids=np.array([0]))
-    with pytest.raises(TypeError, match=r"group_ids: expected a integral dtype, got .*float64"):
+    with pytest.raises(TypeError, match=r"group_ids: expected an integral dtype, got .*float64"):
         backend.run(group_advantages, np.array([1.0, 0.0]), group_ids=np.array([0.0, 0.0]))
     with pytest.raises(ValueError, match=r"rewards: expected 1-D with group_ids, got shape \(2, 4\)"):
         backend.run(group_advantages, REWARDS, group_ids=np.zeros((2, 4), dtype=np.int64))
@@ -282,7 +282,7 @@ def test_expansion_keeps_the_advantages_dtype(backend):
             ValueError,
             r"segment_ids: expected packed 1-D tokens, got shape \(2, 2\); padded rows need none",
         ),
-        ({"segment_ids": np.zeros((2, 2))}, TypeError, "segment_ids: expected a integral dtype, got .*float64"),
+        ({"segment_ids": np.zeros((2, 2))}, TypeError, "segment_ids: expected an integral dtype, got .*float64"),
         ({"segment_ids": np.array([0])}, ValueError, r"segment_ids: expected the shape of mask, \(2, 2\), got \(1,\)"),
     ],
 )

@@ -345,6 +345,12 @@ def test_summaries_are_floats(backend):
     assert summarize({}) == {}
 
 
+def test_a_summary_of_what_is_no_dict():
+    assert summarize(None) == {}  # as a policy loss gives where they were not asked for
+    with pytest.raises(TypeError, match=r"^statistics: expected a dict of diagnostics, got list$"):
+        summarize([token_diagnostics(DRPO(delta=0.2), *TOKENS)])
+
+
 def test_a_single_token_is_enough():
     got = figures(DRPO(delta=0.2), *(array[:1] for array in TOKENS))
     assert not any(math.isnan(value) for value in got.values())

@@ -338,12 +338,16 @@ def test_top_k_errors(backend, changes, error, message):
 
 
 def test_sampled_in_top_k_errors(backend):
-    with pytest.raises(TypeError, match=r"tokens: expected a integral dtype, got .*float64"):
+    with pytest.raises(TypeError, match=r"tokens: expected an integral dtype, got .*float64"):
         backend.run(sampled_in_top_k, np.array([7.0]), np.array([[7]]))
-    with pytest.raises(TypeError, match=r"top_k_ids: expected a integral dtype, got .*float64"):
+    with pytest.raises(TypeError, match=r"top_k_ids: expected an integral dtype, got .*float64"):
         backend.run(sampled_in_top_k, np.array([7]), np.array([[7.0]]))
-    with pytest.raises(ValueError, match=r"top_k_ids: expected the shape of tokens, \(2,\), got \(1,\)"):
-        backend.run(sampled_in_top_k, np.array([7, 8]), np.array([[7, 8]]))
+    for wrong in (np.array([[7, 8]]), np.array([7, 8]), np.array(7)):
+        message = r"^top_k_ids: expected the shape of tokens and one more axis, \(2, 'K'\), got \("
+        with pytest.raises(ValueError, match=message):
+            backend.run(sampled_in_top_k, np.array([7, 8]), wrong)
+    with pytest.raises(ValueError, match=r"(?m)one more axis, \('K',\), got \(\)$"):
+        backend.run(sampled_in_top_k, np.array(7), np.array(7))
 
 
 @pytest.mark.parametrize("function", [binary_tv, binary_kl, full_tv, full_kl, k1, k2, k3], ids=lambda f: f.__name__)

@@ -203,7 +203,7 @@ def test_nan_at_a_valid_token_is_not_hidden(backend):
         ({"values": 1.0}, TypeError, "values: expected an array of real floating dtype, got float"),
         ({"token_weights": WEIGHTS[:1]}, ValueError, r"token_weights: expected the shape of mask, \(2, 4\), got \(1, 4\)"),
         ({"token_weights": MASK}, TypeError, "token_weights: expected a real floating dtype, got .*bool"),
-        ({"segment_ids": np.zeros((2, 4))}, TypeError, "segment_ids: expected a integral dtype, got .*float64"),
+        ({"segment_ids": np.zeros((2, 4))}, TypeError, "segment_ids: expected an integral dtype, got .*float64"),
         ({"segment_ids": IDS}, ValueError, r"segment_ids: expected the shape of mask, \(2, 4\), got \(4,\)"),
         (
             {"segment_ids": np.zeros((2, 4), dtype=np.int64)},

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -211,3 +212,43 @@ def test_the_libraries_of_refused_arrays_are_named():
     )
     with pytest.raises(TypeError, match=message):
         log_ratio(np.array([-1.0]), Backend.STRICT.asarray([-1.0]))
+
+
+MIXED = {
+    "log_prob": ("real floating", np.array([-1.0])),
+    "advantages": ("real floating", np.array([1.0])),
+    "mask": ("bool", np.array([True])),
+    "divergence": ("real floating", np.array([1.0])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You are comparing a array_api_strict dtype")
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("foreign", [Backend.NUMPY, Backend.TORCH, Backend.STRICT], ids=lambda b: b.value)
+@pytest.mark.parametrize("own", [Backend.NUMPY, Backend.TORCH, Backend.STRICT], ids=lambda b: b.value)
+def test_one_array_of_another_library_is_told_from_one_of_another_dtype(own, foreign, name):
+    """A mask of NumPy beside tensors was "a bool dtype, got bool"."""
+    if own is foreign:
+        pytest.skip("one library")
+    tokens = {"log_prob": np.array([-1.0]), "behavior_log_prob": np.array([-1.5]), "advantages": np.array([1.0])}
+    given = {key: own.asarray(array) for key, array in tokens.items()} | {name: foreign.asarray(MIXED[name][1])}
+    message = r"^expected arrays of one library, but log_prob is a "
+    if name == "mask":
+        message = r"^mask: expected an array of bool dtype of the library of the other arguments, got .* and dtype .*bool$"
+    with pytest.raises(TypeError, match=message):
+        Tokens.checked(**given)
+
+
+def test_a_dtype_that_the_library_has_not():
+    """NumPy's arrays may hold bfloat16 of the package ml_dtypes."""
+    x = np.array([-1.0], dtype=jnp.bfloat16)
+    with pytest.raises(TypeError, match=r"^log_prob: expected an array of real floating dtype .*, got .* and dtype bfloat16$"):
+        log_ratio(x, x)
+
+
+def test_more_than_double_precision_is_computed_in_double():
+    """Not in single, as all that was not float64 was."""
+    x = np.array([-1.0], dtype=np.longdouble)
+    assert log_ratio(x, x - np.longdouble(1e-12)) == pytest.approx(1e-12, rel=1e-3)
+    result = token_loss_and_gradient(OBJECTIVES[0].make(), x, x, -x)
+    assert result.loss.dtype == np.float64

@@ -129,7 +129,7 @@ def test_a_recorded_head_is_checked(function, change, error, message):
         (
             TopKDivergence(kind="tv", ids=jnp.zeros((N, K)), behavior_log_prob=jnp.zeros((N, K))),
             TypeError,
-            r"divergence\.ids: expected a integral dtype",
+            r"divergence\.ids: expected an integral dtype",
         ),
         (
             TopKDivergence(kind="tv", ids=jnp.zeros((N + 1, K), int), behavior_log_prob=jnp.zeros((N + 1, K))),

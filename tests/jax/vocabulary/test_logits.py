@@ -290,7 +290,7 @@ def test_a_step_has_no_array_of_the_logits_size_beside_the_gradient():
     ("change", "error", "message"),
     [
         ({"temperature": 0.0}, ValueError, "temperature: expected a finite number greater than 0, got 0.0"),
-        ({"tokens": jnp.zeros((4, 6))}, TypeError, "tokens: expected a integral dtype"),
+        ({"tokens": jnp.zeros((4, 6))}, TypeError, "tokens: expected an integral dtype"),
         (
             {"tokens": jnp.zeros((4, 5), int)},
             ValueError,
