@@ -314,7 +314,8 @@ def _repeated(ids: torch.Tensor) -> torch.Tensor | None:
         return None
     if not torch.compiler.is_compiling() and has_memory(ids) and ids.device.type == "cpu":
         # on the CPU it costs less to look, and NumPy sorts in a fraction of torch's time
-        ordered = np.sort(ids.numpy().astype(np.int32), axis=-1)
+        ordered = ids.numpy().astype(np.int32)
+        ordered.sort(axis=-1)
         if not (ordered[..., 1:] == ordered[..., :-1]).any():
             return None
     none = torch.zeros_like(ids, dtype=torch.bool)
