@@ -309,7 +309,7 @@ def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.T
 
 
 def _repeated(ids: torch.Tensor) -> torch.Tensor | None:
-    """Whether each id is equal to another that comes before it on the last axis; None if it is known that none is."""
+    """True at ids that equal an earlier one on the last axis; None if there is known to be no such id."""
     if ids.shape[-1] < 2:
         return None
     if not torch.compiler.is_compiling() and has_memory(ids) and ids.device.type == "cpu":
