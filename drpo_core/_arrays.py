@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Array", "Bool", "Float", "Int", "Namespace", "Spread"]
+__all__ = ["Array", "Bool", "Float", "Int", "Namespace", "Spread", "undivided"]
 
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
@@ -26,3 +26,16 @@ else:
             return Any
 
     Bool = Float = Int = _Unchecked
+
+
+def undivided(array: Array, *, xp: Namespace) -> Array:
+    """The array with all its elements on every device, to be sorted or indexed.
+
+    JAX refuses both along an axis that is divided over an Explicit mesh axis, the default of `jax.make_mesh`. An array
+    of any other library or layout is returned as it is.
+    """
+    sharding: Any = getattr(getattr(array, "aval", None), "sharding", None)
+    spec: Any = getattr(sharding, "spec", None)
+    if spec is None or not any(spec):
+        return array
+    return xp.asarray(array, device=type(sharding)(sharding.mesh, type(spec)()))

@@ -12,13 +12,15 @@ from array_api_compat import is_numpy_namespace
 
 from drpo_core._checks import check_number
 from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
-from drpo_core.engines.trace import BOOL, FLOAT, Trace, UntraceableError
+from drpo_core.engines.trace import Trace, UntraceableError
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, weight_of
 from drpo_core.reduction import reduction_coefficients, token_mean
 from drpo_core.tokens import Tokens, check_tokens, constant
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drpo_core._arrays import Array, Bool, Float, Int, Namespace
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
@@ -311,7 +313,7 @@ def chunked_pass(
     size = 1
     for extent in log_prob.shape:
         size *= extent
-    if size <= chunk or not is_elementwise(objective):
+    if size <= chunk or not is_elementwise(objective, diagnostics=diagnostics):
         return policy_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     flat = [None if a is None else xp.reshape(xp.broadcast_to(a, mask.shape), (-1,)) for a in arrays]
     gradient = xp.empty_like(flat[0], dtype=dtype)
@@ -363,21 +365,22 @@ def compiled_pass(
     return PolicyLoss(loss, gradient.astype(log_prob.dtype, copy=False), statistics)
 
 
-def is_elementwise(objective: Objective) -> bool:
+def is_elementwise(objective: Objective, *, diagnostics: bool = True) -> bool:
     """Whether tokens may come to the objective in chunks: its methods do nothing across tokens.
 
-    A user's own are run on symbols to see that, at every call, because they may have changed.
+    A user's own are run on symbols to see that, at every call, because they may have changed. `diagnostics`: whether
+    they include its trust region.
     """
     if is_known(objective):
         return True
     trace = Trace()
-    names = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients", "divergence")
-    tokens = (trace.input(name, BOOL if name == "mask" else FLOAT) for name in names)
+    fields = {name: trace.input(name) for name in Tokens._fields if name != "xp"}
+    tokens = Tokens(**fields, xp=trace.namespace)
+    methods: tuple[Callable[[Objective, Tokens], Any], ...] = (loss_of, weight_of, *([inside_of] if diagnostics else []))
     try:
-        traced = policy_pass(objective, *tokens, dtype=FLOAT, diagnostics=False, select=False, xp=trace.namespace)
+        return not any(method(objective, tokens).reduced for method in methods)
     except (UntraceableError, AttributeError, TypeError, ValueError):
         return False
-    return not traced.gradient.reduced
 
 
 @cache

@@ -14,8 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-from array_api_compat import is_numpy_namespace
 
+from drpo_core._arrays import undivided
 from drpo_core._checks import (
     check_arrays,
     check_dtype,
@@ -440,8 +440,8 @@ def _usable(coefficients: Array, mask: Array, dtype: object, *, xp: Namespace) -
     coefficients = xp.astype(coefficients, dtype, copy=False)
     if given in ((), (*shape[:-1], 1)):
         return coefficients
-    # NumPy would warn of what masked tokens are multiplied with
-    return xp.where(mask, coefficients, 0.0) if is_numpy_namespace(xp) else xp.broadcast_to(coefficients, shape)
+    # selected, because NumPy would warn of what masked tokens are multiplied with
+    return xp.where(mask, coefficients, 0.0)
 
 
 def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
@@ -449,7 +449,7 @@ def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Names
     xp = check_arrays(xp=xp, values=values)
     check_mask(mask, "values", values, xp=xp)
     dtype = compute_dtype(values, xp=xp)
-    selected = xp.where(mask, xp.astype(values, dtype, copy=False), 0.0)
+    selected = xp.astype(xp.where(mask, values, 0.0), dtype, copy=False)
     if token_weights is not None:
         selected = selected * _weights(token_weights, mask, dtype, xp=xp)
     return selected, mask, xp
@@ -458,7 +458,7 @@ def _selected(values: Array, mask: Array, token_weights: Array | None, xp: Names
 def _weights(token_weights: Array, mask: Array, dtype: object, *, xp: Namespace) -> Array:
     check_dtype("token_weights", token_weights, "real floating", xp=xp)
     check_shape("token_weights", token_weights, "mask", mask)
-    return xp.where(mask, xp.astype(token_weights, dtype, copy=False), 0.0)
+    return xp.astype(xp.where(mask, token_weights, 0.0), dtype, copy=False)
 
 
 def _per_token(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[float, Array]:
@@ -501,6 +501,7 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     n = segment_ids.shape[0]
     if n == 0:
         return xp.astype(mask, dtype), count_true(mask, dtype, xp=xp)
+    segment_ids, mask = undivided(segment_ids, xp=xp), undivided(mask, xp=xp)
     place = xp.searchsorted(xp.sort(segment_ids), segment_ids, side="left")
     valid = xp.sort(xp.where(mask, place, n))
     length = xp.searchsorted(valid, place, side="right") - xp.searchsorted(valid, place, side="left")

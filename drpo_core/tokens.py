@@ -77,8 +77,8 @@ class Tokens(NamedTuple):
         """
 
         def prepared(array: Array) -> Array:
-            array = xp.astype(array, dtype, copy=False)
-            return array if mask is None else xp.where(mask, array, 0.0)
+            selected = array if mask is None else xp.where(mask, array, 0.0)
+            return xp.astype(selected, dtype, copy=False)
 
         x, b, a = prepared(log_prob), prepared(behavior_log_prob), prepared(advantages)
         larger = xp.maximum(x, b)

@@ -18,49 +18,28 @@ import numpy as np
 import pytest
 import torch
 from backends import Backend
+from variants import ALL, RATIO_FORMS, each_family, each_objective, each_ratio_form
 
 from drpo_core import (
-    CISPO,
     DPPO,
     DRPO,
     SPO,
-    MaskDRPO,
     PolicyGradient,
-    PPOClip,
     Tokens,
-    diagnostics,
     sequence_mean_token_mean,
     sequence_mean_token_sum,
     summarize,
+    token_diagnostics,
     token_loss_and_gradient,
     token_mean,
 )
+from drpo_core.objectives import label
 
-RATIO_FORMS = [
-    PolicyGradient(),
-    PolicyGradient(max_ratio=2.0),
-    PPOClip(eps=0.2),
-    PPOClip(eps_low=0.2, eps_high=0.28, dual_clip=3.0),
-    SPO(eps=0.2),
-    SPO(eps_low=0.1, eps_high=0.3),
-    DPPO(delta=0.15),
-    DPPO(delta_low=0.1, delta_high=0.2, max_ratio=2.0),
-    DPPO(delta=0.05, divergence="binary_kl"),
-    DPPO(delta=0.1, divergence="per_token"),
-    DRPO(delta=0.15),
-    DRPO(delta_low=0.1, delta_high=0.2),
-    MaskDRPO(delta=0.15),
-]
-SCORE_FORMS = [CISPO(max_ratio=2.0)]
-OBJECTIVES = RATIO_FORMS + SCORE_FORMS
+SCORE_FORMS = [objective for objective in ALL if objective not in RATIO_FORMS]
 REDUCTIONS = [token_mean, sequence_mean_token_mean, functools.partial(sequence_mean_token_sum, horizon=7.0)]
 CONSTANTS = ("behavior_log_prob", "advantages", "divergence")
 POISON = [math.nan, math.inf, -math.inf, 1e4, -1e4]
 
-ONE_OF_A_KIND = [DRPO(delta=0.15), DPPO(delta=0.1, divergence="per_token"), *SCORE_FORMS]
-
-each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
-each_kind = pytest.mark.parametrize("objective", ONE_OF_A_KIND, ids=repr)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS, ids=["token-mean", "seq-mean-token-mean", "token-sum"])
 
 
@@ -209,7 +188,7 @@ def test_token_loss_is_the_cores(adapter, objective):
     assert (expected.gradient[data["mask"]] != 0.0).any()
 
 
-@pytest.mark.parametrize("objective", RATIO_FORMS, ids=repr)
+@each_ratio_form
 def test_analytic_gradient_is_the_derivative_of_the_value(adapter, objective):
     data = batch()
     np.testing.assert_allclose(
@@ -220,12 +199,12 @@ def test_analytic_gradient_is_the_derivative_of_the_value(adapter, objective):
 def test_score_form_is_not_the_derivative_of_its_value(adapter):
     # the stop-gradient of CISPO lives in the weight only: an adapter that differentiated the value would be wrong
     data = batch()
-    (objective,) = SCORE_FORMS
-    difference = core(objective, data).gradient - autodiff_of_value(adapter, objective, data)
-    assert np.abs(difference).max() > 0.1
+    for objective in SCORE_FORMS:
+        difference = core(objective, data).gradient - autodiff_of_value(adapter, objective, data)
+        assert np.abs(difference).max() > 0.1
 
 
-@each_kind
+@each_family
 def test_cotangents_multiply_the_gradient(adapter, objective):
     data = batch()
     cotangent = np.random.default_rng(1).normal(size=data["log_prob"].shape)
@@ -234,7 +213,7 @@ def test_cotangents_multiply_the_gradient(adapter, objective):
 
 
 @each_reduction
-@each_kind
+@each_family
 def test_policy_loss_and_gradient(adapter, objective, reduction):
     data = batch()
     token_weights = np.random.default_rng(1).uniform(0.1, 2.0, size=data["log_prob"].shape)
@@ -282,7 +261,7 @@ def test_masked_positions_may_hold_anything(adapter, objective):
 
 
 @each_reduction
-@each_kind
+@each_family
 def test_fully_masked(adapter, objective, reduction):
     data = {name: np.full_like(array, math.nan) if name != "mask" else array & False for name, array in batch().items()}
     loss, gradient = policy_loss(adapter, objective, data, reduction=reduction)
@@ -328,7 +307,7 @@ def test_packed_is_padded(adapter, reduction):
     np.testing.assert_allclose(gradient, padded_gradient.ravel()[order], rtol=1e-13)
 
 
-@each_kind
+@each_family
 def test_only_log_prob_is_differentiated(adapter, objective):
     data = batch()
     names = ("log_prob", *CONSTANTS)
@@ -344,7 +323,7 @@ def test_only_log_prob_is_differentiated(adapter, objective):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@each_kind
+@each_family
 def test_low_precision_log_probs(adapter, objective, dtype):
     data = batch()
     low = getattr(adapter, dtype)
@@ -389,33 +368,103 @@ def test_diagnostics_are_the_cores(adapter, objective):
     data = batch()
     _, statistics = adapter.module.policy_loss(objective, log_prob=adapter.array(data["log_prob"]), **constants(adapter, data))
     arrays = {name: array for name, array in data.items() if name != "mask"}
-    expected = diagnostics(objective, **arrays, mask=data["mask"])
+    expected = token_diagnostics(objective, **arrays, mask=data["mask"])
     assert list(statistics) == list(expected)
     for name, parts in adapter.to_numpy(statistics).items():
         np.testing.assert_allclose(parts, expected[name], rtol=1e-12, err_msg=name)
     assert summarize(statistics) == pytest.approx(summarize(expected), rel=1e-12, nan_ok=True)
 
 
-def test_a_reduction_and_an_objective_of_the_user(adapter):
-    class Damped:
-        def loss(self, tokens):
-            return -tokens.advantages * tokens.xp.log1p(tokens.ratio)
+class Damped:
+    """An objective of a user, without a trust region."""
 
-        def weight(self, tokens):
-            return 1.0 / (1.0 + tokens.ratio)
+    def loss(self, tokens):
+        """−A log(1 + r)."""
+        return -tokens.advantages * tokens.xp.log1p(tokens.ratio)
 
-        def inside(self, tokens):
-            return tokens.ratio < 2.0
+    def weight(self, tokens):
+        """1/(1 + r)."""
+        return 1.0 / (1.0 + tokens.ratio)
 
-    def sum_of_squares(values, mask, *, normalizer=None, token_weights=None, segment_ids=None, xp=None):
-        assert (normalizer, token_weights, segment_ids) == (None, None, None)
-        return xp.sum(xp.where(mask, values, 0.0) ** 2)
 
+class Region(Damped):
+    """With one."""
+
+    def inside(self, tokens):
+        """Where r < 2."""
+        return tokens.ratio < 2.0
+
+
+@pytest.mark.parametrize("objective", [Damped(), Region(), DRPO(delta=0.15)], ids=label)
+def test_a_linear_reduction_and_an_objective_of_the_user(adapter, objective):
     data = batch()
-    expected = core(Damped(), data)
-    loss, gradient = policy_loss(adapter, Damped(), data, reduction=sum_of_squares)
-    np.testing.assert_allclose(loss, (expected.loss**2).sum(), rtol=1e-12)
-    np.testing.assert_allclose(gradient, 2.0 * expected.loss * expected.gradient, rtol=1e-12)
+    mask = data["mask"]
+    rows = np.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    expected = core(objective, data)
+    token_weights = np.random.default_rng(1).uniform(0.1, 2.0, size=mask.shape)
+
+    def half_of_the_row_means(values, mask):
+        return 0.5 * ((values * mask) / adapter.array(rows)).sum()
+
+    for weights, options in ((1.0, {}), (token_weights, {"token_weights": adapter.array(token_weights)})):
+        linear = adapter.module.linear_reduction(half_of_the_row_means)
+        loss, gradient = policy_loss(adapter, objective, data, reduction=linear, **options)
+        np.testing.assert_allclose(loss, (0.5 * weights * expected.loss * mask / rows).sum(), rtol=1e-12)
+        np.testing.assert_allclose(gradient, 0.5 * weights * expected.gradient * mask / rows, rtol=1e-12)
+
+
+def _squares(values, mask):
+    return ((values * mask) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _squares,
+        lambda values, _: abs(values).sum(),
+        lambda values, mask: ((values - 1.0) * mask).sum(),
+        lambda values, mask: values * mask,
+        lambda _, mask: 0.0 * mask.sum(),
+        lambda *_: 0.0,
+    ],
+    ids=["squares", "abs", "affine", "per token", "constant", "number"],
+)
+def test_what_is_not_a_linear_reduction(adapter, function):
+    """Of a value that is not linear in the losses, the coefficients are not those of its gradient."""
+    with pytest.raises((TypeError, ValueError), match="reduction: expected a"):
+        policy_loss(adapter, DRPO(delta=0.15), batch(), reduction=adapter.module.linear_reduction(function))
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [_squares, np.mean, "token_mean", None, 3, functools.partial(_squares), object()],
+    ids=lambda reduction: getattr(reduction, "__name__", type(reduction).__name__),
+)
+def test_an_unknown_reduction(adapter, reduction):
+    with pytest.raises(TypeError, match=r"^reduction: expected token_mean, .* or a linear_reduction"):
+        policy_loss(adapter, DRPO(delta=0.15), batch(), reduction=reduction)
+
+
+@pytest.mark.parametrize("name", ["normalizer", "segment_ids"])
+def test_a_linear_reduction_does_its_own_normalising(adapter, name):
+    data = {key: array.ravel() for key, array in batch().items()}
+    given = {"normalizer": 3.0, "segment_ids": adapter.array(np.zeros(data["mask"].shape, dtype=np.int32))}[name]
+    linear = adapter.module.linear_reduction(lambda values, mask: (values * mask).sum())
+    with pytest.raises(ValueError, match=f"^{name}: expected None"):
+        policy_loss(adapter, DRPO(delta=0.15), data, reduction=linear, **{name: given})
+
+
+@pytest.mark.parametrize("diagnostics", [False, True])
+def test_diagnostics_that_were_not_asked_for_are_none(adapter, diagnostics):
+    data = batch()
+    given = {"log_prob": adapter.array(data["log_prob"]), **constants(adapter, data)}
+    assert (adapter.module.policy_loss(DRPO(delta=0.15), **given, diagnostics=diagnostics)[1] is None) is not diagnostics
+
+
+@pytest.mark.parametrize("objective", [DRPO, 3, None, object(), "DRPO"], ids=lambda wrong: type(wrong).__name__)
+def test_what_is_no_objective(adapter, objective):
+    with pytest.raises(TypeError, match=r"^objective: expected"):
+        policy_loss(adapter, objective, batch())
 
 
 def test_without_a_mask_every_token_counts(adapter):
@@ -553,7 +602,7 @@ def test_example_fails_on_a_disagreement(monkeypatch, capsys):
 def largest_differences():
     """Rows of (objective, column → largest |difference| / max(1, |reference|)), reference: the core on NumPy."""
     data = batch((64, 128))
-    for objective in OBJECTIVES:
+    for objective in ALL:
         reference = core(objective, data).gradient
 
         def analytic(backend, objective=objective):
@@ -584,5 +633,4 @@ if __name__ == "__main__":
     print("largest |difference| / max(1, |g|) from the core's analytic gradient on NumPy, float64, 8192 tokens")  # noqa: T201
     print(f"{'':48}" + "".join(f"{name:>16}" for name in columns))  # noqa: T201
     for objective, row in largest_differences():
-        name = repr(objective).replace("=None", "").replace(", delta_low, delta_high", "")
-        print(f"{name[:47]:48}" + "".join(f"{row[c]:16.1e}" if c in row else f"{'–':>16}" for c in columns))  # noqa: T201
+        print(f"{label(objective)[:47]:48}" + "".join(f"{row[c]:16.1e}" if c in row else f"{'–':>16}" for c in columns))  # noqa: T201

@@ -14,12 +14,14 @@ from drpo_jax._checks import check_jax_arrays
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LinearReduction", "linear_reduction"]
+    from drpo_core.reduction import LinearReduction
+
+__all__ = ["linear_reduction"]
 
 
 @dataclass(frozen=True, slots=True)
-class LinearReduction:
-    """What `linear_reduction` makes of a function: a `reduction` of the policy losses."""
+class _Linear:
+    """A linear function of values and mask, as a `drpo_core.reduction.LinearReduction`."""
 
     function: Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -31,9 +33,9 @@ class LinearReduction:
         normalizer: float | jax.Array | None = None,
         token_weights: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        xp: Any = jnp,  # noqa: ANN401 -- a namespace
+        xp: Any = jnp,  # noqa: ANN401, ARG002 -- the namespace, which is jax.numpy
     ) -> jax.Array:
-        """c = ∂f(v)/∂v times the token weights, an array of the mask's shape; anything at masked tokens."""
+        """∂f(v)/∂v times the token weights, an array of the mask's shape; anything at masked tokens."""
         for name, value in (("normalizer", normalizer), ("segment_ids", segment_ids)):
             if value is not None:
                 msg = f"{name}: expected None, as the function of a linear_reduction divides by itself, got {value!r}"
@@ -58,15 +60,15 @@ class LinearReduction:
 
     def _value(self, zeros: jax.Array, mask: jax.Array) -> jax.Array:
         """f(0), if it is a floating-point scalar and, where JAX knows its value, 0."""
-        value = self.function(zeros, mask)
+        value: Any = self.function(zeros, mask)
         if not isinstance(value, jax.Array) or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             got = f"{value.dtype} of shape {value.shape}" if isinstance(value, jax.Array) else type(value).__name__
             msg = f"linear_reduction: expected a function to a 0-d floating-point jax.Array, got {got} from {self.function!r}"
             raise TypeError(msg)
         if jax.typeof(value).manual_axis_type.varying != jax.typeof(zeros).manual_axis_type.varying:
             msg = (
-                f"linear_reduction: expected a function of this device's values, got a sum over devices from {self.function!r}; "
-                "sum the losses of the devices with jax.lax.psum instead"
+                "linear_reduction: expected a function of this device's values, got a sum over devices from "
+                f"{self.function!r}; sum the losses of the devices with jax.lax.psum instead"
             )
             raise ValueError(msg)
         known = not isinstance(value, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer)
@@ -97,16 +99,17 @@ def linear_reduction(function: Callable[[jax.Array, jax.Array], jax.Array]) -> L
     Returns
     -------
     LinearReduction
-        Equal to another one of the same function. `token_weights` of a loss are factors of c. `normalizer` and
-        `segment_ids` must be None: the function divides by itself.
+        For the argument `reduction` of the policy losses. The `token_weights` of a loss are factors of c; `normalizer`
+        and `segment_ids` must be None, as the function divides by itself. Two of the same function are equal, so that
+        `jit` compiles once.
 
     Raises
     ------
     TypeError
         If the function is not callable; when a loss uses it, if it does not give a floating-point scalar, or is not linear.
     ValueError
-        When a loss uses it: if zeros do not give 0, where JAX knows the value (so not under `jit`), or if it sums over
-        devices.
+        When a loss uses it: if zeros do not give 0, where JAX knows the value (so not under `jit`), if it sums over
+        devices, or if `normalizer` or `segment_ids` are given.
 
     See Also
     --------
@@ -132,7 +135,8 @@ def linear_reduction(function: Callable[[jax.Array, jax.Array], jax.Array]) -> L
     >>> jax.grad(loss)(jnp.full((2, 2), -1.0)).tolist()
     [[-0.25, -0.25], [-0.25, 0.0]]
     """
-    if not callable(function):
-        msg = f"function: expected a function of values and a mask, got {type(function).__name__}"
+    given: object = function
+    if not callable(given):
+        msg = f"function: expected a function of values and a mask, got {type(given).__name__}"
         raise TypeError(msg)
-    return LinearReduction(function)
+    return _Linear(function)

@@ -28,7 +28,7 @@ def in_auto_mode(function: Callable[..., tuple[Any, Any]], rows: jax.Array, *arr
     if not leaves:
         return function(rows, *arrays)
     mesh, spec = jax.typeof(leaves[0]).sharding.mesh, jax.typeof(rows).sharding.spec[:-1]
-    out = (NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(*spec)))
+    out = (NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(*spec)))  # type: ignore[no-untyped-call]
     return jax.sharding.auto_axes(function, out_sharding=out)(rows, *arrays)  # type: ignore[no-any-return]
 
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from drpo_core import token_loss_and_gradient, token_mean
 from drpo_core.diagnostics import combine_diagnostics
-from drpo_core.loss import PolicyLoss, policy_pass
-from drpo_core.objectives import is_known
+from drpo_core.loss import PolicyLoss, is_elementwise, policy_pass
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
@@ -185,7 +184,7 @@ def policy_loss(
     check_objective(objective)
     _, dtype = check_tokens(**tokens, mask=mask, divergence=divergence, xp=xp)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
     return checked_policy_loss(objective, *arrays, dtype=dtype, diagnostics=diagnostics)
 
@@ -198,41 +197,37 @@ def checked_policy_loss(
     diagnostics: bool,
 ) -> tuple[jax.Array, Diagnostics | None]:
     """Σ m c L, differentiable in `log_prob`, and diagnostics; checks nothing."""
-
-    def run(*arrays: Any, diagnostics: bool) -> PolicyLoss:  # noqa: ANN401 -- those of `policy_pass`
-        return policy_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
-
+    run = partial(policy_pass, objective, dtype=dtype, xp=xp)
     constants = jax.lax.stop_gradient(constants)
-    # without its derivative: differentiated, a loop would have its constants made arrays that it reads again and again
+    # not to be differentiated: out of a loop that is, JAX moves the constants, as arrays that every round then reads
     arrays = (jax.lax.stop_gradient(log_prob), *constants)
-    result = _one_pass(run, *arrays, diagnostics=diagnostics, in_chunks=is_known(objective))
-    formula = lambda *arrays: run(*arrays, diagnostics=False).gradient  # noqa: E731
-    return _attached(formula, result.loss, result.gradient, log_prob, constants), result.diagnostics
+    in_chunks = log_prob.size > _CHUNK and not is_explicitly_sharded(arrays) and is_elementwise(objective)
+    result = _in_chunks(run, *arrays, diagnostics=diagnostics) if in_chunks else run(*arrays, diagnostics=diagnostics)
+
+    def gradient(*arrays: Any) -> jax.Array:  # noqa: ANN401 -- those of `policy_pass`
+        return run(*arrays, diagnostics=False).gradient  # type: ignore[no-any-return]
+
+    return _attached(gradient, result.loss, result.gradient, log_prob, constants), result.diagnostics
 
 
-def _one_pass(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool, in_chunks: bool) -> PolicyLoss:  # noqa: ANN401
-    """``run(*arrays)``; on a CPU, the sums in chunks of tokens, unless the objective may look across tokens.
+def _in_chunks(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool) -> PolicyLoss:  # noqa: ANN401
+    """``run(*arrays, diagnostics=diagnostics)``, a pass over many tokens, whose sums a CPU takes chunk by chunk.
 
     XLA's CPU compiler makes a loop of every sum. It writes what it is going to sum to memory first, and reads the tokens
     again for the next sum: those of a chunk, to and from the cache. The gradient is no output of the chunks, because
     XLA fuses it to one loop of its own, wherever the tokens are.
     """
-    log_prob, behavior_log_prob, advantages, mask, coefficients, divergence = arrays
-    whole = partial(run, diagnostics=diagnostics)
-    size = log_prob.size
-    if size <= _CHUNK or not in_chunks or is_explicitly_sharded(arrays):
-        return whole(*arrays)
-    spread = jnp.broadcast_to(coefficients, mask.shape) if coefficients.ndim else None
-    chunks, rest = divmod(size, _CHUNK)
 
-    def sums(*tokens: Any) -> tuple[jax.Array, Diagnostics | None]:  # noqa: ANN401
-        *tokens, divergence, spread = tokens
-        result = whole(*tokens, coefficients if spread is None else spread, divergence)
-        return result.loss, result.diagnostics
+    def on_cpu(*arrays: Any) -> PolicyLoss:  # noqa: ANN401 -- those of `policy_pass`
+        *tokens, coefficients, divergence = arrays
+        spread = jnp.broadcast_to(coefficients, tokens[0].shape) if coefficients.ndim else None
+        flat = [None if a is None else a.reshape(-1) for a in (*tokens, spread, divergence)]
+        chunks, rest = divmod(tokens[0].size, _CHUNK)
 
-    def on_cpu(*arrays: Any) -> PolicyLoss:  # noqa: ANN401
-        *tokens, _, divergence = arrays
-        flat = [None if a is None else a.reshape(-1) for a in (*tokens, divergence, spread)]
+        def sums(*chunk: Any) -> tuple[jax.Array, Diagnostics | None]:  # noqa: ANN401
+            *tokens, spread, divergence = chunk
+            result = run(*tokens, coefficients if spread is None else spread, divergence, diagnostics=diagnostics)
+            return result.loss, result.diagnostics
 
         def chunk(i: jax.Array) -> tuple[jax.Array, Diagnostics | None]:
             return sums(*(None if a is None else jax.lax.dynamic_slice_in_dim(a, i * _CHUNK, _CHUNK) for a in flat))
@@ -242,10 +237,10 @@ def _one_pass(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool, i
             parts = jax.tree.map(jnp.append, parts, sums(*(None if a is None else a[-rest:] for a in flat)))
         losses, statistics = parts
         gradient = run(*arrays, diagnostics=False).gradient
-        return PolicyLoss(jnp.sum(losses), gradient, None if statistics is None else combine_diagnostics(statistics, xp=jnp))
+        return PolicyLoss(jnp.sum(losses), gradient, combine_diagnostics(statistics, xp=jnp) if diagnostics else None)
 
-    result: PolicyLoss = jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=whole)
-    return result
+    elsewhere = partial(run, diagnostics=diagnostics)
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)  # type: ignore[no-any-return]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -291,9 +286,9 @@ def _gradient_jvp(
     return _gradient(formula, *primals), change
 
 
-def _in_working_dtype(log_prob: jax.Array, *others: jax.Array | None) -> jax.Array:
-    """`log_prob` in the dtype of the arithmetic, so that its gradient is not rounded; what is no float is left to checks."""
-    given = [a for a in (log_prob, *others) if a is not None]
+def _in_working_dtype(log_prob: Any, *others: jax.Array | None) -> Any:  # noqa: ANN401 -- None is left to the checks
+    """`log_prob` in the dtype of the arithmetic, in which its gradient is then kept; anything but floats as it is."""
     if log_prob is None or not jnp.issubdtype(log_prob.dtype, jnp.floating):
         return log_prob
-    return log_prob.astype(working_dtype(*given))
+    dtype = working_dtype(*(a for a in (log_prob, *others) if a is not None))
+    return log_prob if log_prob.dtype == dtype else log_prob.astype(dtype)

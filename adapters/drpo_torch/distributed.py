@@ -139,9 +139,7 @@ def global_coefficients(
     return shard
 
 
-def all_reduce_diagnostics(
-    diagnostics: Diagnostics | None, *, group: dist.ProcessGroup | None = None
-) -> Diagnostics | None:
+def all_reduce_diagnostics(diagnostics: Diagnostics | None, *, group: dist.ProcessGroup | None = None) -> Diagnostics | None:
     """Diagnostics of all ranks, as if they had been one: the same on each of them, with one small collective.
 
     Merge those of a rank's micro-batches first, with `drpo_core.merge_diagnostics`. A rank that has none takes those of
@@ -189,4 +187,3 @@ def _whole(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     return torch.cat(parts, dim=-1).to(shard.dtype)
-

@@ -12,7 +12,7 @@ from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
 from drpo_torch._checks import check_shape, check_tensor, check_tensors
-from drpo_torch.autograd import has_memory, with_gradient
+from drpo_torch.autograd import with_gradient
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines._namespace import namespace
 
@@ -275,20 +275,24 @@ class _Linear:
                 raise TypeError(msg)
             return result
 
-        compiling = torch.compiler.is_compiling()
-        # a graph through the derivative shows whether it depends on the values; it can't hold tensors of inference mode
-        graph = not compiling and not mask.is_inference()
-        with torch.enable_grad():
-            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=graph)
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        # there is no public test for being inside a transform of torch.func
+        transformed = torch._C._functorch.maybe_current_level() is not None  # noqa: SLF001
+        if torch.compiler.is_compiling() or transformed or torch.is_inference_mode_enabled() or mask.is_inference():
             found: tuple[torch.Tensor, torch.Tensor] = torch.func.grad_and_value(total)(zeros)
-        coefficients, at_zero = found
-        if coefficients.requires_grad:
-            msg = "reduction: expected a linear function of the values, got one whose derivative depends on them"
-            raise TypeError(msg)
-        # NaN is 0/0, of a batch without a valid token, where no coefficient is used
-        if not compiling and has_memory(at_zero) and at_zero.device.type == "cpu" and abs(at_zero.item()) > 0.0:
-            msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
-            raise ValueError(msg)
+            coefficients, at_zero = found
+        else:
+            # with a graph, which shows whether the derivative depends on the values
+            with torch.enable_grad():
+                at_zero = total(zeros.requires_grad_())
+                (coefficients,) = torch.autograd.grad(at_zero, zeros, create_graph=True)
+            if coefficients.requires_grad:
+                msg = "reduction: expected a linear function of the values, got one whose derivative depends on them"
+                raise TypeError(msg)
+            # NaN is 0/0, of a batch without a valid token, where no coefficient is used
+            if at_zero.device.type == "cpu" and abs(at_zero.item()) > 0.0:
+                msg = f"reduction: expected a linear function, whose value at 0 is 0, got {at_zero.item():g}"
+                raise ValueError(msg)
         if token_weights is None:
             return coefficients
         check_shape("token_weights", check_tensor("token_weights", token_weights), mask.shape, "mask")

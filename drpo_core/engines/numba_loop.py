@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
@@ -69,12 +70,23 @@ def run(
     divergence may be None. Raises `UntraceableError` if the objective does something that can't be compiled.
     """
     *per_token, divergence = arrays
+    _check_sizes(per_token, divergence, gradient.size)
     program = program_of(policy_pass, objective, gradient.dtype, diagnostics=diagnostics, measured=divergence is not None)
     log_prob, behavior_log_prob, advantages, mask, coefficients = per_token
     flags = mask.view(np.uint8)  # type: ignore[union-attr]
     measured = log_prob if divergence is None else divergence
     given = (log_prob, behavior_log_prob, advantages, flags, coefficients, measured)
     return program.run(given, gradient, tuple(floats_of(objective)), threads or _cpus(), spread)
+
+
+def _check_sizes(per_token: list[Any], divergence: NDArray[Any] | None, size: int) -> None:
+    """Raise `ValueError` where the loop would read beyond an array."""
+    *tokens, coefficients = per_token
+    sizes = [array.size for array in (*tokens, *([] if divergence is None else [divergence]))]
+    fits = size == 0 or (coefficients.size > 0 and size % coefficients.size == 0)
+    if any(one != size for one in sizes) or not fits:
+        msg = f"expected arrays of {size} tokens and coefficients of a divisor of that, got {sizes} and {coefficients.size}"
+        raise ValueError(msg)
 
 
 def compilations() -> int:
@@ -142,17 +154,21 @@ class Program:
 
 
 _programs: dict[tuple[Any, ...], Program] = {}
+_programs_lock = Lock()
 
 
 def program_of(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, measured: bool) -> Program:
     """The objective's program: one that was made before, if the objective is known to be the same but for its thresholds."""
     key = (*_identity(objective, measured=measured), dtype, diagnostics, measured)
-    if key not in _programs:
-        if len(_programs) >= MOST_PROGRAMS:
-            # the oldest: objectives whose methods need the values of their numbers have a program for each value
-            del _programs[next(iter(_programs))]
-        _programs[key] = _made(policy_pass, objective, dtype, diagnostics=diagnostics, measured=measured)
-    return _programs[key]
+    program = _programs.get(key)
+    if program is None:
+        program = _made(policy_pass, objective, dtype, diagnostics=diagnostics, measured=measured)
+        with _programs_lock:
+            while len(_programs) >= MOST_PROGRAMS:
+                # the oldest: objectives whose methods need the values of their numbers have a program for each value
+                del _programs[next(iter(_programs))]
+            _programs[key] = program
+    return program
 
 
 def _identity(objective: Objective, *, measured: bool) -> tuple[Any, ...]:
@@ -193,14 +209,13 @@ def _made(policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diag
 def _with_or_without_thresholds(record: Callable[[Trace, Any], Result], objective: Objective, dtype: np.dtype[Any]) -> Result:
     """What is recorded of an objective whose thresholds are symbols; or numbers, where its methods need their values."""
     epsilon = float(np.finfo(dtype).eps)
-    trace = Trace(epsilon)
-    traced = parametrised(objective, trace)
-    if traced is not objective:
+    if floats_of(objective):
+        trace = Trace(epsilon)
         try:
-            return record(trace, traced)
-        except Exception:  # noqa: BLE001 -- whatever a method does with a number that has no value
-            trace = Trace(epsilon)
-    return record(trace, objective)
+            return record(trace, parametrised(objective, trace))
+        except Exception:  # noqa: BLE001, S110 -- it can't be copied, or needs the value of a number
+            pass
+    return record(Trace(epsilon), objective)
 
 
 def _source(per_token: list[str], uniforms: list[Symbol], gradient: Symbol, sums: list[Symbol], maxima: list[Symbol]) -> str:

@@ -10,6 +10,8 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -348,32 +350,40 @@ def parametrised(thing: Any, trace: Trace) -> Any:
 
     The object itself where it has none.
     """
-    if not floats_of(thing):
+    attributes = _attributes(thing)
+    names = [name for name, value in attributes.items() if isinstance(value, _FLOATS)]
+    if not names:
         return thing
-    copy, number = object.__new__(type(thing)), 0
-    for name, value in _attributes(thing).items():
-        if type(value) is float:
-            object.__setattr__(copy, name, trace.parameter(f"p{number}"))
-            number += 1
-        else:
-            object.__setattr__(copy, name, value)
+    attributes |= {name: trace.parameter(f"p{number}") for number, name in enumerate(names)}
+    in_tuple = {name: attributes.pop(name) for name in getattr(type(thing), "_fields", ())}
+    copy = thing._replace(**in_tuple) if in_tuple else object.__new__(type(thing))
+    for name, value in attributes.items():
+        object.__setattr__(copy, name, value)
     return copy
 
 
 def floats_of(thing: Any) -> list[float]:
-    """The values of an object's attributes that are floats."""
-    return [value for value in _attributes(thing).values() if type(value) is float]
+    """The values of an object's attributes that are floats, NumPy's included."""
+    return [float(value) for value in _attributes(thing).values() if isinstance(value, _FLOATS)]
 
 
 def statics_of(thing: Any) -> tuple[tuple[str, Any], ...]:
     """An object's attributes, with a float's type in the place of its value."""
-    return tuple((name, float if type(value) is float else value) for name, value in _attributes(thing).items())
+    return tuple((name, float if isinstance(value, _FLOATS) else value) for name, value in _attributes(thing).items())
+
+
+_FLOATS = (float, np.floating)
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
-    """Fields of a dataclass; of another object what it keeps itself."""
-    fields = getattr(type(thing), "__dataclass_fields__", None)
-    return dict(getattr(thing, "__dict__", {})) if fields is None else {name: getattr(thing, name) for name in fields}
+    """All that an object keeps: in the fields of a named tuple, in slots and in its dict."""
+    kind = type(thing)
+    names = [*getattr(kind, "_fields", ()), *getattr(kind, "__dataclass_fields__", ())]
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        names += (slots,) if isinstance(slots, str) else slots
+    kept = {name: getattr(thing, name) for name in names if not name.startswith("__") and hasattr(thing, name)}
+    return kept | getattr(thing, "__dict__", {})
 
 
 def _source(symbols: Iterable[Symbol]) -> list[str]:

@@ -117,7 +117,7 @@ def flatten(value: Any, names: tuple[str, ...] = (), path: str = "") -> dict[str
 
 def statistics(value: Any, path: str = "") -> dict[str, Any]:
     """Every statistic of a result, by the path to it: `value` as an array."""
-    if hasattr(value, "merge") and hasattr(value, "value"):
+    if hasattr(value, "value") and "count" in getattr(value, "_fields", ()):
         return {path: value.value}
     if isinstance(value, dict):
         items = value.items()

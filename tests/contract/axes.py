@@ -219,7 +219,9 @@ REDUCTIONS = (
     Reduction("sequence_mean_token_sum", (("horizon", 7.0),)),
     Reduction("token_mean", (("normalizer", 7.0),)),
     Reduction("sequence_mean_token_mean", (("token_weights", BOUND_ARRAY),)),
+    Reduction("linear"),
 )
+"""Those of the core, with numbers and arrays bound, and a function of one's own by `linear_reduction`."""
 
 
 class Number(StrEnum):

@@ -13,6 +13,7 @@ import torch
 from contract import names
 from contract.arrays import exact, make
 from contract.axes import BOUND_ARRAY, DType, Given, Library, Measured, Number, Reduction, Storage, Use
+from contract.oracle import LINEAR_DIVISOR
 from contract.subjects import ARRAYS, FLAGS, GOOD, NUMBERS, SUBJECTS, function_of, parameters_of
 from contract.world import SOFTCAP, TEMPERATURE, junk, world
 
@@ -67,9 +68,9 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
         elif name == "reduction":
             if any(value == BOUND_ARRAY for _, value in choice.bound):
                 inner["bound_token_weights"] = array("token_weights")
-            options[name], known[name] = _reduction(choice, inner.get("bound_token_weights")), choice
+            options[name], known[name] = _reduction(choice, inner.get("bound_token_weights"), library), choice
         elif name == "engine":
-            options |= {} if choice == "auto" else {name: names.engine(subject, choice)}
+            options[name] = choice.value
         elif isinstance(choice, Measured):
             options[name], recorded = _measured(choice, cell, array, library)
             inner |= recorded
@@ -104,7 +105,14 @@ def _number(value: float, choice: Number, library: Library) -> Any:
     return make(np.asarray(value), DType.FLOAT32, library)
 
 
-def _reduction(choice: Reduction, weights: Any) -> Any:
+def linear(values: Any, mask: Any) -> Any:
+    """A linear function of one's own."""
+    return (values * mask).sum() / LINEAR_DIVISOR
+
+
+def _reduction(choice: Reduction, weights: Any, library: Library) -> Any:
+    if choice.name == "linear":
+        return (drpo_torch if library is Library.TORCH else drpo_jax).linear_reduction(linear)
     function = getattr(drpo_core, choice.name)
     bound = {name: weights if value == BOUND_ARRAY else value for name, value in choice.bound}
     return functools.partial(function, **bound) if bound else function

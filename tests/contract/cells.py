@@ -35,28 +35,32 @@ def label(cell: Cell, axes: Axes) -> str:
     return " ".join(words) or "base"
 
 
-def covering(axes: Axes, left_out: Callable[[Cell], str | None], *, seed: int = 0) -> Cells:
-    """Few cells in which every pair of choices of two axes occurs, except pairs that no cell may have."""
+def covering(axes: Axes, left_out: Callable[[Cell], str | None], *, strength: int = 2, seed: int = 0) -> Cells:
+    """Few cells in which every pair of choices of two axes occurs, except pairs that no cell may have.
+
+    With a strength of 1, every choice of every axis.
+    """
     rng = random.Random(seed)  # noqa: S311 -- a sample, not a secret
     axes, reasons = _possible(axes, left_out, rng)
     names = list(axes)
     index = {name: {id_(choice): choice for choice in axes[name]} for name in names}
     open_pairs = {
-        frozenset(((a, id_(x)), (b, id_(y)))): None
-        for a, b in itertools.combinations(names, 2)
-        for x in axes[a]
-        for y in axes[b]
+        frozenset(zip(some, map(id_, choices), strict=True)): None
+        for some in itertools.combinations(names, strength)
+        for choices in itertools.product(*(axes[name] for name in some))
     }
-    every, cells = len(open_pairs), [base(axes)]
+    every, cells = len(open_pairs), []
     impossible = Counter[str]()
 
     def close(cell: Cell) -> int:
-        found = [pair for pair in _pairs(cell, names) if pair in open_pairs]
+        found = [pair for pair in _pairs(cell, names, strength) if pair in open_pairs]
         for pair in found:
             del open_pairs[pair]
         return len(found)
 
-    close(cells[0])
+    if left_out(base(axes)) is None:
+        cells.append(base(axes))
+        close(cells[0])
     order = list(open_pairs)
     rng.shuffle(order)
     for pair in order:
@@ -66,7 +70,7 @@ def covering(axes: Axes, left_out: Callable[[Cell], str | None], *, seed: int = 
         candidates = []
         reason = ""
         for attempt in range(_ATTEMPTS):
-            start = cells[0] if attempt == 0 else {n: rng.choice(c) for n, c in axes.items()}
+            start = base(axes) if attempt == 0 else {n: rng.choice(c) for n, c in axes.items()}
             cell, reason = _repaired({**start, **fixed}, fixed, axes, left_out, rng)
             if cell is not None:
                 candidates.append(cell)
@@ -76,7 +80,7 @@ def covering(axes: Axes, left_out: Callable[[Cell], str | None], *, seed: int = 
             del open_pairs[pair]
             impossible[reason] += 1
             continue
-        best = max(candidates, key=lambda c: sum(p in open_pairs for p in _pairs(c, names)))
+        best = max(candidates, key=lambda c: sum(p in open_pairs for p in _pairs(c, names, strength)))
         close(best)
         cells.append(best)
     return Cells(cells, every - impossible.total(), reasons + impossible)
@@ -114,9 +118,9 @@ def id_(choice: Any) -> str:
     return f"{type(choice).__name__}:{choice}"
 
 
-def _pairs(cell: Cell, names: list[str]) -> Iterable[frozenset[tuple[str, str]]]:
+def _pairs(cell: Cell, names: list[str], size: int) -> Iterable[frozenset[tuple[str, str]]]:
     tagged = [(name, id_(cell[name])) for name in names]
-    return (frozenset(pair) for pair in itertools.combinations(tagged, 2))
+    return (frozenset(pair) for pair in itertools.combinations(tagged, size))
 
 
 def _possible(axes: Axes, left_out: Callable[[Cell], str | None], rng: random.Random) -> tuple[Axes, Counter[str]]:

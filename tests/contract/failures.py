@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from contract import cells, matrix
+from contract import cells, open_cells
 from contract.check import check, is_slow
 from contract.subjects import axes_of
 
@@ -28,7 +28,11 @@ def run(subject: str, some: Iterable[Cell]) -> Counter[str]:
         try:
             outcomes[check(subject, cell)] += 1
         except Exception as error:  # noqa: BLE001 -- listed below
-            kinds.setdefault(kind(error), []).append(cell)
+            known = open_cells.reason(subject, error)
+            if known is None:
+                kinds.setdefault(kind(error), []).append(cell)
+            else:
+                outcomes[f"open ({known})"] += 1
     if kinds:
         raise AssertionError("\n".join(lines(subject, kinds)))
     return outcomes
@@ -46,10 +50,10 @@ def lines(subject: str, kinds: dict[str, list[Cell]], shrunk: int = SHRUNK) -> l
     every = axes_of(subject)
     report = []
     for place, (what, failing) in enumerate(sorted(kinds.items(), key=lambda item: -len(item[1]))):
-        cell = min(failing, key=lambda c: len(matrix.label(subject, c)))
+        cell = min(failing, key=lambda c: len(cells.label(c, every)))
         if place < shrunk and not (is_slow(subject, cell) and place > 1):
             cell = cells.smallest(cell, every, lambda c, what=what: fails_alike(subject, c, what))
-        report.append(f"{len(failing):4} × {subject} [{matrix.label(subject, cell)}] {message(subject, cell) or what}")
+        report.append(f"{len(failing):4} × {subject} [{cells.label(cell, every)}] {message(subject, cell) or what}")
     return report
 
 

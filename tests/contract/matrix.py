@@ -6,18 +6,23 @@ import functools
 import os
 import zlib
 from collections import Counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from contract import cells
-from contract.cells import Cell
+from contract.axes import Library, Use
 from contract.reasons import REFUSED, left_out, refusals
 from contract.subjects import axes_of
+
+if TYPE_CHECKING:
+    from contract.cells import Axes, Cell
 
 SEED = int(os.environ.get("CONTRACT_SEED", "0"))
 MORE = float(os.environ.get("CONTRACT_CELLS", "1"))
 """Times as many cells drawn from the full product: a nightly run draws more of them, of another seed."""
 
-DRAWN, DRAWN_REFUSED = 20, 6
+DRAWN, DRAWN_REFUSED, DRAWN_SLOW = 20, 6, 3
+
+SLOW = "compiled for every cell: every choice a few times instead of every pair of choices"
 
 
 class Matrix(NamedTuple):
@@ -30,8 +35,12 @@ class Matrix(NamedTuple):
 
 @functools.cache
 def matrix_of(subject: str) -> Matrix:
-    """Every pair of choices on two axes, a sample of the full product, and some cells of each refusal."""
+    """Every pair of choices on two axes, a sample of the full product, and some cells of each refusal.
+
+    Of what XLA or Dynamo compile for each cell, every choice `DRAWN_SLOW` times, and once where the core runs on JAX.
+    """
     every, seed = axes_of(subject), zlib.crc32(subject.encode()) + SEED
+    fast, slow = _split(every)
 
     def not_a_result(cell: Cell) -> str | None:
         reason = left_out(subject, cell)
@@ -40,23 +49,33 @@ def matrix_of(subject: str) -> Matrix:
         refused = refusals(subject, cell)
         return f"refused: {refused[0].reason}" if refused else None
 
-    pairs = cells.covering(every, not_a_result, seed=seed)
-    drawn = cells.sample(every, not_a_result, int(DRAWN * MORE), seed=seed)
-    refused = []
+    def not_fast(cell: Cell) -> str | None:
+        return SLOW if slow is not None and _is_slow(cell) else not_a_result(cell)
+
+    pairs = cells.covering(every if fast else {}, not_fast, seed=seed) if fast else cells.Cells([], 0, Counter())
+    found = pairs.cells + cells.sample(fast or slow or every, not_a_result, int(DRAWN * MORE), seed=seed)
+    if slow is not None:
+        times = int(DRAWN_SLOW * MORE) if not fast else 1
+        for i in range(times):
+            found += cells.covering(slow, not_a_result, strength=1, seed=seed + i).cells
     for predicate, refusal in REFUSED:
 
-        def outside(cell: Cell, predicate=predicate) -> str | None:
+        def outside(cell: Cell, predicate: Any = predicate) -> str | None:
             reason = left_out(subject, cell)
-            return reason or (None if _applies(predicate, subject, cell) else "not this refusal")
+            return reason or (None if predicate(subject, cell) else "not this refusal")
 
-        refused += cells.sample(every, outside, int(DRAWN_REFUSED * (1 if refusal.always else 2) * MORE), seed=seed)
-    return Matrix(pairs.cells + drawn + refused, pairs.pairs, pairs.left_out)
-
-
-def _applies(predicate, subject: str, cell: Cell) -> bool:
-    return bool(predicate(subject, cell))
+        found += cells.sample(every, outside, int(DRAWN_REFUSED * (1 if refusal.always else 2) * MORE), seed=seed)
+    return Matrix(found, pairs.pairs, pairs.left_out)
 
 
-def label(subject: str, cell: Cell) -> str:
-    """What of a cell is not the base."""
-    return cells.label(cell, axes_of(subject))
+def _is_slow(cell: Cell) -> bool:
+    return cell["library"] is Library.JAX or cell["use"] is Use.COMPILE
+
+
+def _split(every: Axes) -> tuple[Axes | None, Axes | None]:
+    """The axes without what is compiled for every cell, and with nothing else."""
+    for name, compiled in (("library", Library.JAX), ("use", Use.COMPILE)):
+        if compiled in every[name]:
+            others = tuple(choice for choice in every[name] if choice is not compiled)
+            return {**every, name: others} if others else None, {**every, name: (compiled,)}
+    return every, None

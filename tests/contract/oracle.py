@@ -19,10 +19,16 @@ from drpo_core.testing import oracle as digits
 
 SATURATION = 20.0
 UNDERFLOW = 1e-18
+SIZE = " (size)"
+"""What the path of an output ends with that is no output, but the size its rounding errors are relative to."""
+
+LINEAR_DIVISOR = 5.0
+"""What the linear function of these tests divides a sum by."""
 ROUNDING = 2.0**-25
 """Half a float32 rounding below 1: what a probability that is written as 1 may fall short of it."""
 
-Outputs = dict[str, Tensor]
+Outputs = dict[str, Any]
+"""Tensors by path; None where the definition leaves it to rounding."""
 
 
 # --- two policies, elementwise ---------------------------------------------------------------------------------------------
@@ -33,23 +39,22 @@ def log_ratio(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
     return {"": torch.where(both, 0.0, log_prob) - torch.where(both, 0.0, behavior_log_prob)}
 
 
-def _saturated(log_prob: Tensor, behavior_log_prob: Tensor) -> Tensor:
-    """e^min(ℓ, 20), with the derivative it has at the bound: the gradient does not vanish beyond it."""
-    ell = log_ratio(log_prob, behavior_log_prob)[""]
-    return (ell - (ell - SATURATION).clamp(min=0.0).detach()).exp()
-
-
 def importance_ratio(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
     ell = log_ratio(log_prob, behavior_log_prob)[""]
     return {"": ell.clamp(max=SATURATION).exp()}
 
 
 def probability_shift(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
-    return {"": log_prob.exp() - behavior_log_prob.exp()}
+    """π − μ from the difference of the logarithms, which has its digits where the probabilities are alike."""
+    x, b = log_prob, behavior_log_prob
+    ell = log_ratio(x, b)[""]
+    more = x >= b
+    up, down = torch.where(more, -ell, 0.0), torch.where(more, 0.0, ell)
+    return {"": torch.where(more, -x.exp() * torch.expm1(up), b.exp() * torch.expm1(down))}
 
 
 def binary_tv(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
-    return {"": (log_prob.exp() - behavior_log_prob.exp()).abs()}
+    return {"": probability_shift(log_prob, behavior_log_prob)[""].abs()}
 
 
 def _xlogy(mass: Tensor, ratio_of_logs: Tensor) -> Tensor:
@@ -75,14 +80,14 @@ def k2(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
 
 
 def k3(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
-    """r − 1 − ℓ, saturated with the ratio; its derivative r − 1 keeps its sign there."""
+    """r − 1 − ℓ, continued beyond ℓ = 20 along its tangent."""
     ell = log_ratio(log_prob, behavior_log_prob)[""]
-    bounded = ell - (ell - SATURATION).clamp(min=0.0).detach()
-    return {"": torch.expm1(bounded) - bounded}
+    bounded = ell.clamp(max=SATURATION)
+    return {"": torch.expm1(bounded) - bounded + math.expm1(SATURATION) * (ell - SATURATION).clamp(min=0.0)}
 
 
 def full_tv(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
-    return {"": (log_prob.exp() - behavior_log_prob.exp()).abs().sum(-1) / 2}
+    return {"": binary_tv(log_prob, behavior_log_prob)[""].sum(-1) / 2}
 
 
 def full_kl(log_prob: Tensor, behavior_log_prob: Tensor, **_: Any) -> Outputs:
@@ -129,7 +134,9 @@ def top_k_kl(
 ) -> Outputs:
     p, q, x, b = _outcomes(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k)
     known = _xlogy(q[..., :-1], log_ratio(b, x)[""]).sum(-1)
-    return {"": known + _xlogy(q[..., -1], q[..., -1].log() - p[..., -1].log())}
+    counts = q[..., -1] > 0.0
+    rest_q, rest_p = (torch.where(counts, every[..., -1], 1.0) for every in (q, p))
+    return {"": known + torch.where(counts, rest_q * (rest_q.log() - rest_p.log()), 0.0)}
 
 
 def sampled_in_top_k(tokens: Tensor, top_k_ids: Tensor, **_: Any) -> Outputs:
@@ -174,6 +181,8 @@ def coefficients(
     normalizer = bound.get("normalizer") if normalizer is None else normalizer
     weights = bound_token_weights if token_weights is None and "token_weights" in bound else token_weights
     c = mask.double()
+    if reduction.name == "linear":
+        c, normalizer = c / LINEAR_DIVISOR, 1.0
     if reduction.name == "sequence_mean_token_mean":
         for own in _sequences(mask, segment_ids):
             c = torch.where(own, c / max(int((own & mask).sum()), 1), c)
@@ -184,8 +193,10 @@ def coefficients(
     return c if weights is None else torch.where(mask, c * weights, 0.0)
 
 
-def reduced(values: Tensor, c: Tensor) -> Tensor:
-    return torch.where(c != 0.0, c * torch.where(c != 0.0, values, 0.0), 0.0).sum()
+def reduced(values: Tensor, c: Tensor, path: str = "") -> Outputs:
+    """Σ c v, and the size of what is added up: rounding errors are relative to that."""
+    terms = torch.where(c != 0.0, c * torch.where(c != 0.0, values, 0.0), 0.0)
+    return {path: terms.sum(), path + SIZE: terms.detach().abs().sum()}
 
 
 def group_advantages(
@@ -227,7 +238,7 @@ def _token(objective: Any, x: float, b: float, a: float, divergence: float | Non
             divergence = float(binary_kl(*(torch.tensor(v, dtype=torch.float64) for v in (x, b)))[""])
         inside = divergence is not None and divergence <= (high if x >= b else low)
         known = _surrogate(objective, x, b, a)
-        return (*known, inside) if inside or a * (x - b) <= 0 else (0.0, 0.0, 0.0, inside)
+        return (*known, inside) if inside or not a * (x - b) > 0 else (0.0, 0.0, 0.0, inside)
     if kind == "CISPO" and x == -math.inf:
         return (*_surrogate(objective, x, b, a), True)  # where π = 0, r log π has the limit 0
     known = digits.reference(objective, x, b, a)[:3]
@@ -270,7 +281,7 @@ class Tokens:
         x, b, a, w = (t[mask] for t in (self.x, self.b, self.a, self.weight))
         ell = log_ratio(x, b)[""]
         r = ell.clamp(max=SATURATION).exp()
-        tv, k3s = (x.exp() - b.exp()).abs(), k3(x, b)[""]
+        tv, k3s = binary_tv(x, b)[""], k3(x, b)[""]
         active = a != 0.0
         outside, away = ~self.inside[mask], a * ell
         nan = torch.tensor(torch.nan, dtype=torch.float64)
@@ -278,6 +289,9 @@ class Tokens:
         def mean(values: Tensor, over: Tensor | None = None) -> Tensor:
             values = values.double() if over is None else values[over].double()
             return values.mean() if values.numel() else nan
+
+        def mean_and_size(name: str, values: Tensor) -> Outputs:
+            return {name: mean(values), name + SIZE: mean(values.abs())}
 
         def extreme(values: Tensor, which: str) -> Tensor:
             if values.numel():
@@ -292,7 +306,7 @@ class Tokens:
             "ratio_mean": mean(r),
             "ratio_max": extreme(r, "amax"),
             "log_ratio_abs_mean": mean(ell.abs()),
-            "k1_mean": mean(-ell),
+            **mean_and_size("k1_mean", -ell),
             "k3_mean": mean(k3s),
             "binary_tv_mean": mean(tv),
             "binary_tv_max": extreme(tv, "amax"),
@@ -306,15 +320,18 @@ class Tokens:
             "attenuated_fraction": mean((w > 0.0) & (w < 1.0), active),
             "amplified_fraction": mean(w > 1.0, active),
             "corrective_fraction": mean(w < 0.0, active),
-            "weight_mean": mean(w, active),
+            **mean_and_size("weight_mean", w[active]),
             "weight_min": extreme(w[active], "amin"),
             "weight_max": extreme(w[active], "amax"),
             "gradient_mass_kept": quotient((mass * w[active].abs()).sum(), mass.sum()),
             "effective_sample_size": quotient(rho.sum() ** 2, (rho**2).sum() * rho.numel()),
         }
-        if bool((rho < UNDERFLOW).all()):
-            # float32 has no squares of these: as good as no weights
-            del figures["gradient_mass_kept"], figures["effective_sample_size"]
+        unknown = []
+        if rho.numel() and bool((rho < UNDERFLOW).all()):
+            unknown += ["gradient_mass_kept", "effective_sample_size"]  # float32 has no squares of these
+        if bool(((w != 1.0) & ((w - 1.0).abs() < ROUNDING * 64)).any()):
+            unknown += ["attenuated_fraction", "amplified_fraction"]  # float32 rounds these to 1
+        figures |= dict.fromkeys(unknown)
         return {f"{path}/{name}".lstrip("/"): value for name, value in figures.items()}
 
 
@@ -351,6 +368,13 @@ def token_diagnostics(
     return Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence).diagnostics("")
 
 
+def summary(objective: Any, *arrays: Tensor, **arguments: Any) -> Outputs:
+    """Diagnostics as numbers: NaN where nothing was counted."""
+    figures = token_diagnostics(objective, *arrays, **arguments)
+    extremes = {name for name in figures if name.endswith(("_max", "_min"))}
+    return {n: torch.where(torch.isinf(f), torch.nan, f) if n in extremes else f for n, f in figures.items()}
+
+
 def policy_loss(
     objective: Any,
     log_prob: Tensor,
@@ -366,7 +390,7 @@ def policy_loss(
 ) -> Outputs:
     tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
     c = coefficients(reduction, mask, **_reduction_options(options))
-    outputs = {"loss": reduced(tokens.loss, c)}
+    outputs = reduced(tokens.loss, c, "loss")
     if final_gradient:
         outputs["gradient"] = c * tokens.gradient
     return outputs | (tokens.diagnostics("diagnostics") if diagnostics else {})
@@ -491,6 +515,7 @@ def logits_policy_loss(
         mask=mask,
         reduction=reduction,
         divergence=measured,
+        diagnostics=options.get("diagnostics", True),
         **_reduction_options(options),
     )
     figures = ("log_prob", "entropy") if entropy else ("log_prob",)

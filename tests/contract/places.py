@@ -20,6 +20,8 @@ from contract.subjects import ARRAYS, CHOICES, GOOD, NUMBERS, SUBJECTS, axes_of,
 
 import drpo_core
 
+PER_TOKEN = next(filter(names.is_per_token, names.objectives()))
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -70,9 +72,9 @@ def numbers() -> Iterator[Place]:
         if "divergence" in parameters and is_vocabulary(subject):
             module = drpo_torch if subject.startswith("drpo_torch.") else drpo_jax
             yield from _recorded_numbers(subject, module)
-    for label, objective in names.objectives().items():
-        if " " not in label:
-            yield from _thresholds(objective)
+    by_class = {type(objective): objective for objective in reversed(names.objectives().values())}
+    for objective in by_class.values():
+        yield from _thresholds(objective)
 
 
 def _put(call: Call, name: str) -> Callable[[Any], Any]:
@@ -84,7 +86,7 @@ def _bind(call: Call, reduction: Callable[..., Any], name: str) -> Callable[[Any
 
 
 def _recorded_numbers(subject: str, module: Any) -> Iterator[Place]:
-    call = call_of(subject, base_cell(subject, divergence=Measured("head", "tv"), objective="DPPO per token"))
+    call = call_of(subject, base_cell(subject, divergence=Measured("head", "tv"), objective=PER_TOKEN))
     hidden = [call.hidden_arrays[name] for name in ("behavior_hidden", "behavior_weight", "behavior_bias")]
 
     def temperature(value: Any) -> Any:
@@ -150,7 +152,7 @@ def array_places() -> Iterator[ArrayPlace]:
             if name in {"segment_ids", "group_ids"} and packed:
                 choices["shape"] = axes.Shape.PACKED
             if name == "divergence":
-                choices["objective"] = "DPPO per token"
+                choices["objective"] = PER_TOKEN
             call = call_of(subject, base_cell(subject, **choices))
             library = base_cell(subject)["library"]
             required = not parameters[name]
@@ -179,7 +181,7 @@ def _recorded_arrays(subject: str) -> Iterator[ArrayPlace]:
     }
     for kind, (build, names_of) in of.items():
         measured = Measured(kind, "kl")
-        call = call_of(subject, base_cell(subject, divergence=measured, objective="DPPO per token"))
+        call = call_of(subject, base_cell(subject, divergence=measured, objective=PER_TOKEN))
         recorded = {name: call.hidden_arrays[world] for name, world in names_of.items()}
 
         def called(build: Any = build, call: Call = call, **arrays: Any) -> Any:
@@ -207,7 +209,7 @@ def choice_places() -> Iterator[ChoicePlace]:
             function = _positional(subject, call) if name == "objective" else _put(call, name)
             yield ChoicePlace(f"{subject} {name}", name, function)
         if "divergence" in parameters and is_vocabulary(subject):
-            call = call_of(subject, base_cell(subject, objective="DPPO per token", divergence=DType.FLOAT32))
+            call = call_of(subject, base_cell(subject, objective=PER_TOKEN, divergence=DType.FLOAT32))
             arrays = {name: a for name, a in call.arrays.items() if name != "divergence"}
             yield ChoicePlace(f"{subject} divergence", "divergence", lambda v, c=call, a=arrays: c.function(**a, divergence=v))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from contract import axes
+from contract import axes, names
 from contract.axes import Ambient, DType, Engine, Given, Library, Measured, Regime, Shape, Storage, Use
 from contract.subjects import ARRAYS, SUBJECTS, is_vocabulary
 
@@ -22,6 +22,7 @@ Predicate = "Callable[[str, Cell], bool]"
 NUMPY = (Library.NUMPY, Library.READ_ONLY)
 OWNERS = {"numpy": NUMPY, "torch": (Library.TORCH,), "jax": (Library.JAX,)}
 WITHOUT_GRADIENT = (Ambient.NO_GRAD, Ambient.INFERENCE)
+_EQUAL = (Regime.ON_POLICY, Regime.CERTAIN, Regime.DISTANT)
 TRANSFORMS = (Use.FUNC_GRAD, Use.VMAP, Use.VMAP_ONE, Use.COMPILE)
 
 
@@ -33,8 +34,20 @@ def _named(subject: str, *ends: str) -> bool:
     return subject.rpartition(".")[2] in ends
 
 
+def _linear(cell: Cell) -> bool:
+    return getattr(cell.get("reduction"), "name", "") == "linear"
+
+
+def _is_base_objective(cell: Cell) -> bool:
+    return cell["objective"] == next(iter(names.objectives()))
+
+
 def _has_tv(subject: str) -> bool:
     return _named(subject, "binary_tv", "full_tv", "top_k_tv", "full_divergences", "top_k_divergences")
+
+
+def _last_axis(subject: str) -> bool:
+    return is_vocabulary(subject) or _named(subject, "full_tv", "full_kl", "top_k_tv", "top_k_kl", "sampled_in_top_k")
 
 
 def _sequences(cell: Cell) -> bool:
@@ -68,6 +81,7 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "JAX without x64 has no 64-bit arrays",
     ),
     (lambda _, c: c["use"] is Use.JIT and c["library"] is not Library.JAX, "a transform of JAX"),
+    (lambda s, c: c["use"] is Use.JIT and _named(s, "validate", "summarize"), "documented as eager"),
     (
         lambda _, c: c["use"] is Use.BACKWARD and c["library"] not in {Library.TORCH, Library.JAX},
         "these arrays can't be differentiated",
@@ -77,8 +91,20 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "where no gradient is recorded, none is taken",
     ),
     (
+        lambda s, c: _linear(c) and not _named(s, "policy_loss", "logits_policy_loss", "linear_policy_loss"),
+        "linear reductions are the adapters' losses' own",
+    ),
+    (
         lambda s, c: c["library"] is Library.JAX and c["shape"] not in _traced_shapes(s, c),
         "JAX compiles every operation for every shape: a few stand for all",
+    ),
+    (
+        lambda s, c: _named(s, "merge_diagnostics") and c["ambient"] is Ambient.DEBUG_NANS,
+        "these cells slice their arrays, and a slice of a masked NaN is an operation that gives NaN",
+    ),
+    (
+        lambda _, c: c.get("engine", Engine.ARRAYS) is not Engine.ARRAYS and not c.get("diagnostics", True) and not _is_base_objective(c),
+        "a loop takes a second to compile: one without diagnostics is compiled for one objective",
     ),
     (
         lambda _, c: c["use"] in {Use.JIT, Use.VMAP, Use.VMAP_ONE} and c["library"] is Library.JAX and c["regime"] is not Regime.TYPICAL,
@@ -93,8 +119,12 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "a large batch is a small one repeated: where the policies are is tested on the small one",
     ),
     (
-        lambda s, c: _has_tv(s) and c["use"] is not Use.FORWARD and c["regime"] in {Regime.ON_POLICY, Regime.CERTAIN},
-        "TV has no derivative where the policies are equal",
+        lambda s, c: _has_tv(s) and c["use"] is not Use.FORWARD and c["regime"] in _EQUAL,
+        "TV has no derivative where the probabilities are equal",
+    ),
+    (
+        lambda s, c: _named(s, "binary_kl", "top_k_kl") and c["use"] is not Use.FORWARD and c["regime"] is Regime.CERTAIN,
+        "what is left of a probability of 1 is known to rounding only, and its derivative not at all",
     ),
     (
         lambda s, c: _named(s, "top_k_tv", "top_k_kl") and c["regime"] in {Regime.DISTANT, Regime.CERTAIN} and bool(_dtypes(c) & {*axes.HALVES}),
@@ -113,8 +143,8 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "Dynamo looks at .grad of what is no leaf, which warns",
     ),
     (
-        lambda s, c: is_vocabulary(s) and (c["regime"], c["shape"], c["storage"]) == (Regime.IMPOSSIBLE, Shape.NUMBER, Storage.EXPANDED),
-        "a row in which nothing is possible has no distribution",
+        lambda s, c: _last_axis(s) and (c["shape"], c["storage"]) == (Shape.NUMBER, Storage.EXPANDED),
+        "expanding the only axis makes all of a vocabulary the same token",
     ),
     (
         lambda _, c: c["use"] is Use.COMPILE and c["ambient"] is not Ambient.PLAIN,
@@ -146,6 +176,14 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((ValueError,), "rewards", "group ids are of a list of rewards"),
     ),
     (
+        lambda _, c: _linear(c) and _has(c, "normalizer"),
+        Refusal((ValueError,), "normalizer", "a linear reduction divides by itself"),
+    ),
+    (
+        lambda _, c: _linear(c) and c.get("segment_ids", Given.ABSENT) is not Given.ABSENT,
+        Refusal((ValueError,), "segment_ids", "a linear reduction finds its own sequences"),
+    ),
+    (
         lambda s, c: _named(s, "group_advantages") and c["shape"] is Shape.NUMBER,
         Refusal((ValueError,), "rewards", "one reward has no group"),
     ),
@@ -154,7 +192,7 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((ValueError,), "mask", "padded sequences are rows"),
     ),
     (
-        lambda _, c: c.get("objective") == "DPPO per token" and c.get("divergence", Given.ABSENT) is Given.ABSENT,
+        lambda _, c: names.is_per_token(c.get("objective")) and c.get("divergence", Given.ABSENT) is Given.ABSENT,
         Refusal((TypeError, ValueError), "divergence", "a divergence per token is the caller's to measure"),
     ),
     (
@@ -170,6 +208,14 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         _engine("a compiled softmax may know no float16", always=False),
     ),
     (
+        lambda s, c: is_vocabulary(s) and c.get("engine") is Engine.COMPILED and c["storage"] is not Storage.CONTIGUOUS,
+        _engine("a compiled softmax may read contiguous rows only", always=False),
+    ),
+    (
+        lambda s, c: _named(s, "validate") and c["regime"] is Regime.IMPOSSIBLE,
+        Refusal((ValueError,), "log_prob: ", "a token of probability 0 can't have been sampled", always=False),
+    ),
+    (
         lambda s, c: s == "drpo_torch.linear_policy_loss" and c["weight"] is not c["hidden"] and c["ambient"] not in axes.AUTOCAST,
         Refusal((TypeError,), "weight", "a product of two dtypes is left to autocast"),
     ),
@@ -180,6 +226,10 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     (
         lambda s, c: c["use"] in TRANSFORMS and c["use"] not in SUBJECTS[s].promises and c["library"] is Library.TORCH,
         Refusal((RuntimeError, NotImplementedError), "", "torch.func is not promised there", always=False),
+    ),
+    (
+        lambda s, c: c["use"] is Use.BATCHED and _named(s, "token_log_prob", "full_divergences"),
+        Refusal((RuntimeError,), "vectorised cotangents", "which rows are needed differs between cotangents", always=False),
     ),
     (
         lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.CHECKPOINT, Use.BATCHED, Use.CREATE_GRAPH},

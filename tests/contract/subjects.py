@@ -166,7 +166,8 @@ def _core() -> dict[str, Subject]:
     table["validate"] = Subject(lambda *_, **__: {})
     arrays = ("objective", "log_prob", "behavior_log_prob", "advantages", "mask")
     table["merge_diagnostics"] = Subject(oracle.token_diagnostics, call=_merged, parameters=arrays)
-    table["summarize"] = Subject(oracle.token_diagnostics, call=_summarized, parameters=arrays)
+    table["summarize"] = Subject(oracle.summary, call=_summarized, parameters=arrays)
+    table["diagnostics.map_diagnostics"] = Subject(oracle.token_diagnostics, call=_mapped, parameters=arrays)
     return {f"drpo_core.{name}": subject for name, subject in table.items()}
 
 
@@ -175,13 +176,13 @@ def _reductions() -> dict[str, Subject]:
         def reduce(values: torch.Tensor, mask: torch.Tensor, *, horizon: float = 1.0, **options: Any) -> dict[str, torch.Tensor]:
             reduction = axes.Reduction(name, (("horizon", horizon),))
             known = {key: options[key] for key in ("normalizer", "token_weights", "segment_ids") if key in options}
-            return {"": oracle.reduced(values, oracle.coefficients(reduction, mask, **known))}
+            return oracle.reduced(values, oracle.coefficients(reduction, mask, **known))
 
         return reduce
 
     def total(values: torch.Tensor, mask: torch.Tensor, *, token_weights: torch.Tensor | None = None, **_: Any) -> Any:
         c = oracle.coefficients(axes.REDUCTIONS[0], mask, normalizer=1.0, token_weights=token_weights)
-        return {"total": oracle.reduced(values, c), "count": mask.sum().double()}
+        return oracle.reduced(values, c, "total") | {"count": mask.sum().double()}
 
     def coefficients(reduction: axes.Reduction, mask: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
         known = {k: v for k, v in options.items() if k in {"normalizer", "token_weights", "segment_ids", "bound_token_weights"}}
@@ -191,7 +192,7 @@ def _reductions() -> dict[str, Subject]:
         return {"": oracle.count(reduction, mask, segment_ids)}
 
     table = {f"drpo_core.{name}": Subject(of(name), ("values",)) for name in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")}
-    table["drpo_core.masked_sum"] = Subject(total, ("values",))
+    table["drpo_core.reduction.masked_sum"] = Subject(total, ("values",))
     table["drpo_core.reduction.reduction_coefficients"] = Subject(coefficients, call=_coefficients)
     table["drpo_core.reduction.reduction_count"] = Subject(count, call=_count)
     return table
@@ -211,7 +212,9 @@ def _adapters() -> dict[str, Subject]:
         "full_divergences": Subject(oracle.full_divergences, ("logits",)),
         "top_k_divergences": Subject(oracle.top_k_divergences, ("logits", "log_normalizer")),
     }
-    return {f"{module}.{name}": subject for module in ("drpo_torch", "drpo_jax") for name, subject in (token | vocabulary).items()}
+    linear = {"linear_reduction": Subject(_linear_coefficients, call=_linear_reduction, parameters=("mask", "token_weights"))}
+    table = token | vocabulary | linear
+    return {f"{module}.{name}": subject for module in ("drpo_torch", "drpo_jax") for name, subject in table.items()}
 
 
 def _distributed() -> dict[str, Subject]:
@@ -248,25 +251,40 @@ def _merged(merge: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
     """The diagnostics of what comes before a place of the last axis, merged with those of what comes after it."""
     if not arrays["mask"].ndim:
         return merge(_diagnostics(objective, **arrays))
-    return merge(*(_diagnostics(objective, **{k: v[..., part] for k, v in arrays.items()}) for part in (slice(2), slice(2, None))))
+    place = min(2, arrays["mask"].shape[-1])
+    parts = ({k: v[..., part] for k, v in arrays.items()} for part in (slice(0, place), slice(place, None)))
+    return merge(*(_diagnostics(objective, **part) for part in parts))
 
 
 def _summarized(summarize: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
     figures = summarize(_diagnostics(objective, **arrays))
     assert all(type(figure) is float for figure in figures.values())
-    return {name: torch.tensor(figure, dtype=torch.float64) for name, figure in figures.items()}
+    return {name: torch.tensor(figure, dtype=torch.float64, device="cpu") for name, figure in figures.items()}
 
 
-def _dtype(array: Any) -> Any:
-    return torch.float32 if isinstance(array, torch.Tensor) else "float32"
+def _mapped(map_diagnostics: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
+    return map_diagnostics(lambda field: field + 0.0, _diagnostics(objective, **arrays))
+
+
+def _linear_reduction(function: Callable[..., Any], mask: Any, token_weights: Any = None) -> Any:
+    reduction = function(lambda values, mask: (values * mask).sum() / oracle.LINEAR_DIVISOR)
+    xp = names.namespace(mask)
+    return reduction.coefficients(mask, dtype=xp.float32, token_weights=token_weights, xp=xp)
+
+
+def _linear_coefficients(mask: torch.Tensor, token_weights: torch.Tensor | None = None, **_: Any) -> dict[str, torch.Tensor]:
+    return {"": oracle.coefficients(axes.Reduction("linear"), mask, token_weights=token_weights)}
 
 
 def _coefficients(function: Callable[..., Any], reduction: Any, mask: Any, **options: Any) -> Any:
+    """Spread over the tokens, and 0 at masked ones, where they may be anything."""
+    xp = names.namespace(mask)
+    return xp.where(mask, function(reduction, mask, dtype=xp.float32, **{"xp": xp} | options), 0.0)
+
+
+def _count(function: Callable[..., Any], reduction: Any, mask: Any, **options: Any) -> Any:
     xp = names.namespace(mask)
     return function(reduction, mask, dtype=xp.float32, **{"xp": xp} | options)
-
-
-_count = _coefficients
 
 
 def _torch_normalizer(function: Callable[..., Any], reduction: Any, mask: Any, segment_ids: Any = None) -> Any:
@@ -307,14 +325,19 @@ SUBJECTS: dict[str, Subject] = _core() | _reductions() | _adapters() | _distribu
 VALUES = "holds what a function returned or will be given: its arrays are compared where they are returned"
 CLASSES = {
     "BehaviorPolicyWarning": "a warning",
+    "SlowEngineWarning": "a warning",
+    "UntraceableError": "an error",
     "VacuousTrustRegionWarning": "a warning",
     "Objective": "a protocol",
-    "Reduction": "a protocol",
     **dict.fromkeys(("PolicyLoss", "TokenLoss", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
-    **dict.fromkeys(("SelectedLogProb", "TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
+    **dict.fromkeys(("TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
     **dict.fromkeys(("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"),
 }
 """Public classes that are no objectives, and where they are held to the contract."""
+
+
+NO_SUBJECTS = {"drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`"}
+"""Public functions that are no subjects, and why."""
 
 
 # --- axes of a subject -----------------------------------------------------------------------------------------------------
@@ -332,7 +355,7 @@ def parameters_of(subject: str) -> dict[str, bool]:
     signature = inspect.signature(function_of(subject)).parameters
     found = {name: name not in own and p.default is None for name, p in signature.items()}
     if own:
-        found = {name: found.get(name, name == "segment_ids") for name in own}
+        found = {name: found.get(name, name in {"segment_ids", "token_weights"}) for name in own}
     return {name: optional for name, optional in found.items() if name not in ELSEWHERE}
 
 

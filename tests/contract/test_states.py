@@ -143,7 +143,7 @@ CORE_OBJECTIVES = ["token_loss_and_gradient", "policy_loss_and_gradient", "token
 def test_what_the_core_gives_of_tensors_that_require_grad_is_constant_or_right(name, label, ledger):
     """A loss that autograd differentiates to something else than the gradient beside it is a trap."""
     subject = f"drpo_core.{name}"
-    choices = {"divergence": axes_of(subject)["divergence"][1]} if label == "DPPO per token" else {}
+    choices = {"divergence": axes_of(subject)["divergence"][1]} if names.is_per_token(label) else {}
     call = call_of(subject, base_cell(subject, library=Library.TORCH, objective=label, **choices))
     arrays = {n: a.requires_grad_() if n == "log_prob" else a for n, a in call.arrays.items()}
     result = call.function(**arrays)

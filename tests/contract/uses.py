@@ -41,7 +41,7 @@ def cotangents(shape: tuple[int, ...]) -> list[float]:
 def total(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Σ w·output over the outputs that require a gradient."""
     with torch.device("cpu"):
-        wanted = {path: o for path, o in sorted(outputs.items()) if o.requires_grad}
+        wanted = {path: o for path, o in sorted(outputs.items()) if o is not None and o.requires_grad}
         weights = {p: torch.tensor(cotangents(o.shape), dtype=torch.float64).reshape(o.shape) for p, o in wanted.items()}
         return sum((weights[p].to(o.dtype) * o).sum() for p, o in wanted.items())  # type: ignore[return-value]
 
@@ -233,11 +233,11 @@ def _func_grad(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001
     def scalar(wanted: dict[str, torch.Tensor]) -> Any:
         result, outputs = cell.forward(wanted | constants)
         aside.append(frozenset(path for path, o in outputs.items() if o.requires_grad))
-        return total(outputs), (result, outputs)
+        return total(outputs), (outputs, named_statistics(result, cell.names))
 
     wanted = {n: cell.tensors[n].detach() for n in cell.differentiated}
-    gradients, (result, outputs) = torch.func.grad(scalar, has_aux=True)(wanted)
-    return Result(outputs, named_statistics(result, cell.names), gradients, aside[0])
+    gradients, (outputs, figures) = torch.func.grad(scalar, has_aux=True)(wanted)
+    return Result(outputs, figures, gradients, aside[0])
 
 
 def _vmap(cell: TorchCell, leaf: bool) -> Result:  # noqa: ARG001, FBT001

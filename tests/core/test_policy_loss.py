@@ -1,6 +1,9 @@
 """`policy_loss_and_gradient` against its parts: token losses, reductions and diagnostics, each computed on its own."""
 
+import subprocess
+import sys
 import tracemalloc
+import warnings
 from functools import partial
 
 import array_api_strict
@@ -17,12 +20,15 @@ from drpo_core import (
     MaskDRPO,
     PolicyGradient,
     PPOClip,
-    diagnostics,
-    numpy_operations,
+    SlowEngineWarning,
+    UntraceableError,
+    loss,
+    objectives,
     policy_loss_and_gradient,
     sequence_mean_token_mean,
     sequence_mean_token_sum,
     summarize,
+    token_diagnostics,
     token_loss_and_gradient,
     token_mean,
 )
@@ -39,13 +45,13 @@ OBJECTIVES = [
     DELTA,
     MaskDRPO(delta_low=0.1, delta_high=0.3),
 ]
-ENGINES = ["plain", "jit"]
+ENGINES = ["arrays", "compiled"]
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
-    """So that few tokens make many pieces, some of several rows and some of a part of one."""
-    monkeypatch.setattr(numpy_operations, "PIECE", 5)
+def _small_chunks(monkeypatch):
+    """So that few tokens make many chunks, some of several rows and some of a part of one."""
+    monkeypatch.setitem(loss.chunked_pass.__kwdefaults__, "chunk", 5)
 
 
 def tokens(shape, *, seed=0, dtype=np.float64):
@@ -66,12 +72,16 @@ def expected(objective, batch, *, reduction=token_mean, divergence=None, **optio
     parts = token_loss_and_gradient(objective, **batch, divergence=divergence)
     coefficients = reduction_coefficients(reduction, batch["mask"], dtype=parts.loss.dtype, **options)
     gradient = np.where(batch["mask"], coefficients * parts.gradient, 0.0)
-    return reduction(parts.loss, batch["mask"], **options), gradient, diagnostics(objective, **batch, divergence=divergence)
+    return (
+        reduction(parts.loss, batch["mask"], **options),
+        gradient,
+        token_diagnostics(objective, **batch, divergence=divergence),
+    )
 
 
 def assert_same(result, reference, *, rtol=1e-12):
-    loss, gradient, statistics = reference
-    np.testing.assert_allclose(result.loss, loss, rtol=rtol, atol=rtol)
+    scalar, gradient, statistics = reference
+    np.testing.assert_allclose(result.loss, scalar, rtol=rtol, atol=rtol)
     np.testing.assert_allclose(result.gradient, gradient, rtol=rtol, atol=0.0)
     got, wanted = summarize(result.diagnostics), summarize(statistics)
     assert list(got) == list(wanted)
@@ -179,8 +189,8 @@ def test_without_diagnostics(engine):
     batch = tokens((4, 9))
     result = policy_loss_and_gradient(DELTA, **batch, diagnostics=False, engine=engine)
     assert result.diagnostics is None
-    loss, gradient, _ = expected(DELTA, batch)
-    np.testing.assert_allclose(result.loss, loss, rtol=1e-12)
+    scalar, gradient, _ = expected(DELTA, batch)
+    np.testing.assert_allclose(result.loss, scalar, rtol=1e-12)
     np.testing.assert_allclose(result.gradient, gradient, rtol=1e-12)
 
 
@@ -188,15 +198,15 @@ def test_without_diagnostics(engine):
 def test_other_namespaces(asarray):
     batch = tokens((4, 9), dtype=np.float32)
     result = policy_loss_and_gradient(DELTA, **{name: asarray(array) for name, array in batch.items()})
-    loss, gradient, _ = expected(DELTA, batch)
-    np.testing.assert_allclose(float(result.loss), loss, rtol=1e-5)
+    scalar, gradient, _ = expected(DELTA, batch)
+    np.testing.assert_allclose(float(result.loss), scalar, rtol=1e-5)
     np.testing.assert_allclose(np.asarray(result.gradient), gradient, rtol=1e-5, atol=1e-8)
     assert summarize(result.diagnostics)["dropped_fraction"] == 0.0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_memory_is_the_gradient_and_a_piece(monkeypatch, engine):
-    monkeypatch.setattr(numpy_operations, "PIECE", 1 << 12)
+def test_memory_is_the_gradient_and_a_chunk(monkeypatch, engine):
+    monkeypatch.setitem(loss.chunked_pass.__kwdefaults__, "chunk", 1 << 12)
     batch = tokens((64, 1 << 12), dtype=np.float32)
     policy_loss_and_gradient(DELTA, **batch, engine=engine)
     tracemalloc.start()
@@ -205,25 +215,225 @@ def test_memory_is_the_gradient_and_a_piece(monkeypatch, engine):
         peak = tracemalloc.get_traced_memory()[1] - result.gradient.nbytes
     finally:
         tracemalloc.stop()
-    # a piece's registers of 16 KiB, some 25 with diagnostics; an array of all tokens has 1 MiB
-    assert peak < (1 << 19 if engine == "plain" else 1 << 17)
+    # a chunk's intermediate results of 16 KiB, some fifty at most; an array of all tokens has 1 MiB
+    assert peak < (1 << 20 if engine == "arrays" else 1 << 17)
 
 
-def test_unknown_reduction():
+@pytest.mark.parametrize("engine", ["plain", "jit", "numba", "eager", "", None, 1, ["auto"], b"auto"])
+def test_unknown_engine(engine):
+    with pytest.raises(ValueError, match=r"^engine: expected 'auto', 'arrays' or 'compiled', got "):
+        policy_loss_and_gradient(DELTA, **tokens((2, 3)), engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("asarray", "name"),
+    [(torch.from_numpy, r"torch\.Tensor"), (jnp.asarray, r"jax.*ArrayImpl"), (array_api_strict.asarray, r"array_api_.*Array")],
+)
+def test_compiled_for_other_arrays(asarray, name):
+    batch = {key: asarray(array) for key, array in tokens((2, 3)).items()}
+    with pytest.raises(ValueError, match=rf"^engine: 'compiled' takes NumPy arrays, got {name}$"):
+        policy_loss_and_gradient(DELTA, **batch, engine="compiled")
+
+
+def test_auto_is_the_default_and_compiles_where_it_can(monkeypatch):
+    batch, ran = tokens((4, 9)), []
+    for name in ("compiled_pass", "chunked_pass", "policy_pass"):
+        function = getattr(loss, name)
+        monkeypatch.setattr(loss, name, lambda *a, f=function, n=name, **k: ran.append(n) or f(*a, **k))
+    for options in ({}, {"engine": "auto"}, {"engine": "compiled"}):
+        ran.clear()
+        policy_loss_and_gradient(DELTA, **batch, **options)
+        assert ran[0] == "compiled_pass", options
+        assert "chunked_pass" not in ran
+    ran.clear()
+    policy_loss_and_gradient(DELTA, **batch, engine="arrays")
+    assert ran[0] == "chunked_pass"
+    ran.clear()
+    policy_loss_and_gradient(DELTA, **{name: torch.from_numpy(array) for name, array in batch.items()})
+    assert ran == ["policy_pass"]
+
+
+@pytest.fixture(name="without_numba")
+def without_numba_fixture(monkeypatch):
+    """As if numba were not installed, in a process that has not yet said so."""
+    loss._has_numba.cache_clear()  # noqa: SLF001 -- a cache of the process
+    loss._say_once_how_to_compile.cache_clear()  # noqa: SLF001
+    monkeypatch.setattr(loss, "find_spec", lambda _: None)
+    yield
+    loss._has_numba.cache_clear()  # noqa: SLF001
+    loss._say_once_how_to_compile.cache_clear()  # noqa: SLF001
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_without_numba_auto_warns_once_a_process_and_at_the_caller():
+    batch = tokens((4, 9))
+    with pytest.warns(SlowEngineWarning) as caught:
+        result = policy_loss_and_gradient(DELTA, **batch)
+    assert_same(result, expected(DELTA, batch))
+    (warning,) = caught
+    assert str(warning.message) == (
+        "policy losses on a CPU run as array operations, several times slower than the compiled loop: "
+        "pip install 'drpo-core[compiled]' (or pass engine='arrays')"
+    )
+    assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy_loss_and_gradient(DELTA, **batch)
+        policy_loss_and_gradient(DRPO(delta=0.5), **batch)
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_without_numba_what_is_asked_for_is_done_or_refused():
+    batch = tokens((4, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy_loss_and_gradient(DELTA, **batch, engine="arrays")
+        with pytest.raises(ImportError, match=r"^engine: 'compiled' needs numba: pip install 'drpo-core\[compiled\]'$"):
+            policy_loss_and_gradient(DELTA, **batch, engine="compiled")
+        policy_loss_and_gradient(DELTA, **{name: jnp.asarray(array) for name, array in batch.items()})
+
+
+def test_a_process_without_numba():
+    """The import blocked, as in an environment that lacks it: the same numbers, one warning."""
+    code = """
+import sys, warnings
+import numpy as np
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"numba", "llvmlite"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+import drpo_core.loss
+real = drpo_core.loss.find_spec
+drpo_core.loss.find_spec = lambda name: None if name == "numba" else real(name)
+from drpo_core import DRPO, policy_loss_and_gradient
+x, b, a = np.log([[0.5, 0.2]]), np.log([[0.25, 0.4]]), np.array([[1.0, -1.0]])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    results = [policy_loss_and_gradient(DRPO(delta=0.5), x, b, a, mask=np.ones((1, 2), dtype=bool)) for _ in range(3)]
+print(len(caught), float(results[0].loss), "numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    count, scalar, imported = done.stdout.split()
+    x, b, a = np.log([[0.5, 0.2]]), np.log([[0.25, 0.4]]), np.array([[1.0, -1.0]])
+    here = policy_loss_and_gradient(DRPO(delta=0.5), x, b, a, mask=np.ones((1, 2), dtype=bool)).loss
+    assert (count, imported) == ("1", "False")
+    assert float(scalar) == pytest.approx(float(here), rel=1e-15)
+
+
+class Ranked:
+    """An objective whose region is relative to the other tokens, while its weight is each token's own."""
+
+    def __init__(self, method):
+        """`method` looks across tokens."""
+        self.method = method
+
+    def of(self, method, tokens):
+        """1, or something of all tokens."""
+        return tokens.xp.max(tokens.ratio) if method == self.method else 1.0
+
+    def loss(self, tokens):
+        """−A r."""
+        return -tokens.advantages * tokens.ratio * self.of("loss", tokens)
+
+    def weight(self, tokens):
+        """1."""
+        return tokens.xp.ones_like(tokens.ratio) * self.of("weight", tokens)
+
+    def inside(self, tokens):
+        """At most half of the largest ratio, or of 1."""
+        return tokens.ratio <= 0.5 * self.of("inside", tokens)
+
+
+@pytest.mark.parametrize("engine", ["arrays", "auto"])
+@pytest.mark.parametrize("method", ["loss", "weight", "inside", "none"])
+def test_an_objective_that_looks_across_tokens_sees_all_of_them(method, engine):
+    """Not a chunk of them; masked ones are inert to it, not NaN (fault 22)."""
+    batch = tokens((4, 9))
+    for name in ("behavior_log_prob", "advantages"):
+        batch[name][~batch["mask"]] = np.nan
+    result = policy_loss_and_gradient(Ranked(method), **batch, engine=engine)
+    assert_same(result, expected(Ranked(method), batch))
+    without = policy_loss_and_gradient(Ranked(method), **batch, engine=engine, diagnostics=False)
+    np.testing.assert_allclose(without.loss, result.loss, rtol=1e-14)
+    np.testing.assert_allclose(without.gradient, result.gradient, rtol=1e-14)
+    if method != "none":
+        with pytest.raises(UntraceableError, match="engine='arrays' runs any objective"):
+            policy_loss_and_gradient(Ranked(method), **batch, engine="compiled")
+
+
+class Returns:
+    """An objective one of whose methods returns what it is told to."""
+
+    def __init__(self, method, value):
+        """A function of the tokens."""
+        self.method, self.value = method, value
+
+    def loss(self, tokens):
+        """−A r, unless told otherwise."""
+        return self.value(tokens) if self.method == "loss" else -tokens.advantages * tokens.ratio
+
+    def weight(self, tokens):
+        """1, unless told otherwise."""
+        return self.value(tokens) if self.method == "weight" else tokens.xp.ones_like(tokens.ratio)
+
+    def inside(self, tokens):
+        """True, unless told otherwise."""
+        return self.value(tokens) if self.method == "inside" else tokens.ratio == tokens.ratio
+
+
+WRONG = {
+    "None": lambda _: None,
+    "a number": lambda _: 1.0,
+    "text": lambda _: "1",
+    "a list": lambda _: [1.0],
+    "a tuple": lambda t: (t.ratio, t.ratio),
+    "a sum": lambda t: t.xp.sum(t.ratio),
+    "rows": lambda t: t.ratio[..., :1],
+    "an axis more": lambda t: t.ratio[None],
+    "another size": lambda t: t.ratio[..., 1:],
+}
+
+
+@pytest.mark.parametrize("engine", ["arrays", "auto", "compiled"])
+@pytest.mark.parametrize("method", ["loss", "weight", "inside"])
+@pytest.mark.parametrize("kind", [*WRONG, "a dtype"])
+def test_what_an_objective_returns_is_checked(kind, method, engine):
+    """A scalar was broadcast, a truth counted as a number (fault 35)."""
+    value = WRONG.get(kind, (lambda t: t.ratio) if method == "inside" else (lambda t: t.ratio > 1.0))
+    objective, batch = Returns(method, value), tokens((4, 9))
+    message = rf"^Returns\.{method}: expected (an array of the tokens' shape, \(4, 9\)|a .* dtype), got "
+    if engine == "compiled":
+        with pytest.raises((TypeError, UntraceableError)):
+            policy_loss_and_gradient(objective, **batch, engine=engine)
+        return
+    with pytest.raises(TypeError, match=message):
+        policy_loss_and_gradient(objective, **batch, engine=engine)
+    for function in (token_loss_and_gradient, token_diagnostics):
+        if (function, method) not in {(token_loss_and_gradient, "inside"), (token_diagnostics, "loss")}:
+            with pytest.raises(TypeError, match=message):
+                function(objective, **batch)
+
+
+@pytest.mark.parametrize("value", [DRPO, "DRPO", None, 3, object(), type("Half", (), {"loss": lambda _, t: t.ratio})()])
+def test_what_is_no_objective(value):
     batch = tokens((2, 3))
-    with pytest.raises(TypeError, match=r"reduction: expected token_mean, .* got <function .*lambda"):
-        policy_loss_and_gradient(DELTA, **batch, reduction=lambda values, mask, **_: (values * mask).sum())
+    for function in (policy_loss_and_gradient, token_loss_and_gradient, token_diagnostics):
+        with pytest.raises(TypeError, match=r"^objective: expected (an instance such as|methods loss and weight, got )"):
+            function(value, **batch)
 
 
-def test_unknown_engine():
-    with pytest.raises(ValueError, match="engine: expected 'plain' or 'jit', got 'numba'"):
-        policy_loss_and_gradient(DELTA, **tokens((2, 3)), engine="numba")
-
-
-def test_jit_of_other_arrays():
-    batch = {name: torch.from_numpy(array) for name, array in tokens((2, 3)).items()}
-    with pytest.raises(ValueError, match=r"engine: 'jit' compiles for NumPy arrays, got torch\.Tensor"):
-        policy_loss_and_gradient(DELTA, **batch, engine="jit")
+@pytest.mark.parametrize("family", objectives.OBJECTIVES, ids=lambda family: family.name)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_objective_of_the_table(family, engine):
+    batch = tokens((4, 9), seed=3)
+    for threshold in family.typical or (None,):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", objectives.VacuousTrustRegionWarning)
+            made = family.make(threshold)
+        assert_same(policy_loss_and_gradient(made, **batch, engine=engine), expected(made, batch))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -271,10 +481,10 @@ def under_test(objective, engine, reduction="token_mean", **claims):
 
 # every dtype is compiled anew: both for one objective
 IMPLEMENTATIONS = [
-    *(under_test(objective, "jit", dtypes=("float64",)) for objective in OBJECTIVES if objective is not DELTA),
-    under_test(DELTA, "jit"),
-    under_test(DELTA, "jit", "sequence_mean_token_mean", dtypes=("float64",)),
-    under_test(DELTA, "plain", "sequence_mean_token_mean"),
+    *(under_test(objective, "compiled", dtypes=("float64",)) for objective in OBJECTIVES if objective is not DELTA),
+    under_test(DELTA, "compiled"),
+    under_test(DELTA, "compiled", "sequence_mean_token_mean", dtypes=("float64",)),
+    under_test(DELTA, "arrays", "sequence_mean_token_mean"),
 ]
 
 

@@ -1,5 +1,7 @@
 """What drpo_jax promises beyond what both adapters do: transformations, sharding, residuals, x64 off."""
 
+import collections
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -21,12 +23,14 @@ from drpo_core import (
     MaskDRPO,
     PolicyGradient,
     PPOClip,
+    Tokens,
     sequence_mean_token_mean,
     sequence_mean_token_sum,
     token_diagnostics,
     token_loss_and_gradient,
     token_mean,
 )
+from drpo_core import tokens as tokens_module
 
 OBJECTIVES = [
     PolicyGradient(max_ratio=2.0),
@@ -91,12 +95,13 @@ def test_jit_with_a_static_objective_and_grad_with_diagnostics(objective):
         return jax.value_and_grad(loss, has_aux=True)(data["log_prob"])
 
     (value, statistics), gradient = step(objective, data)
-    step(type(objective)(**{name: getattr(objective, name) for name in objective.__slots__}), data)
+    step(dataclasses.replace(objective), data)
     assert len(traced) == 1, "equal objectives share a compilation"
     count = float(data["mask"].sum())
     np.testing.assert_allclose(value, expected.loss.sum() / count, rtol=1e-12)
     np.testing.assert_allclose(gradient, expected.gradient / count, rtol=1e-12, atol=1e-14)
     assert all(part.shape == () for part in jax.tree.leaves(statistics))
+    assert policy_loss(objective, **data, diagnostics=False)[1] is None
     closed_over = jax.jit(jax.grad(in_log_prob(objective, data)))(data["log_prob"])
     np.testing.assert_allclose(closed_over, gradient, rtol=1e-12, atol=1e-14)
 
@@ -243,6 +248,76 @@ def test_the_derivative_of_value_and_gradient_is_that_of_the_rule():
     tangent = jnp.ones((4, 6))
     (_, gradient), (slope, _) = jax.jvp(jax.value_and_grad(loss), (data["log_prob"],), (tangent,))
     np.testing.assert_allclose(slope, gradient.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("objective", [CISPO(max_ratio=2.0), DRPO(delta=0.15)], ids=repr)
+def test_the_derivative_of_losses_and_their_gradients_is_that_of_the_rule(objective):
+    data = batch()
+    losses = in_log_prob(objective, data, token_loss)
+    tangent = jnp.ones((4, 6))
+
+    def both(log_prob):
+        value, pull = jax.vjp(losses, log_prob)
+        return value, pull(tangent)[0]
+
+    (_, gradient), (slope, curvature) = jax.jvp(both, (data["log_prob"],), (tangent,))
+    np.testing.assert_allclose(slope, gradient, rtol=1e-12)
+    _, expected = jax.jvp(jax.grad(lambda x: losses(x).sum()), (data["log_prob"],), (tangent,))
+    np.testing.assert_allclose(curvature, expected, rtol=1e-12)
+
+
+class AcrossTokens:
+    """Weights that depend on the mean ratio of all tokens that an objective is shown."""
+
+    def loss(self, tokens):
+        """In score form."""
+        return -tokens.advantages * self.weight(tokens) * tokens.log_prob
+
+    def weight(self, tokens):
+        """Relative to the mean."""
+        return tokens.ratio / tokens.xp.mean(tokens.ratio)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_objective_that_looks_across_tokens_sees_all_of_them():
+    data = batch()
+    expected, count = core(AcrossTokens(), data), float(data["mask"].sum())
+    value, gradient = jax.value_and_grad(in_log_prob(AcrossTokens(), data))(data["log_prob"])
+    np.testing.assert_allclose(value, expected.loss.sum() / count, rtol=1e-12)
+    np.testing.assert_allclose(gradient, expected.gradient / count, rtol=1e-12, atol=1e-14)
+
+
+# one pass: a token is checked once, and its ratio and shift are computed once
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often tokens are checked and made while JAX traces."""
+    calls = collections.Counter()
+
+    def counting(name, function):
+        def count(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return count
+
+    monkeypatch.setattr(Tokens, "of", counting("made", Tokens.of))
+    for module in (tokens_module, loss_module):
+        monkeypatch.setattr(module, "check_tokens", counting("checked", tokens_module.check_tokens))
+    return calls
+
+
+@pytest.mark.parametrize("function", [token_loss, policy_loss])
+def test_tokens_are_checked_and_made_once(counted, function):
+    data = batch()
+
+    def total(log_prob):
+        result = function(DRPO(delta=0.15), **data | {"log_prob": log_prob})
+        return result if isinstance(result, tuple) else (result.sum(), None)
+
+    jax.make_jaxpr(jax.value_and_grad(total, has_aux=True))(data["log_prob"])
+    assert counted == {"checked": 1, "made": 1}
 
 
 # the namespace of the formulas

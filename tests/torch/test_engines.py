@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """So few tokens at a time that small tensors take several chunks, and rows are cut."""
-    monkeypatch.setitem(engines.chunked_pass.__globals__, "CHUNK", 10)
+    monkeypatch.setitem(engines.run_pass.__globals__, "CHUNK", 5)
 
 
 @pytest.fixture
@@ -459,5 +459,3 @@ ON_ENGINES = [
 @parametrize_with_checks(ON_ENGINES, settings="dev")
 def test_kit(check):
     check()
-
-

@@ -13,19 +13,26 @@ from types import ModuleType
 import pytest
 import torch
 
-from drpo_core import DPPO, DRPO, diagnostics, summarize, token_mean
+from drpo_core import DPPO, DRPO, summarize, token_diagnostics, token_mean
+from drpo_core.objectives import OBJECTIVES
 
-PAGE = Path(__file__).parents[1] / "docs" / "integrations" / "prime_rl.md"
+PAGE = Path(__file__).parents[2] / "docs" / "integrations" / "prime_rl.md"
 LENGTHS = (3, 6, 1, 4)
-THRESHOLDS = {
-    "PolicyGradient": {"max_ratio": 1.2},
-    "PPOClip": {"eps_low": 0.1, "eps_high": 0.2},
-    "CISPO": {"max_ratio": 1.2},
-    "SPO": {"eps": 0.2},
-    "DPPO": {"delta": 0.05, "divergence": "binary_kl"},
-    "DRPO": {"delta_low": 0.05, "delta_high": 0.15},
-    "MaskDRPO": {"delta": 0.05},
+BITING = {
+    "delta": {"delta_low": 0.05, "delta_high": 0.15},
+    "eps": {"eps_low": 0.1, "eps_high": 0.2},
+    "max_ratio": {"max_ratio": 1.2},
 }
+FAMILIES = {family.name: family for family in OBJECTIVES}
+
+
+def parameters_of(name):
+    """Of a family, at which a dozen tokens lie on both sides."""
+    family = FAMILIES[name]
+    if family.threshold is None:
+        return {}
+    return BITING.get(family.threshold, {family.threshold: next(iter(family.typical), None)})
+
 
 if importlib.util.find_spec("prime_rl") is None:
 
@@ -54,9 +61,9 @@ if importlib.util.find_spec("prime_rl") is None:
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        from drpo_torch.integrations.prime_rl import OBJECTIVES, policy_loss
+        from drpo_torch.integrations.prime_rl import policy_loss
 else:
-    from drpo_torch.integrations.prime_rl import OBJECTIVES, policy_loss
+    from drpo_torch.integrations.prime_rl import policy_loss
     from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
 
 
@@ -102,15 +109,15 @@ def padded(batch):
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["", "loss_weights"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_is_the_library_on_the_padded_batch(name, weights):
     batch = sequences(weights=weights)
-    loss, gradient, _ = step(batch, objective=name, **THRESHOLDS[name])
+    loss, gradient, _ = step(batch, objective=name, **parameters_of(name))
     whole = padded(batch)
     from drpo_torch import policy_loss as reference  # noqa: PLC0415
 
     expected, _ = reference(
-        OBJECTIVES[name](**THRESHOLDS[name]),
+        FAMILIES[name].objective(**FAMILIES[name].fixed, **parameters_of(name)),
         log_prob=whole["trainer_logprobs"],
         behavior_log_prob=whole["inference_logprobs"],
         advantages=whole["advantages"],
@@ -124,9 +131,9 @@ def test_a_step_is_the_library_on_the_padded_batch(name, weights):
     assert gradient.abs().max() > 0.0
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_outputs_are_what_prime_rl_aggregates(name):
-    output = policy_loss(sequences()[1], objective=name, **THRESHOLDS[name])
+    output = policy_loss(sequences()[1], objective=name, **parameters_of(name))
     assert isinstance(output, LossOutputs)
     assert output.loss.shape == ()
     for metric in output.metrics.values():
@@ -136,10 +143,10 @@ def test_the_outputs_are_what_prime_rl_aggregates(name):
 
 def test_metrics_are_those_of_each_sequence():
     batch = sequences()
-    _, _, metrics = step(batch, objective="DPPO", delta=0.05)
+    _, _, metrics = step(batch, objective="DPPO-TV", delta=0.05)
     for i, inputs in enumerate(batch):
         arrays = (inputs.trainer_logprobs.detach(), inputs.inference_logprobs, inputs.advantages)
-        for name, figure in summarize(diagnostics(DPPO(delta=0.05), *arrays, mask=inputs.loss_mask)).items():
+        for name, figure in summarize(token_diagnostics(DPPO(delta=0.05), *arrays, mask=inputs.loss_mask)).items():
             assert float(metrics[f"trust_region/{name}"][i]) == pytest.approx(figure, rel=1e-12)
     dropped = [float(x) for x in metrics["is_masked"]]
     assert 0.0 < max(dropped) <= 1.0
@@ -165,9 +172,22 @@ def test_masked_tokens_may_hold_anything():
     assert torch.equal(results[0][1], results[1][1])
 
 
+class Own:
+    """Half of −A r."""
+
+    def loss(self, tokens):
+        """−A r / 2."""
+        return -0.5 * tokens.advantages * tokens.ratio
+
+    def weight(self, tokens):
+        """1 / 2."""
+        return 0.5 * tokens.xp.ones_like(tokens.ratio)
+
+
 def test_an_objective_of_ones_own():
     batch = sequences()
     assert torch.equal(step(batch, objective=DRPO(delta=0.1))[1], step(batch, objective="DRPO", delta=0.1)[1])
+    torch.testing.assert_close(2.0 * step(batch, objective=Own())[1], step(batch, objective="PG-IS")[1], rtol=1e-14, atol=0.0)
 
 
 def test_parity_with_importance_policy_optimization():
@@ -176,7 +196,7 @@ def test_parity_with_importance_policy_optimization():
     for inputs in batch:
         gap = inputs.trainer_logprobs.detach().exp() - inputs.inference_logprobs.exp()
         inputs.advantages = inputs.advantages.abs() * gap.sign()
-    _, gradient, metrics = step(batch, objective="DPPO", delta=eps)
+    _, gradient, metrics = step(batch, objective="DPPO-TV", delta=eps)
     count = sum(inputs.loss_mask.sum() for inputs in batch)
     expected, shares = [], []
     for inputs in batch:
@@ -192,7 +212,7 @@ def test_parity_with_importance_policy_optimization():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"objective": "drpo", "delta": 0.1}, ValueError, "objective: expected one of PolicyGradient, .*got 'drpo'"),
+        ({"objective": "drpo", "delta": 0.1}, ValueError, "objective: expected one of PG-IS, .*DPPO-KL, .*got 'drpo'"),
         ({"objective": "DRPO"}, TypeError, "expected either delta or both"),
         ({"objective": "DRPO", "eps": 0.1}, TypeError, "eps"),
         ({"objective": "DRPO", "delta": -1.0}, ValueError, "delta: expected a finite number greater than 0"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from drpo_torch.threads import in_threads
+from drpo_torch.engines.threads import in_threads
 
 WAYS = ["torch's", "a pool's"]
 
@@ -50,7 +50,7 @@ def test_torch_has_gnu_openmp_on_linux():
 
 def test_fewer_threads_than_asked_for_do_all_of_the_work():
     script = (
-        "import torch\nfrom drpo_torch.threads import in_threads\ndone = []\n"
+        "import torch\nfrom drpo_torch.engines.threads import in_threads\ndone = []\n"
         "in_threads(lambda first, last: done.extend(range(first, last)), 100, 4)\nprint(sorted(done) == list(range(100)))"
     )
     done = subprocess.run(  # noqa: S603

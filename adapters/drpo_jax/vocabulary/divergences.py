@@ -21,7 +21,7 @@ from drpo_jax._checks import (
     working_dtype,
 )
 from drpo_jax._sharding import in_auto_mode
-from drpo_jax.vocabulary.softmax import entries, masked, outside_vocabulary
+from drpo_jax.vocabulary.softmax import entries, masked, outside_vocabulary, poisoned
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -249,8 +249,10 @@ def top_k_divergences(
     """Top-K TV and KL(μ‖π) over K recorded tokens, the sampled one and one bucket for the rest.
 
     TV = ½ Σ_o abs(π(o) − μ(o)) and KL = Σ_o μ(o) log(μ(o)/π(o)) over these outcomes o. Reads K + 1 logits a token:
-    `token_log_prob` gives the log-normaliser. An id outside [0, V) makes both NaN at its position, in value and
-    derivative. It never raises, because JAX does not know the ids while it traces.
+    `token_log_prob` gives the log-normaliser. Differentiable in reverse mode in the logits and the log-normaliser.
+
+    An id outside [0, V) makes both NaN at its position, and the derivatives that reach it. It never raises, because JAX
+    does not know the ids while it traces.
 
     Parameters
     ----------
@@ -328,8 +330,9 @@ def check_divergence(divergence: Divergence | None, leading: tuple[int, ...], vo
             msg = f"{prefix}weight: expected one row for each of the {vocabulary} tokens, got {head.weight.shape}"
             raise ValueError(msg)
     elif isinstance(divergence, FullDivergence):
-        check_float(**{"divergence.behavior": divergence.behavior})
-        check_shape("divergence.behavior", divergence.behavior, (*leading, vocabulary), f"{of} and the vocabulary, (…, V)")
+        behavior: Any = divergence.behavior
+        check_float(**{"divergence.behavior": behavior})
+        check_shape("divergence.behavior", behavior, (*leading, vocabulary), f"{of} and the vocabulary, (…, V)")
     elif divergence is not None:
         check_float(divergence=divergence)
         check_shape("divergence", divergence, leading, of)
@@ -422,8 +425,7 @@ def _top_k_divergences(
         )
         for function in (top_k_tv, top_k_kl)
     )
-    # a factor, so that derivatives are NaN too
-    return Divergences(*(x * jnp.where(broken, jnp.nan, 1.0).astype(x.dtype) for x in both))
+    return Divergences(*(poisoned(x, broken) for x in both))
 
 
 def _repeated(ids: jax.Array) -> jax.Array:

@@ -59,9 +59,11 @@ def linear_policy_loss(
 
     The gradients ∂hidden, ∂weight and ∂bias are formed in the forward pass, one chunk of tokens after the other, with
     three matrix products a chunk. Masked tokens are left out. No gradient is formed for an array that isn't
-    differentiated, such as a frozen head. The three are differentiable in reverse mode, once; the other arrays are
-    constants. Meant to be called under `jit`. Works under `shard_map` over the tokens, which is faster than a sharded
-    batch under `jit`.
+    differentiated, such as a frozen head; the other arrays are constants. First derivatives are in reverse mode. A
+    second derivative, that of the formula −c A r w, is in forward mode over them (`jax.jvp` of `jax.grad`).
+
+    Meant to be called under `jit`. Works under `shard_map` over the tokens, which is faster than a sharded batch under
+    `jit`.
 
     An id outside [0, V) at a valid token, of `tokens` or of a `TopKDivergence`, makes the loss and the gradients of
     that token NaN. It never raises, because JAX does not know the ids while it traces.
@@ -94,7 +96,7 @@ def linear_policy_loss(
     diagnostics
         Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
     chunk_tokens
-        How many tokens' logits exist at once.
+        How many tokens' logits exist at once. An objective of your own is shown the tokens of one chunk.
 
     Returns
     -------
@@ -142,7 +144,7 @@ def linear_policy_loss(
     given = (divergence,) if isinstance(divergence, jax.Array) else ()
     dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     step = _Step(objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
 
     def run(
@@ -153,24 +155,23 @@ def linear_policy_loss(
         divergence: Divergence | None,
         coefficients: jax.Array,
     ) -> tuple[tuple[jax.Array, Diagnostics | None], dict[str, jax.Array]]:
-        rows = batch | {"coefficients": jnp.broadcast_to(coefficients, leading)}
+        rows: dict[str, Any] = batch | {"coefficients": jnp.broadcast_to(coefficients, leading)}
         # of a recorded head, only the hidden states are per token
         behavior_head = None
         if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
             behavior_head = divergence.behavior
             divergence = replace(divergence, behavior=behavior_head.hidden)
-        flat_rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(leading) :]), rows | {"divergence": divergence})
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows["divergence"] = divergence
         loss, statistics, per_token = _with_gradients(
             step,
-            flat,
+            hidden,
             varying_like(hidden, weight),
             None if bias is None else varying_like(hidden, bias),
-            flat_rows.pop("mask"),
-            flat_rows,
+            rows.pop("mask"),
+            rows,
             behavior_head,
         )
-        return (loss, statistics), {name: array.reshape(leading) for name, array in per_token.items()}
+        return (loss, statistics), per_token
 
     constants = jax.lax.stop_gradient((batch, divergence, coefficients))
     (loss, statistics), per_token = in_auto_mode(run, hidden, weight, bias, *constants)
@@ -197,7 +198,8 @@ class _Sums(NamedTuple):
 
     def plus(self, found: PolicyLoss) -> _Sums:
         """With another chunk's."""
-        merged = None if self.diagnostics is None else merge_diagnostics(self.diagnostics, found.diagnostics)  # type: ignore[arg-type]
+        mine, theirs = self.diagnostics, found.diagnostics
+        merged = None if mine is None or theirs is None else merge_diagnostics(mine, theirs)
         return _Sums(self.loss + found.loss, merged)
 
 
@@ -304,7 +306,7 @@ def _with_gradients(
         return (*scaled, None, None, None)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(hidden, weight, bias, mask, rows, behavior_head)  # type: ignore[no-any-return]
+    return run(hidden, weight, bias, mask, rows, behavior_head)
 
 
 def _sweep(
@@ -319,9 +321,9 @@ def _sweep(
 ) -> tuple[tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]], _Gradients]:
     """Take every valid token through `step`, a chunk at a time; the loop ends where the masked tokens begin."""
     dtype = working_dtype(hidden, weight)
-    n, chunk = mask.shape[0], step.chunk
+    n, chunk = mask.size, step.chunk
     padded = -(-n // chunk) * chunk
-    order = jnp.argsort(~mask, stable=True)
+    order = jnp.argsort(~mask.reshape(-1), stable=True)
     order = jnp.concatenate((order, jnp.zeros(padded - n, order.dtype)))
     count = jnp.sum(mask.astype(jnp.int32))
 
@@ -330,20 +332,21 @@ def _sweep(
         return jnp.zeros_like(hidden, dtype=dtype, shape=shape)
 
     measured = {name: zeros((padded,)) for name in ("log_prob", *(("entropy",) if step.entropy else ()))}
-    shapes = ((padded, hidden.shape[1]), weight.shape, (weight.shape[0],))
+    shapes = ((padded, hidden.shape[-1]), weight.shape, (weight.shape[0],))
     gradients = _Gradients(*(zeros(shape) if wanted else None for shape, wanted in zip(shapes, needed, strict=True)))
     carry: _Carry = (step.nothing(hidden, rows["divergence"]), measured, gradients)
 
     def body(i: jax.Array, carry: _Carry) -> _Carry:
         sums, measured, gradients = carry
         start = i * chunk
-        here = jax.lax.dynamic_slice_in_dim(order, start, chunk)
+        # not of flattened arrays, whose masked tokens jax_debug_nans would see
+        here = jnp.unravel_index(jax.lax.dynamic_slice_in_dim(order, start, chunk), mask.shape)
         valid = start + jnp.arange(chunk) < count
 
         def take(array: jax.Array) -> jax.Array:
             # what masked positions hold is replaced before any arithmetic
-            kept = valid.reshape(-1, *(1,) * (array.ndim - 1))
-            return jnp.where(kept, array[here], jnp.zeros((), array.dtype))
+            taken = array[here] if mask.ndim else array[None]
+            return jnp.where(valid.reshape(-1, *(1,) * (taken.ndim - 1)), taken, jnp.zeros((), array.dtype))
 
         h, chunk_rows = take(hidden), jax.tree.map(take, rows)
         head = LinearHead(h, weight, bias, step.logit_softcap)
@@ -363,7 +366,7 @@ def _sweep(
     if n:
         carry = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, body, carry)
     sums, measured, gradients = carry
-    place = jnp.argsort(order[:n])
+    place = jnp.argsort(order[:n]).reshape(mask.shape)
     measured = {name: array[place] for name, array in measured.items()}
     of_hidden = None if gradients.hidden is None else gradients.hidden[place]
     return (*sums, measured), gradients._replace(hidden=of_hidden)

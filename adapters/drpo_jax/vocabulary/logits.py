@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def logits_policy_loss(
     """Policy loss of tokens from logits, differentiable in reverse mode.
 
     ∂L/∂logits(v) = c g (1[v = token] − π(v)) / T with g = ∂L/∂log π = −A r w, and c the token's share in the reduction.
-    Beside that gradient, nothing of the logits' size is kept.
+    Beside that gradient, nothing of the logits' size is kept. A second derivative is that of the formula −c A r w.
 
     An id outside [0, V) at a valid token, of `tokens` or of a `TopKDivergence`, makes the loss and that token's row of
     the gradient NaN. It never raises, because JAX does not know the ids while it traces.
@@ -133,10 +133,10 @@ def logits_policy_loss(
     measured = () if divergence is None or not isinstance(divergence, jax.Array) else (divergence,)
     dtype = working_dtype(logits, behavior_log_prob, advantages, *measured)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)  # type: ignore[arg-type]
+    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
 
     def run(
-        logits: jax.Array, batch: dict[str, jax.Array], divergence: Any, coefficients: jax.Array
+        logits: jax.Array, batch: dict[str, jax.Array], divergence: Divergence | None, coefficients: jax.Array
     ) -> tuple[tuple[jax.Array, Diagnostics | None], tuple[jax.Array, jax.Array | None]]:
         mask, behavior_log_prob = batch["mask"], batch["behavior_log_prob"]
         ids, divergence = keep_valid(mask, (batch["tokens"], divergence))

@@ -21,6 +21,7 @@ __all__ = [
     "normalize",
     "one_hot",
     "outside_vocabulary",
+    "poisoned",
     "select",
     "selected_log_prob",
     "token_log_prob",
@@ -111,7 +112,7 @@ def entropy_of(z: jax.Array, log_normalizer: jax.Array, probability: jax.Array) 
 
 def outside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
     """True where an id is not in [0, vocabulary), whatever its integer type can hold."""
-    limits = jnp.iinfo(ids.dtype)
+    limits = jnp.iinfo(ids.dtype)  # type: ignore[no-untyped-call]
     outside = jnp.zeros_like(ids, dtype=bool)
     if limits.min < 0:
         outside = ids < 0
@@ -143,6 +144,24 @@ def one_hot(ids: jax.Array, like: jax.Array) -> jax.Array:
     return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, like.shape, like.ndim - 1)
 
 
+@jax.custom_vjp
+def poisoned(x: jax.Array, broken: jax.Array) -> jax.Array:
+    """x, with NaN where it is broken: in value, and in the derivative if a cotangent reaches it."""
+    return jnp.where(broken, jnp.nan, x)
+
+
+def _poisoned_forward(x: jax.Array, broken: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return poisoned(x, broken), broken
+
+
+def _poisoned_backward(broken: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    # not a product with NaN, which would turn a cotangent of 0 into NaN
+    return jnp.where(broken & (cotangent != 0.0), jnp.nan, cotangent), None
+
+
+poisoned.defvjp(_poisoned_forward, _poisoned_backward)
+
+
 def masked(rows: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Rows with 0 in those that the mask leaves out, so that nothing they hold enters any arithmetic."""
     return rows if mask is None else jnp.where(mask[..., None], rows, jnp.zeros((), rows.dtype))
@@ -156,7 +175,7 @@ def selected_log_prob(
     mask: jax.Array | None,
 ) -> TokenLogProb:
     """`token_log_prob` of checked arrays; rows that the mask leaves out give that of equal logits and a gradient of 0."""
-    return _token_log_prob(temperature, entropy, logits, tokens, mask)  # type: ignore[no-any-return]
+    return _token_log_prob(temperature, entropy, logits, tokens, mask)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

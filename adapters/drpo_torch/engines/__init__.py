@@ -56,9 +56,7 @@ def run_pass(
     else:
         # each of torch's threads has its own cache
         result = chunked_pass(objective, *batch, chunk=CHUNK * torch.get_num_threads(), **options)
-    statistics = (
-        result.diagnostics if transformed or result.diagnostics is None else separated(result.diagnostics, xp=options["xp"])
-    )
+    statistics = None if result.diagnostics is None else separated(result.diagnostics, xp=options["xp"])
     return PolicyLoss(result.loss, result.gradient.to(gradient_dtype), statistics)
 
 

@@ -33,7 +33,7 @@ STATISTICS = tuple(token_diagnostics(PolicyGradient(), *(torch.zeros(1) for _ in
 
 
 class PolicyLossOutput(_Output):  # type: ignore[misc]
-    """torchrl's entries and, as 0-d tensors without gradient, the statistics of `drpo_core.token_diagnostics` by their names."""
+    """torchrl's entries and, as 0-d tensors without gradient, the statistics of `drpo_core.token_diagnostics` by name."""
 
     __annotations__ = dict.fromkeys(STATISTICS, "torch.Tensor | None")
     vars().update(dict.fromkeys(STATISTICS))
@@ -51,7 +51,7 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
 
     The behaviour policy's log-probs, log μ, are what `tensor_keys.sample_log_prob` names, by default what the collector's
     policy wrote: ``("log_probs", "full")``. A `BehaviorPolicyWarning` says where they are not the sampling policy's. The
-    output has the statistics of `drpo_core.token_diagnostics` as entries of their own, over the tokens of the masking strategy;
+    output has the statistics of `drpo_core.token_diagnostics` as entries, over the tokens of the masking strategy;
     `clip_fraction` is the share of tokens outside the objective's trust region, among those with A ≠ 0.
 
     Parameters

@@ -41,7 +41,7 @@ class PolicyLossMixin(_Trainer):  # type: ignore[misc]
     log-prob that is NaN, which vLLM returns for a token that it can't score, is replaced by the next of these. TRL's own
     importance weights for vLLM are not applied, because the ratio π/μ corrects for that mismatch already.
 
-    Logged beside TRL's own metrics: the statistics of `drpo_core.token_diagnostics` as ``trust_region/<name>``, and under TRL's
+    Logged beside TRL's own metrics: the statistics of `drpo_core.token_diagnostics` as ``trust_region/<name>``, and under its
     names `entropy`, `kl`, ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` and ``clip_ratio/region_mean``, the shares of
     all tokens that diverge outside the objective's trust region with A < 0, A > 0 and either.
 

@@ -31,7 +31,9 @@ LONGEST = max(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
 CLIP = (0.2, 0.28)
 BITING = {"delta": 0.05, "eps": (0.2, 0.28), "max_ratio": 1.1, "DPPO-TV": 0.02, "DPPO-KL": 0.002}
 OBJECTIVES = [
-    family.make(BITING.get(family.name, BITING.get(family.threshold, *family.typical[:1]))) if family.threshold else family.make()
+    family.make(BITING.get(family.name, BITING.get(family.threshold, *family.typical[:1])))
+    if family.threshold
+    else family.make()
     for family in FAMILIES
 ]
 

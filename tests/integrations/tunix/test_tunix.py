@@ -18,7 +18,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from drpo_jax.integrations.tunix import OBJECTIVES, log_diagnostics, register  # noqa: E402
+from drpo_jax.integrations.tunix import log_diagnostics, register  # noqa: E402
 from flax import nnx  # noqa: E402
 from tunix.models.qwen3.model import ModelConfig, Qwen3  # noqa: E402
 from tunix.rl import algo_core, common, function_registry  # noqa: E402
@@ -32,7 +32,8 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import CacheConfig, RolloutConfig  # noqa: E402
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout  # noqa: E402
 
-from drpo_core import DRPO, BehaviorPolicyWarning, PPOClip, diagnostics  # noqa: E402
+from drpo_core import DRPO, BehaviorPolicyWarning, PPOClip, token_diagnostics  # noqa: E402
+from drpo_core.objectives.configured import families_by_name  # noqa: E402
 
 # tunix and what it imports warn of their own deprecations; ours are asserted
 pytestmark = pytest.mark.filterwarnings("ignore", "error::drpo_core.BehaviorPolicyWarning")
@@ -247,11 +248,37 @@ def test_thresholds_are_read_or_bound() -> None:
     np.testing.assert_array_equal(bound[2], read[2])
     ends = [evaluate("drpo", example(), config_of(epsilon=eps))[2] for eps in (0.02, 0.05)]
     assert np.abs(ends[0] - ends[1]).max() > 1e-4
-    assert OBJECTIVES["drpo_core_ppo_clip"](config_of(epsilon=0.1, epsilon_c=3.0)) == PPOClip(
-        eps_low=0.1, eps_high=0.1, dual_clip=3.0
-    )
-    dapo = DAPOConfig(epsilon=0.2, epsilon_high=0.28)
-    assert OBJECTIVES["drpo_core_ppo_clip"](dapo) == PPOClip(eps_low=0.2, eps_high=0.28)
+    capped = config_of(epsilon=0.1, epsilon_c=1.5, beta=0.0)
+    dapo = config_of(make=DAPOConfig, epsilon=0.2, epsilon_high=0.28)
+    for config, objective in [
+        (capped, PPOClip(eps_low=0.1, eps_high=0.1, dual_clip=1.5)),
+        (dapo, PPOClip(eps_low=0.2, eps_high=0.28)),
+    ]:
+        register("bound", lambda _, objective=objective: objective)
+        of_both = [evaluate(name, example(), config)[2] for name in ("drpo_core_ppo_clip", "bound")]
+        np.testing.assert_array_equal(*of_both)
+
+
+class Own:
+    """An objective of a user: −A r, without its gradient for converging tokens."""
+
+    def loss(self, tokens: Any) -> Any:
+        """−A r."""
+        return -tokens.advantages * tokens.ratio
+
+    def weight(self, tokens: Any) -> Any:
+        """1 where the token diverges."""
+        return tokens.indicator(tokens.along_advantage(tokens.ratio_minus_one) > 0.0)
+
+
+def test_any_objective() -> None:
+    register("own", Own())
+    config = config_of(beta=0.0)
+    loss, aux, gradient = evaluate("own", example(), config)
+    surrogate = evaluate("drpo_core_pg_is", example(), config)
+    assert loss == pytest.approx(surrogate[0], rel=1e-6)
+    assert np.abs(gradient - surrogate[2]).max() > 1e-3
+    assert float(aux["trust_region/outside_fraction"].total) == 0.0
 
 
 def test_warns_of_an_anchor_that_is_not_mu() -> None:
@@ -368,7 +395,7 @@ def test_a_run_with_ppo_clip_is_a_run_with_tunix_own_loss(loss_algo: str) -> Non
 
 def test_trains_with_every_objective_and_no_two_alike() -> None:
     ends = {}
-    for name in OBJECTIVES:
+    for name in families_by_name():
         made = learner(policy_loss_fn=name)
         log_diagnostics(made)
         weights, logged = train(made)
@@ -402,7 +429,7 @@ def test_diagnostics_do_not_depend_on_the_micro_batch() -> None:
     log_diagnostics(made)
     logged = made.rl_cluster.actor_trainer.rl_metrics_to_log
     names = [name for name in logged if name.startswith("trust_region/")]
-    assert {name.removeprefix("trust_region/") for name in names} == set(diagnostics(DRPO(delta=0.1), *3 * [np.zeros(1)]))
+    assert {name.removeprefix("trust_region/") for name in names} == set(token_diagnostics(DRPO(delta=0.1), *3 * [np.zeros(1)]))
     for name in names:
         assert logged[name]([part[name] for part in auxes]) == pytest.approx(logged[name]([aux[name]]), rel=1e-5), name
     mean_of_means = np.mean([part["trust_region/ratio_mean"].value for part in auxes])

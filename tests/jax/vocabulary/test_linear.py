@@ -225,6 +225,37 @@ def test_vmap_and_cotangents():
         np.testing.assert_allclose(found[i], expected, rtol=1e-10, atol=1e-13)
 
 
+def test_a_second_derivative_in_forward_mode_is_that_of_the_formula():
+    parameters, batch = make()
+    rng = np.random.default_rng(2)
+    direction = {name: jnp.asarray(rng.normal(size=a.shape)) for name, a in parameters.items()}
+    found, expected = (
+        jax.jit(lambda p, f=f: jax.jvp(jax.grad(f), (p,), (direction,))[1])(parameters)
+        for f in (ours(DRPO(delta=0.15), batch), lambda p: plain(DRPO(delta=0.15), p, batch))
+    )
+    agree(found, expected)
+
+
+def test_a_second_derivative_in_reverse_mode_is_refused():
+    parameters, batch = make()
+    gradient = jax.grad(ours(DRPO(delta=0.15), batch))
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.jit(jax.grad(lambda p: gradient(p)["weight"].sum()))(parameters)
+
+
+def test_float16_holds_the_gradient_of_a_share_of_a_million_tokens():
+    """With the loss scaled, as it has to be in float16; what is within a chunk is scaled by the function itself."""
+    parameters, batch = make((64,), dtype=jnp.float16)
+    batch = {name: a.astype(jnp.float32) if a.dtype == jnp.float64 else a for name, a in batch.items()}
+    options = {"normalizer": 1e6, "chunk_tokens": 16}
+    found = jax.grad(lambda p: 1e6 * ours(DRPO(delta=0.15), batch, **options)(p))(parameters)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float64), parameters)
+    expected = jax.grad(lambda p: 1e6 * plain(DRPO(delta=0.15), p, batch, normalizer=1e6))(exact)
+    for name in PARAMETERS:
+        scale = float(jnp.abs(expected[name]).max())
+        np.testing.assert_allclose(found[name].astype(jnp.float64), expected[name], rtol=0.0, atol=2e-3 * scale)
+
+
 def compiled(n, vocabulary, chunk):
     shapes = {"hidden": (n, 64), "weight": (vocabulary, 64)}
     parameters = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -257,13 +288,17 @@ def test_memory_does_not_grow_with_the_tokens():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected 1 or more, got 0"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected a finite number, 1 or more, got 0"),
         ({"logit_softcap": -1.0}, ValueError, "logit_softcap: expected a finite number greater than 0, got -1.0"),
-        ({"weight": jnp.zeros((V, H + 1))}, ValueError, r"weight: expected shape \(13, 5\), got \(13, 6\)"),
-        ({"bias": jnp.zeros(V - 1)}, ValueError, r"bias: expected shape \(13,\), got \(12,\)"),
+        (
+            {"weight": jnp.zeros((V, H + 1))},
+            ValueError,
+            r"weight: expected the shape of the vocabulary and hidden, \(V, H\), \(13, 5\), got \(13, 6\)",
+        ),
+        ({"bias": jnp.zeros(V - 1)}, ValueError, r"bias: expected the shape of the vocabulary, \(V,\), \(13,\), got \(12,\)"),
         ({"mask": jnp.ones((4, 6))}, TypeError, "mask: expected a bool dtype"),
         ({"hidden": np.zeros((4, 6, H))}, TypeError, "hidden: expected a jax.Array, got ndarray"),
-        ({"reduction": lambda *_, **__: 0.0}, TypeError, "reduction: expected one of drpo_core's"),
+        ({"reduction": lambda *_, **__: 0.0}, TypeError, "reduction: expected token_mean, .* or a linear_reduction"),
     ],
 )
 def test_errors(change, error, message):
@@ -304,21 +339,20 @@ def same(found, expected):
 
 step = jax.jit(jax.value_and_grad(loss, (0, 1)))
 expected = step(weight, *rows, count)
-mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 specs = (P(), *[P("data")] * 5, P())
-
-summed = jax.shard_map(lambda *a: jax.lax.psum(loss(*a), "data"), mesh=mesh, in_specs=specs, out_specs=P())
-same(jax.jit(jax.value_and_grad(summed, (0, 1)))(weight, *rows, count), expected)
 
 def inside(*arguments):
     part, gradients = jax.value_and_grad(loss, (0, 1))(*arguments)
     return jax.lax.psum(part, "data"), gradients
 
-out = (P(), (P(), P("data")))
-same(jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=out))(weight, *rows, count), expected)
-
-placed = [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a, spec in zip((weight, *rows, count), specs)]
-same(step(*placed), expected)
+for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    placed = [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a, spec in zip((weight, *rows, count), specs)]
+    summed = jax.shard_map(lambda *a: jax.lax.psum(loss(*a), "data"), mesh=mesh, in_specs=specs, out_specs=P())
+    same(jax.jit(jax.value_and_grad(summed, (0, 1)))(*placed), expected)
+    out = (P(), (P(), P("data")))
+    same(jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=out))(*placed), expected)
+    same(step(*placed), expected)
 """
 
 

@@ -809,7 +809,7 @@ def test_an_unknown_engine_is_refused(name):
             call_with(name, engine=engine)
 
 
-@pytest.mark.parametrize("objective", [DRPO, None, object()], ids=str)
+@pytest.mark.parametrize("objective", [DRPO, None, object()], ids=["a class", "None", "an object"])
 @pytest.mark.parametrize("function", [logits_policy_loss, linear_policy_loss], ids=lambda f: f.__name__)
 def test_an_objective_that_is_none_is_refused(function, objective):
     tensors = FUNCTIONS[function.__name__].tensors()
