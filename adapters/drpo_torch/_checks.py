@@ -77,6 +77,11 @@ def check_ids(name: str, ids: torch.Tensor, vocabulary: int, *, valid: torch.Ten
     """
     if torch.compiler.is_compiling() or ids.device.type != "cpu" or type(ids) is not torch.Tensor or is_transformed(ids):
         return
+    if ids.numel() == 0:
+        return
+    low, high = ids.to(torch.int64).aminmax()
+    if low >= 0 and high < vocabulary:
+        return
     wrong = (ids < 0) | (ids >= vocabulary)
     if valid is not None:
         wrong &= valid if wrong.ndim == valid.ndim else valid[..., None]

@@ -53,7 +53,7 @@ def refuse_second_derivative() -> None:
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether a transform of torch.func, or torch.autograd.grad(is_grads_batched=True), looks through the tensor."""
+    """True if a transform of torch.func, or torch.autograd.grad(is_grads_batched=True), looks through the tensor."""
     # there is no public test for either
     functorch = torch._C._functorch  # noqa: SLF001
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
 
-# of logits of a recorded head at a time
+# how much memory the logits of a recorded head may take at a time
 _HEAD_BYTES = 64 << 20
 
 
@@ -58,7 +58,7 @@ class VocabularyLoss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arguments:
-    """What the losses at vocabulary scale are told of the tokens, and what they are asked for."""
+    """Arguments that the losses from logits and from the LM head have in common, as the caller gave them."""
 
     objective: Objective
     tokens: torch.Tensor
@@ -87,7 +87,8 @@ class Arguments:
         check_ids("tokens", self.tokens, vocabulary, valid=self.mask)
         divergence: object = self.divergence
         if isinstance(divergence, torch.Tensor):
-            check_shape("divergence", check_tensor("divergence", divergence, beside=beside), leading, "the tokens")
+            check_untransformed("divergence", check_tensor("divergence", divergence, beside=beside))
+            check_shape("divergence", divergence, leading, "the tokens")
         elif isinstance(divergence, TopKDivergence):
             ids = check_tensor("divergence.ids", divergence.ids, "integral", beside=beside)
             check_shape("divergence.ids", ids, (*leading, *ids.shape[-1:]), "the tokens and K")
@@ -100,7 +101,7 @@ class Arguments:
             raise TypeError(msg)
 
     def matrices(self) -> dict[str, torch.Tensor]:
-        """Recorded logits that row kernels are to read, by the name of their argument; of products, an empty stand-in."""
+        """Recorded logits that row kernels read, by the argument's name; for those of a `LinearHead`, an empty stand-in."""
         if not isinstance(self.divergence, FullDivergence):
             return {}
         behavior = self.divergence.behavior
@@ -124,7 +125,7 @@ class Arguments:
 
 
 class Found(NamedTuple):
-    """What is known of a chunk of tokens from their logits: log-probs of `TokenBatch.columns`, and what was measured."""
+    """A chunk of tokens as their logits show them: log-probs of `columns`, entropy, and the full divergence if measured."""
 
     rows: Places
     columns: torch.Tensor
@@ -258,7 +259,7 @@ class TokenBatch:
 
 
 def looks_at_one_token(objective: Objective) -> bool:
-    """Whether tokens may come to the objective in chunks: its methods have been seen to do nothing across tokens."""
+    """True if the objective may get the tokens in chunks: a trace of its methods shows no operation across tokens."""
     if is_known(objective):
         return True
     trace = Trace()

@@ -309,12 +309,13 @@ def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.T
 
 
 def _repeated(ids: torch.Tensor) -> torch.Tensor | None:
-    """Whether each id is equal to another that comes before it on the last axis; None if it is known that none is."""
+    """True at ids that equal an earlier one on the last axis; None if there is known to be no such id."""
     if ids.shape[-1] < 2:
         return None
     if not torch.compiler.is_compiling() and has_memory(ids) and ids.device.type == "cpu":
         # on the CPU it costs less to look, and NumPy sorts in a fraction of torch's time
-        ordered = np.sort(ids.numpy().astype(np.int32), axis=-1)
+        ordered = ids.numpy().astype(np.int32)
+        ordered.sort(axis=-1)
         if not (ordered[..., 1:] == ordered[..., :-1]).any():
             return None
     none = torch.zeros_like(ids, dtype=torch.bool)

@@ -50,7 +50,7 @@ def row_kernels(
 
 
 def _hindrance(name: str, matrix: torch.Tensor) -> str | None:
-    """Why the loops can't take a matrix, or None."""
+    """The reason why the loops can't take a matrix; None if they can."""
     if matrix.device.type != "cpu":
         return f"takes tensors on the CPU, got {name} on {matrix.device}"
     if matrix.dtype not in _COMPILED_FOR:

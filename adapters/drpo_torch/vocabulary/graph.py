@@ -1,4 +1,4 @@
-"""What functions whose work depends on values, such as those of a mask, do around torch's graphs."""
+"""Guards around torch's graphs, for functions whose work depends on values such as those of a mask."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def gradient_like(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def may_be_overwritten(matrix: torch.Tensor) -> bool:
-    """Whether each element of a matrix (rows, columns) has memory of its own, unlike those of an expanded one."""
+    """True if each element of a matrix has memory of its own; those of an expanded one share it."""
     (rows, columns), (down, right) = matrix.shape, matrix.stride()
     if rows == 1:
         return columns == 1 or right > 0

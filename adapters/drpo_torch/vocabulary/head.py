@@ -31,7 +31,7 @@ class HeadInputs(NamedTuple):
     bias: torch.Tensor | None
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Those there are, with their names."""
+        """The tensors that are not None, with their names."""
         return ((name, tensor) for name, tensor in zip(self._fields, self, strict=True) if tensor is not None)
 
 

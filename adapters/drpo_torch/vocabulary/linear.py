@@ -194,7 +194,7 @@ def linear_policy_loss(
 
 
 class _Kept(NamedTuple):
-    """What the gradient of a chunk needs of its forward pass: statistics of each part of the vocabulary, and its share."""
+    """A chunk's results that its gradient needs: for each part of the vocabulary, statistics and share of the probability."""
 
     rows: Places
     sampled: torch.Tensor
@@ -250,7 +250,7 @@ class _Sweep:
         self.head.finish()
 
     def _forward(self, rows: Places) -> tuple[Found, _Kept]:
-        """What is known of a chunk of tokens from its logits, for the objective and for the gradient."""
+        """Take a chunk through its logits: results for the objective, and results for the gradient."""
         batch, every, statistics = self.batch, self.every[: len(rows)], []
         hidden, columns, full = self.head.rows(rows), batch.columns(rows), None
         picked = torch.zeros(columns.shape, dtype=batch.row_dtype, device=hidden.device)

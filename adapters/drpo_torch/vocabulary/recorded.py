@@ -1,4 +1,4 @@
-"""What a rollout has recorded of the behaviour policy μ: log-probs of K tokens, those of all, or its head."""
+"""Records of the behaviour policy μ beside the sampled token: log-probs of K tokens, those of all, or its head."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class FullDivergence:
 
     @property
     def tempering(self) -> Tempering:
-        """From what is recorded to the logits of μ."""
+        """The step from the recorded logits to those of μ."""
         cap = self.behavior.logit_softcap if isinstance(self.behavior, LinearHead) else None
         return Tempering(self.temperature, cap)
 
@@ -191,7 +191,7 @@ def product_dtype(hidden: torch.Tensor, weight: torch.Tensor, name: str = "") ->
 
 
 def products_like(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """No rows of logits, of the dtype and on the device that products with these hidden states will be."""
+    """An empty stand-in for logits, with the dtype and device that products with these hidden states will have."""
     return torch.empty((0, 1), dtype=dtype, device=hidden.device)
 
 

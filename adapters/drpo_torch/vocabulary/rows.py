@@ -125,7 +125,7 @@ class _Kernels(NamedTuple):
 
 
 class _Tools(NamedTuple):
-    """What the loops are made of, for one dtype of the arithmetic."""
+    """Functions that the loops share, for one dtype of the arithmetic."""
 
     dtype: np.dtype[Any]
     of_ordered: Callable[..., Any]
@@ -173,7 +173,7 @@ def _tools(working: torch.dtype) -> _Tools:
 
     @_jit
     def squash(x: Any, cap: Any) -> None:
-        """From z to cap·tanh(z/cap), in place; tanh u = −e/(e + 2) with e = expm1(−2u), u ≥ 0."""
+        """Replace z by cap·tanh(z/cap); tanh u = −e/(e + 2) with e = expm1(−2u), u ≥ 0."""
         wide_vectors()
         for i in range(x.size):
             u = x[i] / cap
@@ -348,7 +348,7 @@ def _divergence_steps(dtype: np.dtype[Any]) -> tuple[Callable[..., Any], ...]:
 
     @_jit
     def exponentiate(y: Any, x: Any, m: Any) -> Any:
-        """From y and x to e^(y − m) and x − y, in place; Σ e^(y − m) and Σ e^(y − m) (x − y)."""
+        """Replace y and x by e^(y − m) and x − y; returns Σ e^(y − m) and Σ e^(y − m) (x − y)."""
         wide_vectors()
         total, weighted = zero, zero
         for i in range(y.size):
@@ -360,7 +360,7 @@ def _divergence_steps(dtype: np.dtype[Any]) -> tuple[Callable[..., Any], ...]:
 
     @_jit
     def compare(q: Any, d: Any, center: Any) -> Any:
-        """From d to q (e^(d − center) − 1), in place; Σ q φ(d − center), and the largest d as an integer."""
+        """Replace d by q (e^(d − center) − 1); returns Σ q φ(d − center), and the largest d as an integer."""
         wide_vectors()
         total, most = zero, integer(lowest)
         for i in range(q.size):
@@ -384,7 +384,7 @@ def _divergence_steps(dtype: np.dtype[Any]) -> tuple[Callable[..., Any], ...]:
 
 
 def _tempered(tools: _Tools, load: Callable[..., None]) -> Callable[..., None]:
-    """From stored logits z to x = cap·tanh(z/cap) / T, in a buffer."""
+    """Load stored logits z as x = cap·tanh(z/cap) / T."""
     number, squash = tools.dtype.type, tools.squash
     zero, one = number(0), number(1)
 

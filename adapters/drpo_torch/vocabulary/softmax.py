@@ -37,7 +37,7 @@ _CPU_BYTES_PER_THREAD, _DEVICE_BYTES = 5 << 18, 64 << 20
 
 
 class Tempering(NamedTuple):
-    """From what a head gives, z, to the policy's logits x = cap·tanh(z/cap) / T."""
+    """The step from the head's output z to the policy's logits, x = cap·tanh(z/cap) / T."""
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -116,7 +116,7 @@ class Places:
         return cls(condition.nonzero()[:, 0])
 
     def __len__(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return len(self.on_host)
 
     def __getitem__(self, step: slice) -> Places:
@@ -127,7 +127,7 @@ class Places:
 
     @property
     def key(self) -> slice | torch.Tensor:
-        """What selects these rows of an array."""
+        """The index that selects these rows of an array."""
         if len(self) == 0:
             return slice(0, 0)
         first, last = int(self.on_host[0]), int(self.on_host[-1])
@@ -164,13 +164,13 @@ class Workspace:
 
 
 class RowKernels(Protocol):
-    """What the functions at vocabulary scale are made of: statistics of softmaxes of rows, and gradients through them.
+    """Statistics of softmaxes of rows, and gradients through them: all the work that grows with the vocabulary.
 
     `places` says which rows of the logits z (…, V), and of `out` or `keep`. Everything else has one entry a row of these.
     """
 
     keeps: bool
-    """Whether `statistics` can leave the softmax itself in `keep`, for `gradients` to start from."""
+    """True if `statistics` can leave the softmax itself in `keep`, for `gradients` to start from."""
 
     def statistics(
         self, z: torch.Tensor, places: Places, *, entropy: bool = False, keep: torch.Tensor | None = None

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from vocabulary_batches import small_steps
 from vocabulary_functions import FLOATS, FUNCTIONS, H, V, every_tensor, scalar_of
 
+import drpo_core.loss
 from drpo_core import DPPO, DRPO, PolicyGradient
 
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -588,11 +589,11 @@ class Centred:
         return tokens.advantages - tokens.xp.mean(tokens.advantages)
 
     def loss(self, tokens):
-        """Of an objective."""
+        """Per-token loss."""
         return -self._centred(tokens) * tokens.ratio
 
     def weight(self, tokens):
-        """Of an objective."""
+        """Gradient weight."""
         return self._centred(tokens) / tokens.advantages
 
 
@@ -828,3 +829,32 @@ def test_an_id_that_is_recorded_twice_counts_once():
     }
     for ours, theirs in zip(top_k_divergences(**tensors | twice), once, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Sharded(torch.Tensor):
+    """As a DTensor looks."""
+
+    def full_tensor(self):
+        """The whole tensor, gathered."""
+        return torch.Tensor(self)
+
+
+def test_a_sharded_head_is_told_how_to_gather():
+    weight = FUNCTIONS["linear_policy_loss"].tensors()["weight"].as_subclass(Sharded)
+    with pytest.raises(
+        TypeError, match=r"^weight: expected a plain tensor, got a Sharded; gather it with weight\.full_tensor\(\)"
+    ):
+        call_with("linear_policy_loss", weight=weight)
+
+
+@each_function
+def test_without_numba(name, monkeypatch):
+    if FUNCTIONS[name].engines == ("arrays",):
+        pytest.skip("it has one engine")
+    monkeypatch.setattr(drpo_core.loss, "_has_numba", lambda: False)
+    monkeypatch.setattr(drpo_core.loss, "_say_once_how_to_compile", lambda: None)
+    function = FUNCTIONS[name]
+    expected, actual = (function.gradients(function.tensors(), engine=engine) for engine in ("arrays", "auto"))
+    assert torch.equal(actual[0], expected[0])
+    with pytest.raises(ImportError, match=r"engine: 'compiled' needs numba: pip install 'drpo-core\[compiled\]'"):
+        function.gradients(function.tensors(), engine="compiled")
