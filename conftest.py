@@ -22,8 +22,6 @@ collect_ignore_glob = [
     "docs/_ext/*.py",
     "docs/conf.py",
     "studies/study/*.py",
-    # a report, `python -m contract`, until no cell of it is open
-    "tests/contract/*.py",
 ]
 
 PYTHON = CodeBlockParser("python", PythonEvaluator())

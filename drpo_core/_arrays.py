@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Array", "Bool", "Float", "Int", "Namespace", "Spread", "undivided"]
+__all__ = ["Array", "Bool", "Float", "Int", "Namespace", "Spread", "in_one_piece"]
 
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
@@ -28,12 +28,14 @@ else:
     Bool = Float = Int = _Unchecked
 
 
-def undivided(array: Array, *, xp: Namespace) -> Array:
-    """The array with all its elements on every device, to be sorted or indexed.
+def in_one_piece(array: Array, *, xp: Namespace) -> Array:
+    """The array with all its elements on every device, side by side, to be sorted or indexed.
 
-    JAX refuses both along an axis that is divided over an Explicit mesh axis, the default of `jax.make_mesh`. An array
-    of any other library or layout is returned as it is.
+    JAX refuses both along an axis that is divided over an Explicit mesh axis, the default of `jax.make_mesh`; torch warns
+    of copies where strides are not those of a contiguous tensor. Any other array is returned as it is.
     """
+    if hasattr(array, "contiguous"):
+        return array.contiguous()
     sharding: Any = getattr(getattr(array, "aval", None), "sharding", None)
     spec: Any = getattr(sharding, "spec", None)
     if spec is None or not any(spec):

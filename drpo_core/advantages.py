@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from array_api_compat import is_numpy_namespace
 
-from drpo_core._arrays import undivided
+from drpo_core._arrays import in_one_piece
 from drpo_core._checks import check_arrays, check_dtype, check_number, check_segment_ids, check_shape, compute_dtype
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def _over_ids(group_ids: Array, xp: Namespace) -> Callable[..., Array]:
     Along sorted ids, each step combines an element with the one 1, 2, 4 … places before it, if that is of its group. The
     last element of a group then has combined all of it, in the order of a pairwise sum.
     """
-    group_ids = undivided(group_ids, xp=xp)
+    group_ids = in_one_piece(group_ids, xp=xp)
     order = xp.argsort(group_ids, stable=True)
     ordered = xp.take(group_ids, order)
     last = xp.searchsorted(ordered, group_ids, side="right") - 1
 
     def over_ids(x: Array, reduce: Callable[..., Array], combine: Callable[..., Array]) -> Array:  # noqa: ARG001
-        x, distance = xp.take(undivided(x, xp=xp), order), 1
+        x, distance = xp.take(in_one_piece(x, xp=xp), order), 1
         while distance < x.shape[0]:
             combined = combine(x[distance:], x[:-distance])
             x = xp.concat((x[:distance], xp.where(ordered[distance:] == ordered[:-distance], combined, x[distance:])))
@@ -189,8 +189,8 @@ def expand_advantages(
             return xp.astype(mask, advantages.dtype)
         if count == 0:
             advantages = xp.full_like(mask, xp.nan, dtype=advantages.dtype)[:1]
-        indices = undivided(xp.where(mask & ~wrong, segment_ids, 0), xp=xp)
-        chosen = xp.take(undivided(advantages, xp=xp), indices, axis=0)
+        indices = in_one_piece(xp.where(mask & ~wrong, segment_ids, 0), xp=xp)
+        chosen = xp.take(in_one_piece(advantages, xp=xp), indices, axis=0)
         return xp.where(mask, xp.where(wrong, xp.nan, chosen), 0.0)
     if mask.ndim != 2 or mask.shape[0] != advantages.shape[0]:
         msg = f"mask: expected ({advantages.shape[0]}, tokens), one row per advantage, got {tuple(mask.shape)}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from drpo_core._arrays import undivided
+from drpo_core._arrays import in_one_piece
 from drpo_core._checks import (
     check_arrays,
     check_dtype,
@@ -493,6 +493,9 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     """Number of valid tokens of each token's own sequence, and number of sequences that have a valid token."""
     if segment_ids is not None:
         check_segment_ids(segment_ids, mask, xp=xp)
+    elif mask.ndim == 0:
+        msg = "mask: expected at least one axis, the tokens of a sequence, got a 0-d array"
+        raise ValueError(msg)
     if segment_ids is None:
         length = xp.sum(xp.astype(mask, xp.int32), axis=-1, keepdims=True)
         return xp.astype(length, dtype), count_true(length > 0, dtype, xp=xp)
@@ -501,7 +504,7 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     n = segment_ids.shape[0]
     if n == 0:
         return xp.astype(mask, dtype), count_true(mask, dtype, xp=xp)
-    segment_ids, mask = undivided(segment_ids, xp=xp), undivided(mask, xp=xp)
+    segment_ids, mask = in_one_piece(segment_ids, xp=xp), in_one_piece(mask, xp=xp)
     place = xp.searchsorted(xp.sort(segment_ids), segment_ids, side="left")
     valid = xp.sort(xp.where(mask, place, n))
     length = xp.searchsorted(valid, place, side="right") - xp.searchsorted(valid, place, side="left")

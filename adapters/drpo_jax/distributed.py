@@ -182,5 +182,8 @@ def _whole(shard: jax.Array, axis_name: str | None) -> jax.Array:
     """The array that is divided along its last axis; without an axis name, the array itself."""
     if axis_name is None:
         return shard
+    if not shard.ndim:
+        msg = "mask: expected (…, tokens), a shard of each sequence, got a 0-d array"
+        raise ValueError(msg)
     whole: jax.Array = jax.lax.all_gather(shard, axis_name, axis=shard.ndim - 1, tiled=True)
     return whole

@@ -136,7 +136,7 @@ def global_coefficients(
     coefficients = reduction_coefficients(reduction, whole, dtype=dtype, normalizer=normalizer, segment_ids=segments, xp=xp)
     start = dist.get_rank(shard_group) * mask.shape[-1]
     shard: torch.Tensor = coefficients.expand(whole.shape).narrow(-1, start, mask.shape[-1])
-    return shard
+    return shard.contiguous()
 
 
 def all_reduce_diagnostics(diagnostics: Diagnostics | None, *, group: dist.ProcessGroup | None = None) -> Diagnostics | None:
@@ -182,6 +182,9 @@ def _whole(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
     """The array of which the group's ranks hold equal parts along the last axis; without a group, the array itself."""
     if group is None:
         return shard
+    if not shard.ndim:
+        msg = "mask: expected (…, tokens), a shard of each sequence, got a 0-d tensor"
+        raise ValueError(msg)
     # gloo knows no bool
     mine = shard.to(torch.uint8).contiguous() if shard.dtype == torch.bool else shard.contiguous()
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

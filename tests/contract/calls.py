@@ -51,10 +51,16 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
     storage = cell.get("storage", Storage.CONTIGUOUS)
 
     def array(name: str, dtype: DType = DType.FLOAT32) -> Any:
-        return make(numbers[row.world.get(name, name)], dtype, library, storage)
+        # all words of an expanded head would be the same
+        head = name.removeprefix("behavior_") in {"weight", "bias"} and storage is Storage.EXPANDED
+        return make(numbers[row.world.get(name, name)], dtype, library, Storage.SLICED if head else storage)
 
     given = [name for name in parameters_of(subject) if cell[name] is not Given.ABSENT and cell[name] is not Number.ABSENT]
     arrays = {name: array(name, cell[name]) for name in given if name in ARRAYS and isinstance(cell[name], DType)}
+    if "log_normalizer" in arrays:
+        temperature = 1.0 if cell["temperature"] is Number.ABSENT else GOOD["temperature"]
+        numbers["log_normalizer"] = torch.tensor(exact(arrays["logits"]) / temperature).logsumexp(-1).numpy()
+        arrays["log_normalizer"] = array("log_normalizer", cell["log_normalizer"])
     options: dict[str, Any] = {name: cell[name] for name in given if name in FLAGS}
     known = dict(options)
     inner: dict[str, Any] = {}

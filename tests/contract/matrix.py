@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import zlib
 from collections import Counter
@@ -20,7 +21,7 @@ SEED = int(os.environ.get("CONTRACT_SEED", "0"))
 MORE = float(os.environ.get("CONTRACT_CELLS", "1"))
 """Times as many cells drawn from the full product: a nightly run draws more of them, of another seed."""
 
-DRAWN, DRAWN_REFUSED, DRAWN_SLOW = 20, 6, 2
+DRAWN, DRAWN_REFUSED = 20, 6
 
 SLOW = "compiled for every cell: every choice a few times instead of every pair of choices"
 
@@ -56,8 +57,7 @@ def matrix_of(subject: str) -> Matrix:
     drawn = int(DRAWN * MORE) if fast else 0
     found = pairs.cells + cells.sample(fast or every, not_a_result, drawn, seed=seed)
     if slow is not None:
-        times = int(DRAWN_SLOW * MORE) if not fast else 1 + (Library.JAX in slow["library"])
-        for i in range(times):
+        for i in range(math.ceil(MORE)):
             found += cells.covering(slow, not_a_result, strength=1, seed=seed + i).cells
     for predicate, refusal in REFUSED:
 

@@ -22,6 +22,9 @@ UNDERFLOW = 1e-18
 SIZE = " (size)"
 """What the path of an output ends with that is no output, but the size its rounding errors are relative to."""
 
+UNDECIDED = " (undecided)"
+"""What the path of an output ends with that is no output, but says which of its elements rounding decides."""
+
 LINEAR_DIVISOR = 5.0
 """What the linear function of these tests divides a sum by."""
 ROUNDING = 2.0**-25
@@ -103,7 +106,9 @@ def _outcomes(
 
     def appended(top: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
         logs = torch.cat((top, torch.where(among, -torch.inf, sampled)[..., None]), -1)
-        rest = (1.0 - logs.exp().sum(-1)).clamp(min=0.0)
+        largest, where = logs.max(-1, keepdim=True)
+        others = logs.scatter(-1, where, -torch.inf).exp().sum(-1)
+        rest = (-torch.expm1(largest[..., 0]) - others).clamp(min=0.0)
         return logs, torch.cat((logs.exp(), rest[..., None]), -1)
 
     (x, p), (b, q) = appended(top_x, log_prob), appended(top_b, behavior_log_prob)
@@ -134,9 +139,25 @@ def top_k_kl(
 ) -> Outputs:
     p, q, x, b = _outcomes(log_prob, behavior_log_prob, top_k_log_prob, top_k_behavior_log_prob, sampled_in_top_k)
     known = _xlogy(q[..., :-1], log_ratio(b, x)[""]).sum(-1)
-    counts = q[..., -1] > 0.0
-    rest_q, rest_p = (torch.where(counts, every[..., -1], 1.0) for every in (q, p))
-    return {"": known + torch.where(counts, rest_q * (rest_q.log() - rest_p.log()), 0.0)}
+    # the rest's mass is known to the rounding of the others': within it, μ's is nothing and π's is that rounding
+    rounding = _rounding_of_rest(b)
+    counts = q[..., -1] > rounding
+    rest_q = torch.where(counts, q[..., -1], 1.0)
+    rest_p = torch.where(counts, torch.maximum(p[..., -1], _rounding_of_rest(x)), 1.0)
+    kl = known + torch.where(counts, rest_q * (rest_q.log() - rest_p.log()), 0.0)
+    # and what one policy gained from the other there, to the rounding of what the others gained
+    gained = _epsilon(b) * b.shape[-1] * (p - q).abs().sum(-1)
+    return {"": kl, UNDECIDED: (q[..., -1] > 0.0) & (q[..., -1] < 4.0 * torch.maximum(rounding, gained))}
+
+
+def _rounding_of_rest(logs: Tensor) -> Tensor:
+    """Of 1 − Σ p."""
+    return logs.shape[-1] * _epsilon(logs) * -torch.expm1(logs.max(-1).values)
+
+
+def _epsilon(numbers: Tensor) -> float:
+    """Of float32, if the numbers are of no more digits, else of float64."""
+    return 2.0**-23 if bool((numbers == numbers.float().double()).all()) else 2.0**-52
 
 
 def sampled_in_top_k(tokens: Tensor, top_k_ids: Tensor, **_: Any) -> Outputs:
@@ -463,7 +484,8 @@ def top_k_divergences(
     x = logits / temperature - log_normalizer[..., None]
     arrays = (_picked(x, tokens[..., None])[..., 0], behavior_log_prob, _picked(x, top_k_ids), top_k_behavior_log_prob)
     among = sampled_in_top_k(tokens, top_k_ids)[""]
-    return {"tv": top_k_tv(*arrays, among)[""], "kl": top_k_kl(*arrays, among)[""]}
+    kl = top_k_kl(*arrays, among)
+    return {"tv": top_k_tv(*arrays, among)[""]} | {f"kl{path}": of for path, of in kl.items()}
 
 
 def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

@@ -99,12 +99,16 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "linear reductions are the adapters' losses' own",
     ),
     (
-        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] is Use.CHECKPOINT,
-        "a checkpoint computes from the logits again, which overwrite_logits excludes",
-    ),
-    (
         lambda s, c: c["library"] is Library.JAX and c["shape"] not in _traced_shapes(s, c),
         "JAX compiles every operation for every shape: a few stand for all",
+    ),
+    (
+        lambda _, c: c["use"] is Use.COMPILE and axes.Number.SCALAR in c.values(),
+        "Dynamo traces a NumPy scalar as an array",
+    ),
+    (
+        lambda s, c: c["use"] is Use.COMPILE and any(refusal.always for refusal in refusals(s, c)),
+        "Dynamo raises an error of its own for every error",
     ),
     (
         lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
@@ -129,12 +133,20 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "what JAX traces does not depend on values",
     ),
     (
-        lambda s, c: c["use"] is Use.JVP and is_vocabulary(s) and not _named(s, "full_divergences", "top_k_divergences"),
+        lambda s, c: c["use"] is Use.JVP and is_vocabulary(s) and not _named(s, "full_divergences"),
         "documented as reverse mode only",
     ),
     (
         lambda _, c: c["shape"] is Shape.LARGE and c["regime"] is not Regime.TYPICAL,
         "a large batch is a small one repeated: where the policies are is tested on the small one",
+    ),
+    (
+        lambda _, c: c["shape"] is Shape.LARGE and _has(c, "chunk_tokens"),
+        "chunks of two tokens of a large batch are thousands",
+    ),
+    (
+        lambda _, c: c["ambient"] is Ambient.DEBUG_NANS and c["use"] in {Use.VMAP, Use.VMAP_ONE},
+        "these cells stack what vmap takes apart, which is an operation that gives NaN where masked positions hold one",
     ),
     (
         lambda s, c: _has_tv(s) and c["use"] is not Use.FORWARD and c["regime"] in _EQUAL,
@@ -146,11 +158,15 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
     ),
     (
         lambda s, c: (
-            _named(s, "top_k_tv", "top_k_kl")
+            _named(s, "top_k_tv", "top_k_kl", "top_k_divergences")
             and c["regime"] in {Regime.DISTANT, Regime.CERTAIN}
             and bool(_dtypes(c) & {*axes.HALVES})
         ),
         "probabilities rounded to 16 bits that leave no rest add up to more than 1",
+    ),
+    (
+        lambda s, c: _named(s, "top_k_divergences") and c["log_normalizer"] in axes.HALVES,
+        "a normaliser of 16 bits is a factor of 1 ± 0.01 of all probabilities, and the rest what that leaves",
     ),
     (
         lambda s, c: c["use"] is Use.COMPILE and Use.COMPILE not in SUBJECTS[s].promises,
@@ -239,9 +255,11 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     ),
     (
         lambda s, c: (
-            s == "drpo_torch.linear_policy_loss" and c["weight"] is not c["hidden"] and c["ambient"] not in axes.AUTOCAST
+            s == "drpo_torch.linear_policy_loss"
+            and c["weight"] is not c["hidden"]
+            and (c["ambient"] not in axes.AUTOCAST or DType.FLOAT64 in {c["weight"], c["hidden"]})
         ),
-        Refusal((TypeError,), "weight", "a product of two dtypes is left to autocast"),
+        Refusal((TypeError,), "weight", "a product of two dtypes is left to autocast, which leaves float64 as it is"),
     ),
     (
         lambda _, c: (
@@ -275,9 +293,10 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     ),
     (
         lambda s, c: (
-            c["shape"] is Shape.NUMBER and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum"))
+            c["shape"] is Shape.NUMBER
+            and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum", "global_coefficients"))
         ),
-        Refusal((ValueError,), "mask", "a number is no sequence", always=False),
+        Refusal((ValueError,), "mask", "a number is no sequence"),
     ),
 )
 

@@ -228,8 +228,9 @@ def _distributed() -> dict[str, Subject]:
     def normalizer(reduction: axes.Reduction, mask: torch.Tensor, segment_ids: torch.Tensor | None = None, **_: Any) -> Any:
         return {"": oracle.count(reduction, mask, segment_ids)}
 
-    def coefficients(reduction: axes.Reduction, mask: torch.Tensor, segment_ids: torch.Tensor | None = None, **_: Any) -> Any:
-        return {"": oracle.coefficients(reduction, mask, normalizer=7.0, segment_ids=segment_ids)}
+    def coefficients(reduction: axes.Reduction, mask: torch.Tensor, **options: Any) -> Any:
+        known = {name: options[name] for name in ("segment_ids", "bound_token_weights") if name in options}
+        return {"": oracle.coefficients(reduction, mask, normalizer=7.0, **known)}
 
     arrays = ("objective", "log_prob", "behavior_log_prob", "advantages", "mask")
     of_mask = ("reduction", "mask", "segment_ids")
@@ -299,7 +300,9 @@ def _torch_normalizer(function: Callable[..., Any], reduction: Any, mask: Any, s
 
 
 def _torch_coefficients(function: Callable[..., Any], reduction: Any, mask: Any, segment_ids: Any = None) -> Any:
-    return function(reduction, mask, normalizer=7.0, shard_group=torch.distributed.group.WORLD, segment_ids=segment_ids)
+    everyone = torch.distributed.group.WORLD
+    found = function(reduction, mask, normalizer=7.0, shard_group=everyone, segment_ids=segment_ids)
+    return found.masked_fill_(~mask, 0.0)
 
 
 def _torch_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any) -> Any:
@@ -318,7 +321,7 @@ def _jax_normalizer(function: Callable[..., Any], reduction: Any, mask: Any, seg
 
 def _jax_coefficients(function: Callable[..., Any], reduction: Any, mask: Any, segment_ids: Any = None) -> Any:
     of = functools.partial(function, reduction, normalizer=7.0, shard_axis_name="devices")
-    return _on_one_device(lambda m, s: of(m, segment_ids=s), mask, segment_ids)
+    return jax.numpy.where(mask, _on_one_device(lambda m, s: of(m, segment_ids=s), mask, segment_ids), 0.0)
 
 
 def _jax_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any) -> Any:

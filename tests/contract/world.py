@@ -69,7 +69,7 @@ def world(shape: Shape, regime: Regime, masked: Masked) -> dict[str, NDArray]:
         "vocabulary_behavior_log_prob": b[at],
         "log_prob": token_x,
         "behavior_log_prob": token_b,
-        "log_normalizer": np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1),
+        "log_normalizer": logits.max(-1),
         "top_k_ids": ids,
         "top_k_log_prob": np.take_along_axis(x, ids, -1),
         "top_k_behavior_log_prob": np.take_along_axis(b, ids, -1),

@@ -391,7 +391,7 @@ def _full_divergences(
     @partial(jax.checkpoint, prevent_cse=False)
     def both(logits: jax.Array, behavior_logits: jax.Array) -> Divergences:
         x = jax.nn.log_softmax(logits.astype(dtype) / temperature)
-        b = jax.nn.log_softmax(behavior_logits.astype(dtype) / behavior_temperature)
+        b = jax.lax.stop_gradient(jax.nn.log_softmax(behavior_logits.astype(dtype) / behavior_temperature))
         return Divergences(full_tv(x, b, xp=jnp), full_kl(x, b, xp=jnp))
 
     return both(logits, behavior_logits)  # type: ignore[no-any-return]
@@ -408,6 +408,7 @@ def _top_k_divergences(
     mask: jax.Array | None = None,
 ) -> Divergences:
     dtype = working_dtype(logits, log_normalizer)
+    behavior_log_prob, top_k_behavior_log_prob = map(jax.lax.stop_gradient, (behavior_log_prob, recorded.behavior_log_prob))
     broken = broken_tokens(tokens, recorded, logits.shape[-1])
 
     def log_prob(ids: jax.Array) -> jax.Array:
@@ -420,7 +421,7 @@ def _top_k_divergences(
             behavior_log_prob,
             # an outcome without mass under either policy adds nothing
             top_k_log_prob=jnp.where(again, -jnp.inf, log_prob(recorded.ids)),
-            top_k_behavior_log_prob=jnp.where(again, -jnp.inf, recorded.behavior_log_prob),
+            top_k_behavior_log_prob=jnp.where(again, -jnp.inf, top_k_behavior_log_prob),
             sampled_in_top_k=sampled_in_top_k(tokens, recorded.ids, xp=jnp),
             xp=jnp,
         )

@@ -117,6 +117,8 @@ def top_k_divergences(
 ) -> Divergences:
     """Top-K TV and KL(μ‖π) against recorded log μ of K tokens: reads K + 1 logits a token, once the normaliser is known.
 
+    Differentiable in the logits and the normaliser; μ is constant.
+
     Parameters
     ----------
     logits
@@ -182,7 +184,7 @@ def top_k_divergences(
 
     tokens, top_k_ids = tokens.to(torch.int64), top_k_ids.to(torch.int64)
     policy = TopK(log_prob(tokens[..., None])[..., 0], log_prob(top_k_ids))
-    return top_k_rows(tokens, top_k_ids, policy, TopK(behavior_log_prob, top_k))
+    return top_k_rows(tokens, top_k_ids, policy, TopK(behavior_log_prob.detach(), top_k.detach()))
 
 
 class TopK(NamedTuple):

@@ -43,7 +43,13 @@ def gradient_like(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def may_be_overwritten(matrix: torch.Tensor) -> bool:
-    """True if each element of a matrix has memory of its own; those of an expanded one share it."""
+    """True if each element of a matrix has memory of its own, and nothing will read it again.
+
+    Elements of an expanded matrix share memory. Hooks of saved tensors are active in a checkpoint, which computes from the
+    same logits a second time.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # noqa: FBT003, SLF001 -- torch has no public name
+        return False
     (rows, columns), (down, right) = matrix.shape, matrix.stride()
     if rows == 1:
         return columns == 1 or right > 0

@@ -62,7 +62,7 @@ def token_log_prob(
     overwrite_logits
         Let the backward pass put ∂/∂logits in the storage of the logits instead of one of its own. Nothing else may need the
         logits then: autograd raises if something did. Logits that share memory with each other (expanded ones) are left
-        as they are.
+        as they are, and all logits in a checkpoint, which computes from them twice.
     engine
         ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds, once a process; on the
         CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they exist, otherwise torch's

@@ -78,7 +78,8 @@ def logits_policy_loss(
         Whether to return the entropies too.
     overwrite_logits
         Put the gradient in the storage of the logits, at once. Nothing else may need the logits then: autograd raises if
-        something did. Logits that share memory with each other (expanded ones) are left as they are.
+        something did. Logits that share memory with each other (expanded ones) are left as they are, and all logits in a
+        checkpoint, which computes from them twice.
     diagnostics
         Whether to compute them, in the same pass over the tokens.
     engine
