@@ -15,7 +15,7 @@ from drpo_core._checks import check_number
 from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
 from drpo_core.engines.trace import Trace, UntraceableError
 from drpo_core.objectives import is_known
-from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, weight_of
+from drpo_core.objectives.protocol import check_objective, factor_of, inside_of, loss_of, weight_of
 from drpo_core.reduction import reduction_coefficients, token_mean
 from drpo_core.tokens import Tokens, check_tokens, constant
 
@@ -115,7 +115,7 @@ def token_loss_and_gradient(
     log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     xp, weight = tokens.xp, weight_of(objective, tokens)
-    loss, gradient = loss_of(objective, tokens), gradient_of(tokens, weight, mask=mask)
+    loss, gradient = loss_of(objective, tokens), gradient_of(tokens, factor_of(objective, tokens, weight), mask=mask)
     gradient = xp.astype(gradient, log_prob.dtype, copy=False)
     if mask is None:
         return TokenLoss(loss, gradient, weight)
@@ -263,23 +263,24 @@ def policy_pass(
         log_prob, behavior_log_prob, advantages, mask=mask if select else None, divergence=divergence, dtype=dtype, xp=xp
     )
     weight = weight_of(objective, tokens)
+    factor = factor_of(objective, tokens, weight)
     return PolicyLoss(
         xp.sum(xp.where(mask, coefficients * loss_of(objective, tokens), 0.0)),
-        gradient_of(tokens, weight, mask=mask, coefficients=coefficients),
-        diagnostics_of(tokens, weight, inside_of(objective, tokens), mask) if diagnostics else None,
+        gradient_of(tokens, factor, mask=mask, coefficients=coefficients),
+        diagnostics_of(tokens, weight, factor, inside_of(objective, tokens), mask) if diagnostics else None,
     )
 
 
 def gradient_of(
     tokens: Tokens,
-    weight: Float[Array, "*tokens"],
+    factor: Float[Array, "*tokens"],
     *,
     mask: Bool[Array, "*tokens"] | None,
     coefficients: Float[Array, "..."] | None = None,
 ) -> Float[Array, "*tokens"]:
-    """−m c A r w; exactly 0 where m = 0 or w = 0, whatever the ratio and the coefficient."""
-    gradient = -tokens.advantages * tokens.ratio * weight
-    moves = weight != 0.0
+    """−m c A r w, of the factor r w; exactly 0 where m = 0 or w = 0, whatever A and the coefficient."""
+    gradient = -tokens.advantages * factor
+    moves = factor != 0.0
     return tokens.xp.where(
         moves if mask is None else mask & moves, gradient if coefficients is None else coefficients * gradient, 0.0
     )
@@ -377,9 +378,11 @@ def is_elementwise(objective: Objective, *, diagnostics: bool = True) -> bool:
     trace = Trace()
     fields = {name: trace.input(name) for name in Tokens._fields if name != "xp"}
     tokens = Tokens(**fields, xp=trace.namespace)
-    methods: tuple[Callable[[Objective, Tokens], Any], ...] = (loss_of, weight_of, *([inside_of] if diagnostics else []))
     try:
-        return not any(method(objective, tokens).reduced for method in methods)
+        weight = weight_of(objective, tokens)
+        results = [loss_of(objective, tokens), weight, factor_of(objective, tokens, weight)]
+        results += [inside_of(objective, tokens)] if diagnostics else []
+        return not any(result.reduced for result in results)
     except (UntraceableError, AttributeError, TypeError, ValueError):
         return False
 
