@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from array_api_compat import array_namespace, to_device
 
 from drpo_core.divergence import k3_of
-from drpo_core.objectives.protocol import check_objective, factor_of, inside_of, weight_of
+from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of, weight_of
 from drpo_core.reduction import count_true
 from drpo_core.tokens import Tokens, constant
 
@@ -156,8 +156,8 @@ def token_diagnostics(
     log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     weight = weight_of(objective, tokens)
-    factor, inside = factor_of(objective, tokens, weight), inside_of(objective, tokens)
-    return separated(diagnostics_of(tokens, weight, factor, inside, mask), xp=tokens.xp)
+    ratio_weight, inside = ratio_weight_of(objective, tokens), inside_of(objective, tokens)
+    return separated(diagnostics_of(tokens, weight, ratio_weight, inside, mask), xp=tokens.xp)
 
 
 def merge_diagnostics(*parts: Diagnostics) -> Diagnostics:
@@ -300,10 +300,12 @@ def summarize(statistics: Mapping[str, Statistic] | None) -> dict[str, float]:
     return {name: float(on_host[i]) for i, name in enumerate(statistics)}
 
 
-def diagnostics_of(tokens: Tokens, weight: Array, factor: Array, inside: Array, mask: Array | None) -> Diagnostics:
-    """`token_diagnostics` of tokens whose weight w, factor r w and trust region are known."""
+def diagnostics_of(
+    tokens: Tokens, weight: Array, ratio_weight: Array | None, inside: Array, mask: Array | None
+) -> Diagnostics:
+    """`token_diagnostics` of tokens whose weight w, trust region and, if it is not the product, r w are known."""
     sets = token_sets(tokens, mask)
-    return data_diagnostics(tokens, sets) | objective_diagnostics(tokens, weight, factor, inside, sets)
+    return data_diagnostics(tokens, sets) | objective_diagnostics(tokens, weight, ratio_weight, inside, sets)
 
 
 class Subset(NamedTuple):
@@ -359,11 +361,15 @@ def data_diagnostics(tokens: Tokens, sets: TokenSets) -> Diagnostics:
     }
 
 
-def objective_diagnostics(tokens: Tokens, weight: Array, factor: Array, inside: Array, sets: TokenSets) -> Diagnostics:
-    """The statistics of one objective, of its weight w, its factor r w and its trust region."""
+def objective_diagnostics(
+    tokens: Tokens, weight: Array, ratio_weight: Array | None, inside: Array, sets: TokenSets
+) -> Diagnostics:
+    """The statistics of one objective, from its weight w, its trust region and, if it is not the product, its r w."""
     a, active, xp = tokens.advantages, sets.active, tokens.xp
     outside, positive, negative = ~inside, a > 0.0, a < 0.0
-    effective = xp.where(active.where, xp.abs(factor), 0.0)
+    effective_weight = xp.where(active.where, xp.abs(weight), 0.0)
+    effective = tokens.ratio * effective_weight if ratio_weight is None else xp.where(active.where, xp.abs(ratio_weight), 0.0)
+    size = xp.where(active.where, xp.abs(a), 0.0) * effective
     largest_negated_weight = _maximum(-weight, active, xp=xp)
 
     def fraction(condition: Array) -> Mean:
@@ -382,9 +388,7 @@ def objective_diagnostics(tokens: Tokens, weight: Array, factor: Array, inside: 
         "weight_mean": _mean(weight, active, xp=xp),
         "weight_min": Minimum(-largest_negated_weight.value, largest_negated_weight.count),
         "weight_max": _maximum(weight, active, xp=xp),
-        "gradient_mass_kept": Mean(
-            _total(xp.where(active.where, xp.abs(a), 0.0) * effective, active, xp=xp), _total(sets.magnitude, active, xp=xp)
-        ),
+        "gradient_mass_kept": Mean(_total(size, active, xp=xp), _total(sets.magnitude, active, xp=xp)),
         "effective_sample_size": EffectiveSampleSize(
             _total(effective, active, xp=xp), _total(effective * effective, active, xp=xp), active.count
         ),

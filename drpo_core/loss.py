@@ -15,13 +15,11 @@ from drpo_core._checks import check_number
 from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
 from drpo_core.engines.trace import Trace, UntraceableError
 from drpo_core.objectives import is_known
-from drpo_core.objectives.protocol import check_objective, factor_of, inside_of, loss_of, weight_of
+from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, ratio_weight_of, weight_of
 from drpo_core.reduction import reduction_coefficients, token_mean
 from drpo_core.tokens import Tokens, check_tokens, constant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from drpo_core._arrays import Array, Bool, Float, Int, Namespace
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
@@ -115,7 +113,7 @@ def token_loss_and_gradient(
     log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     xp, weight = tokens.xp, weight_of(objective, tokens)
-    loss, gradient = loss_of(objective, tokens), gradient_of(tokens, factor_of(objective, tokens, weight), mask=mask)
+    loss, gradient = loss_of(objective, tokens), gradient_of(tokens, weight, ratio_weight_of(objective, tokens), mask=mask)
     gradient = xp.astype(gradient, log_prob.dtype, copy=False)
     if mask is None:
         return TokenLoss(loss, gradient, weight)
@@ -263,24 +261,25 @@ def policy_pass(
         log_prob, behavior_log_prob, advantages, mask=mask if select else None, divergence=divergence, dtype=dtype, xp=xp
     )
     weight = weight_of(objective, tokens)
-    factor = factor_of(objective, tokens, weight)
+    ratio_weight = ratio_weight_of(objective, tokens)
     return PolicyLoss(
         xp.sum(xp.where(mask, coefficients * loss_of(objective, tokens), 0.0)),
-        gradient_of(tokens, factor, mask=mask, coefficients=coefficients),
-        diagnostics_of(tokens, weight, factor, inside_of(objective, tokens), mask) if diagnostics else None,
+        gradient_of(tokens, weight, ratio_weight, mask=mask, coefficients=coefficients),
+        diagnostics_of(tokens, weight, ratio_weight, inside_of(objective, tokens), mask) if diagnostics else None,
     )
 
 
 def gradient_of(
     tokens: Tokens,
-    factor: Float[Array, "*tokens"],
+    weight: Float[Array, "*tokens"],
+    ratio_weight: Float[Array, "*tokens"] | None,
     *,
     mask: Bool[Array, "*tokens"] | None,
     coefficients: Float[Array, "..."] | None = None,
 ) -> Float[Array, "*tokens"]:
-    """−m c A r w, of the factor r w; exactly 0 where m = 0 or w = 0, whatever A and the coefficient."""
-    gradient = -tokens.advantages * factor
-    moves = factor != 0.0
+    """−m c A r w; exactly 0 where m = 0 or w = 0, whatever the ratio and the coefficient. `ratio_weight`: its own r w."""
+    gradient = -tokens.advantages * tokens.ratio * weight if ratio_weight is None else -tokens.advantages * ratio_weight
+    moves = weight != 0.0
     return tokens.xp.where(
         moves if mask is None else mask & moves, gradient if coefficients is None else coefficients * gradient, 0.0
     )
@@ -379,10 +378,9 @@ def is_elementwise(objective: Objective, *, diagnostics: bool = True) -> bool:
     fields = {name: trace.input(name) for name in Tokens._fields if name != "xp"}
     tokens = Tokens(**fields, xp=trace.namespace)
     try:
-        weight = weight_of(objective, tokens)
-        results = [loss_of(objective, tokens), weight, factor_of(objective, tokens, weight)]
-        results += [inside_of(objective, tokens)] if diagnostics else []
-        return not any(result.reduced for result in results)
+        methods = (loss_of, weight_of, ratio_weight_of, *([inside_of] if diagnostics else []))
+        results = [method(objective, tokens) for method in methods]
+        return not any(result.reduced for result in results if result is not None)
     except (UntraceableError, AttributeError, TypeError, ValueError):
         return False
 

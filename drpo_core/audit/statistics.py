@@ -25,7 +25,7 @@ from drpo_core.diagnostics import (
     summarize,
 )
 from drpo_core.objectives import PolicyGradient
-from drpo_core.objectives.protocol import check_objective, factor_of, inside_of, weight_of
+from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of, weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -132,8 +132,8 @@ def _snapshot(
         part = [data_diagnostics(tokens, sets) | _shares(chunk, found)]
         for i, row in enumerate(table):
             weight = weight_of(row.objective, tokens)
-            factor, inside = factor_of(row.objective, tokens, weight), inside_of(row.objective, tokens)
-            part.append(objective_diagnostics(tokens, weight, factor, inside, sets))
+            ratio_weight, inside = ratio_weight_of(row.objective, tokens), inside_of(row.objective, tokens)
+            part.append(objective_diagnostics(tokens, weight, ratio_weight, inside, sets))
             if curves:
                 drawn[i].total += _histogram(places, weight[sets.active.where])
         merged.add(part)

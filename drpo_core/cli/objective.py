@@ -12,7 +12,7 @@ import numpy as np
 from drpo_core.cli.loading import load, user_line
 from drpo_core.cli.usage import UsageError, literal, one_of
 from drpo_core.objectives import OBJECTIVES, Objective
-from drpo_core.objectives.protocol import check_objective, factor_of, inside_of, loss_of, weight_of
+from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, ratio_weight_of, weight_of
 from drpo_core.tokens import Tokens
 
 __all__ = ["FLAG", "Parsed", "parse_objective", "try_out"]
@@ -61,13 +61,7 @@ def parse_objective(text: str) -> Parsed:
 def try_out(parsed: Parsed, text: str) -> None:
     """Call each method with a few tokens, so that a mistake in it is one line that names the user's code."""
     tokens = Tokens.checked(np.log([0.3, 0.2, 0.5]), np.log([0.2, 0.3, 0.5]), np.array([1.0, -1.0, 1.0]))
-    checks = {
-        "loss": loss_of,
-        "weight": weight_of,
-        "factor": lambda objective, tokens: factor_of(objective, tokens, tokens.ratio),
-        "inside": inside_of,
-    }
-    for name, checked in checks.items():
+    for name, checked in {"loss": loss_of, "weight": weight_of, "ratio_weight": ratio_weight_of, "inside": inside_of}.items():
         method = getattr(parsed.objective, name, None)
         if method is None:
             continue

@@ -20,7 +20,7 @@ from drpo_core.engines.elementary import functions, wide_vectors
 from drpo_core.engines.threads import in_threads
 from drpo_core.engines.trace import BOOL, FLOAT, Symbol, Trace, UntraceableError, floats_of, parametrised, statics_of
 from drpo_core.objectives import is_known
-from drpo_core.objectives.protocol import factor_of, inside_of, loss_of, weight_of
+from drpo_core.objectives.protocol import inside_of, loss_of, ratio_weight_of, weight_of
 from drpo_core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -179,14 +179,17 @@ def _identity(objective: Objective, *, measured: bool) -> tuple[Any, ...]:
     """
     kind = type(objective)
     if is_known(objective):
-        return kind, *(getattr(kind, name, None) for name in ("loss", "weight", "factor", "inside")), statics_of(objective)
+        return (
+            kind,
+            *(getattr(kind, name, None) for name in ("loss", "weight", "ratio_weight", "inside")),
+            statics_of(objective),
+        )
 
     def recorded(trace: Trace, traced: Objective) -> tuple[Any, ...]:
         numbers = {name: trace.input(name) for name in Tokens._fields if name not in ("divergence", "xp")}
         tokens = Tokens(**numbers, divergence=trace.input("divergence") if measured else None, xp=trace.namespace)
-        weight = weight_of(traced, tokens)
-        results = [loss_of(traced, tokens), weight, factor_of(traced, tokens, weight), inside_of(traced, tokens)]
-        return (*(result.name for result in results), *trace.signature())
+        results = [function(traced, tokens) for function in (loss_of, weight_of, ratio_weight_of, inside_of)]
+        return (*(None if result is None else result.name for result in results), *trace.signature())
 
     try:
         return _with_or_without_thresholds(recorded, objective, np.dtype(np.float64))

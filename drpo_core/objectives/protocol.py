@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from drpo_core._arrays import Array, Bool, Float
     from drpo_core.tokens import Tokens
 
-__all__ = ["Objective", "check_objective", "factor_of", "inside_of", "weight_of"]
+__all__ = ["Objective", "check_objective", "inside_of", "ratio_weight_of", "weight_of"]
 
 
 class Objective(Protocol):
@@ -17,7 +17,7 @@ class Objective(Protocol):
     The gradient is always ∂L/∂log π = −A r w. Both methods take `drpo_core.Tokens` and return an array of the tokens'
     shape. An objective with a trust region also has a method ``inside(tokens)``: True where the token is within it,
     whatever the sign of A, and False where anything is NaN. Without one, no token counts as outside. One whose weight has
-    the ratio in its denominator, as 1/r has, also has a method ``factor(tokens)``, r w, which is finite where r underflows.
+    the ratio in its denominator also has a method ``ratio_weight(tokens)``: r w, which is finite where r is 0.
 
     Under `jax.jit` an objective is static, so it must be hashable.
 
@@ -67,12 +67,10 @@ def weight_of(objective: Objective, tokens: Tokens) -> Float[Array, "*tokens"]:
     return _checked(objective, "weight", objective.weight(tokens), "real floating", tokens)
 
 
-def factor_of(objective: Objective, tokens: Tokens, weight: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
-    """r w, which multiplies −A in the gradient; exactly 0 where w is 0, whatever the ratio."""
-    factor = getattr(objective, "factor", None)
-    if factor is not None:
-        return _checked(objective, "factor", factor(tokens), "real floating", tokens)
-    return tokens.xp.where(weight == 0.0, 0.0, tokens.ratio * weight)
+def ratio_weight_of(objective: Objective, tokens: Tokens) -> Float[Array, "*tokens"] | None:
+    """The objective's own r w; None if it is the product."""
+    method = getattr(objective, "ratio_weight", None)
+    return None if method is None else _checked(objective, "ratio_weight", method(tokens), "real floating", tokens)
 
 
 def inside_of(objective: Objective, tokens: Tokens) -> Bool[Array, "*tokens"]:
