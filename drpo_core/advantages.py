@@ -8,6 +8,7 @@ from array_api_compat import is_numpy_namespace
 
 from drpo_core._arrays import in_one_piece
 from drpo_core._checks import check_arrays, check_dtype, check_number, check_segment_ids, check_shape, compute_dtype
+from drpo_core._sequences import Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,23 +109,11 @@ def _over_rows(xp: Namespace) -> Callable[..., Array]:
 
 
 def _over_ids(group_ids: Array, xp: Namespace) -> Callable[..., Array]:
-    """A reduction over the elements with the same id, given to each of them, in memory that grows with their number.
-
-    Along sorted ids, each step combines an element with the one 1, 2, 4 … places before it, if that is of its group. The
-    last element of a group then has combined all of it, in the order of a pairwise sum.
-    """
-    group_ids = in_one_piece(group_ids, xp=xp)
-    order = xp.argsort(group_ids, stable=True)
-    ordered = xp.take(group_ids, order)
-    last = xp.searchsorted(ordered, group_ids, side="right") - 1
+    """A reduction over the elements with the same id, given to each of them."""
+    groups = Segments(group_ids, xp=xp)
 
     def over_ids(x: Array, reduce: Callable[..., Array], combine: Callable[..., Array]) -> Array:  # noqa: ARG001
-        x, distance = xp.take(in_one_piece(x, xp=xp), order), 1
-        while distance < x.shape[0]:
-            combined = combine(x[distance:], x[:-distance])
-            x = xp.concat((x[:distance], xp.where(ordered[distance:] == ordered[:-distance], combined, x[distance:])))
-            distance *= 2
-        return xp.take(x, last)
+        return groups.whole(x, combine)
 
     return over_ids
 

@@ -14,6 +14,7 @@ from array_api_compat import is_numpy_namespace
 from drpo_core._checks import check_number
 from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
 from drpo_core.engines.trace import Trace, UntraceableError
+from drpo_core.modes.mode import Mode, resolve
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, ratio_weight_of, weight_of
 from drpo_core.reduction import reduction_coefficients, token_mean
@@ -21,6 +22,7 @@ from drpo_core.tokens import Tokens, check_tokens, constant
 
 if TYPE_CHECKING:
     from drpo_core._arrays import Array, Bool, Float, Int, Namespace
+    from drpo_core._sequences import Across
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
     from drpo_core.reduction import Reduction
@@ -60,7 +62,11 @@ def token_loss_and_gradient(
     advantages: Float[Array, "*tokens"],
     *,
     mask: Bool[Array, "*tokens"] | None = None,
+    proximal_log_prob: Float[Array, "*tokens"] | None = None,
+    reference_log_prob: Float[Array, "*tokens"] | None = None,
+    segment_ids: Int[Array, " tokens"] | None = None,
     divergence: Float[Array, "*tokens"] | None = None,
+    across: Across | None = None,
     xp: Namespace | None = None,
 ) -> TokenLoss:
     """Unreduced loss L of an objective with its analytic gradient ∂L/∂log π = −A r w.
@@ -72,15 +78,23 @@ def token_loss_and_gradient(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`: then L and w include its corrections, L and
+        the gradient its penalties; its reduction is left to you.
     log_prob, behavior_log_prob, advantages
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
         float16 and bfloat16 are computed in float32.
     mask
         True at tokens that count. Masked positions may hold anything, NaN included: they are replaced before any
         arithmetic. None: every token counts.
+    proximal_log_prob, reference_log_prob
+        log π_old and log π_ref of the sampled tokens, where the mode needs them.
+    segment_ids
+        Of packed tokens: which sequence each belongs to, for a mode that looks at sequences.
     divergence
         Per-token divergence for ``DPPO(divergence="per_token")``.
+    across
+        Combines what each rank has found of its part of the same padded rows, where sequences are divided over ranks:
+        ``across(array, "sum" | "max")``.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -111,9 +125,30 @@ def token_loss_and_gradient(
     """
     check_objective(objective)
     log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
-    tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
-    xp, weight = tokens.xp, weight_of(objective, tokens)
+    xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
+    mode = resolve(
+        objective,
+        log_prob,
+        behavior_log_prob,
+        advantages,
+        mask=mask,
+        proximal_log_prob=constant(proximal_log_prob),
+        reference_log_prob=constant(reference_log_prob),
+        segment_ids=segment_ids,
+        across=across,
+        diagnostics=False,
+        dtype=dtype,
+        xp=xp,
+    )
+    objective = mode.objective
+    tokens = Tokens.of(log_prob, mode.anchor_log_prob, advantages, mask=mask, divergence=divergence, dtype=dtype, xp=xp)
+    weight = weight_of(objective, tokens)
     loss, gradient = loss_of(objective, tokens), gradient_of(tokens, weight, ratio_weight_of(objective, tokens), mask=mask)
+    if mode.factor is not None:
+        loss, gradient, weight = mode.factor * loss, mode.factor * gradient, mode.factor * weight
+    if mode.penalty is not None:
+        loss, gradient = loss + mode.penalty[0], gradient + mode.penalty[1]
+        gradient = gradient if mask is None else xp.where(mask, gradient, 0.0)
     gradient = xp.astype(gradient, log_prob.dtype, copy=False)
     if mask is None:
         return TokenLoss(loss, gradient, weight)
@@ -127,7 +162,9 @@ def policy_loss_and_gradient(
     advantages: Float[Array, "*tokens"],
     *,
     mask: Bool[Array, "*tokens"],
-    reduction: Reduction = token_mean,
+    proximal_log_prob: Float[Array, "*tokens"] | None = None,
+    reference_log_prob: Float[Array, "*tokens"] | None = None,
+    reduction: Reduction | None = None,
     normalizer: float | Array | None = None,
     token_weights: Float[Array, "*tokens"] | None = None,
     segment_ids: Int[Array, " tokens"] | None = None,
@@ -135,6 +172,7 @@ def policy_loss_and_gradient(
     diagnostics: bool = True,
     engine: Engine = "auto",
     threads: int | None = None,
+    across: Across | None = None,
     xp: Namespace | None = None,
 ) -> PolicyLoss:
     """Scalar loss Σ m c L of a batch, its gradient m c ∂L/∂log π = −m c A r w, and diagnostics, in one pass.
@@ -144,15 +182,18 @@ def policy_loss_and_gradient(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`.
     log_prob, behavior_log_prob, advantages
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; (…, tokens) padded or (tokens,) packed.
         float16 and bfloat16 are computed in float32.
     mask
         True at tokens that count. Masked positions may hold anything, NaN included.
+    proximal_log_prob, reference_log_prob
+        log π_old and log π_ref of the sampled tokens, where the mode needs them.
     reduction
         `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`, also with
-        arguments bound by `functools.partial`; or a `drpo_core.reduction.LinearReduction`.
+        arguments bound by `functools.partial`; or a `drpo_core.reduction.LinearReduction`. None: the mode's own, or the
+        mean over tokens.
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
     token_weights
@@ -169,6 +210,8 @@ def policy_loss_and_gradient(
         cache. ``"auto"``: compiled where that is possible.
     threads
         Of the compiled loop; default: the CPUs this process may use. The result does not depend on it.
+    across
+        As in `token_loss_and_gradient`.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -216,23 +259,51 @@ def policy_loss_and_gradient(
     log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = constant(reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp))
-    arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
+    reduction = reduction_of(objective, reduction)
+    mode = resolve(
+        objective,
+        log_prob,
+        behavior_log_prob,
+        advantages,
+        mask=mask,
+        proximal_log_prob=constant(proximal_log_prob),
+        reference_log_prob=constant(reference_log_prob),
+        segment_ids=segment_ids,
+        across=across,
+        diagnostics=diagnostics,
+        dtype=dtype,
+        xp=xp,
+    )
+    coefficients = constant(reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp))
+    objective, scaled = mode.objective, mode.scaled(coefficients)
+    arrays = (log_prob, mode.anchor_log_prob, advantages, mask, scaled, divergence)
     numpy = is_numpy_namespace(xp)
     if engine == "compiled" and not numpy:
         msg = f"engine: 'compiled' takes NumPy arrays, got {type(log_prob).__module__}.{type(log_prob).__name__}"
         raise ValueError(msg)
     if numpy and may_compile(engine):
         try:
-            return compiled_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads)
+            result = compiled_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads)
+            return mode.added(result, coefficients, xp=xp)  # type: ignore[no-any-return]
         except UntraceableError:
             if engine == "compiled":
                 raise
     result = (chunked_pass if numpy else policy_pass)(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
+    result = mode.added(result, coefficients, xp=xp)
     return result._replace(
         gradient=xp.astype(result.gradient, log_prob.dtype, copy=False),
         diagnostics=None if result.diagnostics is None else separated(result.diagnostics, xp=xp),
     )
+
+
+def reduction_of(objective: Objective, reduction: Reduction | None) -> Reduction:
+    """The reduction that is given; else a mode's, or the mean over tokens."""
+    if isinstance(objective, Mode):
+        if reduction is not None:
+            msg = f"reduction: expected None, because {objective!r} has its own, got {reduction!r}"
+            raise ValueError(msg)
+        return objective.reduce
+    return token_mean if reduction is None else reduction
 
 
 # --- the kernel ------------------------------------------------------------------------------------------------------

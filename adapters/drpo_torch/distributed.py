@@ -22,10 +22,11 @@ from drpo_core.reduction import reduction_coefficients, reduction_count
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from drpo_core._sequences import Across
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.reduction import Reduction
 
-__all__ = ["all_reduce_diagnostics", "global_coefficients", "global_normalizer"]
+__all__ = ["across", "all_reduce_diagnostics", "global_coefficients", "global_normalizer"]
 
 
 def global_normalizer(
@@ -137,6 +138,33 @@ def global_coefficients(
     start = dist.get_rank(shard_group) * mask.shape[-1]
     shard: torch.Tensor = coefficients.expand(whole.shape).narrow(-1, start, mask.shape[-1])
     return shard.contiguous()
+
+
+def across(group: dist.ProcessGroup | None = None) -> Across:
+    """How ranks that hold parts of the same padded rows combine what each has found of them (context parallelism).
+
+    Pass it as `across` to `drpo_torch.policy_loss` or `token_loss`, with a mode that looks at sequences: every rank then
+    takes part in an all-reduce of one number a row for each sum. Means over sequences in a reduction need
+    `global_coefficients` besides.
+
+    Parameters
+    ----------
+    group
+        Ranks among which the tokens of each row are divided; default: all.
+
+    Returns
+    -------
+    callable
+        ``across(tensor, "sum" | "max")``: the tensor of all ranks, reduced.
+    """
+    operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+    def reduced(tensor: torch.Tensor, operation: str, /) -> torch.Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, operations[operation], group=group)
+        return tensor
+
+    return reduced
 
 
 def all_reduce_diagnostics(diagnostics: Diagnostics | None, *, group: dist.ProcessGroup | None = None) -> Diagnostics | None:

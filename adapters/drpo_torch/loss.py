@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drpo_core import token_loss_and_gradient, token_mean
-from drpo_core.loss import check_engine
+from drpo_core import token_loss_and_gradient
+from drpo_core.loss import check_engine, reduction_of
+from drpo_core.modes.mode import resolve
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from drpo_core import Objective
+    from drpo_core._sequences import Across
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.loss import Engine
     from drpo_core.reduction import LinearReduction, Reduction
@@ -34,7 +36,11 @@ def token_loss(
     behavior_log_prob: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor | None = None,
+    proximal_log_prob: torch.Tensor | None = None,
+    reference_log_prob: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
     divergence: torch.Tensor | None = None,
+    across: Across | None = None,
 ) -> torch.Tensor:
     """Unreduced loss L of an objective, with ∂L/∂log π = −A r w in its backward pass.
 
@@ -45,13 +51,19 @@ def token_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`, whose reduction is left to you.
     log_prob, behavior_log_prob, advantages
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
     mask
         Boolean, True at tokens that count; the others may hold anything and have loss and gradient 0.
+    proximal_log_prob, reference_log_prob
+        log π_old and log π_ref of the sampled tokens, where the mode needs them.
+    segment_ids
+        Of packed tokens: which sequence each belongs to, for a mode that looks at sequences.
     divergence
         Per-token divergence for ``DPPO(divergence="per_token")``.
+    across
+        Where sequences are divided over ranks: see `drpo_torch.distributed.across`.
 
     Returns
     -------
@@ -85,11 +97,13 @@ def token_loss(
     tensor([-1.0000, -1.0000,  0.2000])
     """
     tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    check_tensors(**tensors, mask=mask, divergence=divergence)
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob, "segment_ids": segment_ids}
+    check_tensors(**tensors, mask=mask, divergence=divergence, **others)
+    options: dict[str, Any] = {"mask": mask, "divergence": divergence, "across": across, **others}
     # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code;
     # the namespace is explicit because Dynamo can't trace its inference
     with torch.no_grad():
-        result = token_loss_and_gradient(objective, **tensors, mask=mask, divergence=divergence, xp=namespace())
+        result = token_loss_and_gradient(objective, **tensors, **options, xp=namespace())
     return with_gradient(log_prob, result.loss, result.gradient)
 
 
@@ -100,13 +114,16 @@ def policy_loss(
     behavior_log_prob: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
-    reduction: Reduction = token_mean,
+    proximal_log_prob: torch.Tensor | None = None,
+    reference_log_prob: torch.Tensor | None = None,
+    reduction: Reduction | None = None,
     normalizer: float | torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     divergence: torch.Tensor | None = None,
     diagnostics: bool = True,
     engine: Engine = "auto",
+    across: Across | None = None,
 ) -> tuple[torch.Tensor, Diagnostics | None]:
     """Scalar loss of a batch of tokens to call `backward` on, and detached diagnostics.
 
@@ -116,15 +133,17 @@ def policy_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`.
     log_prob, behavior_log_prob, advantages
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; (sequences, tokens) padded or (tokens,) packed.
     mask
         Boolean, True at tokens that count; the others may hold anything.
+    proximal_log_prob, reference_log_prob
+        log π_old and log π_ref of the sampled tokens, where the mode needs them.
     reduction
         `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`, also with
         arguments bound by `functools.partial`; or a `linear_reduction` of a function of your own. Whatever is not linear
-        takes `token_loss`.
+        takes `token_loss`. None: the mode's own, or the mean over tokens.
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
     token_weights
@@ -139,6 +158,8 @@ def policy_loss(
         ``"compiled"``: one loop over CPU tensors, which numba (extra `compiled`) compiles for an objective at its first
         use, in a second or two. ``"arrays"``: torch's operations, on a CPU in chunks that stay in the cache. ``"auto"``:
         compiled where that is possible. Under `torch.compile` and `torch.func` all are the same array expression.
+    across
+        Where sequences are divided over ranks: see `drpo_torch.distributed.across`.
 
     Returns
     -------
@@ -181,17 +202,31 @@ def policy_loss(
     """
     tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    check_tensors(**tensors, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    check_tensors(**tensors, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids, **others)
     check_engine(engine)
     check_objective(objective)
     # without a graph, outside the autograd.Function, where Dynamo could not share an objective's thresholds
     with torch.no_grad():
         xp, dtype = check_tokens(**tensors, mask=mask, divergence=divergence, xp=namespace())
-        coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
+        mode = resolve(
+            objective,
+            **tensors,
+            **others,
+            mask=mask,
+            segment_ids=segment_ids,
+            across=across,
+            diagnostics=diagnostics,
+            dtype=dtype,
+            xp=xp,
+        )
+        reduction = reduction_of(objective, reduction)
+        coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
         # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
         kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
-        batch = Batch(log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
-        result = run_pass(objective, batch, engine, dtype=dtype, gradient_dtype=kept, diagnostics=diagnostics)
+        batch = Batch(log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
+        result = run_pass(mode.objective, batch, engine, dtype=dtype, gradient_dtype=kept, diagnostics=diagnostics)
+        result = mode.added(result, coefficients, xp=xp)
     return with_gradient(log_prob, result.loss, result.gradient), result.diagnostics
 
 

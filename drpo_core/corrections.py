@@ -1,0 +1,595 @@
+"""Corrections: detached factors K of a token's gradient, from what the policies disagree on.
+
+A correction looks at one edge between two policies, at the level of tokens, of sequences (the product of their ratios),
+of their geometric mean, or of the batch. It gives a factor per token: a weight, or a mask of zeros and ones. A mode's
+corrections are multiplied. They are constants: nothing is differentiated through them. All sums are of logarithms, and a
+ratio saturates at e²⁰ and e⁻²⁰.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+from drpo_core._checks import check_number
+from drpo_core.divergence import binary_kl_of, k3_of
+from drpo_core.tokens import Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from drpo_core._arrays import Array, Bool, Float
+    from drpo_core.anchors import Policies
+
+__all__ = [
+    "Correction",
+    "DivergenceMask",
+    "Edge",
+    "Evidence",
+    "FutureRatio",
+    "ImportanceWeight",
+    "LengthScale",
+    "Level",
+    "MinimumPrefixRatio",
+    "NegativeSequenceMask",
+    "OutwardMask",
+    "RatioMask",
+    "SecondMomentMask",
+    "SequenceTrustMask",
+    "VariationalWeight",
+    "Veto",
+]
+
+Edge: TypeAlias = Literal["proximal/behavior", "policy/behavior", "policy/proximal"]
+"""π_old/μ: what trainer and sampler disagree on; π/μ; π/π_old: what the update has changed."""
+
+Level: TypeAlias = Literal["token", "sequence", "geometric"]
+"""Of a ratio: the token's own, the product over its sequence, or their geometric mean."""
+
+EDGES: Mapping[str, tuple[str, str]] = {
+    "proximal/behavior": ("proximal_log_prob", "behavior_log_prob"),
+    "policy/behavior": ("log_prob", "behavior_log_prob"),
+    "policy/proximal": ("log_prob", "proximal_log_prob"),
+}
+LEVELS = ("token", "sequence", "geometric")
+
+
+class Evidence(NamedTuple):
+    """What a correction may look at: the policies' log-probs of the sampled tokens, and the advantages."""
+
+    policies: Policies
+    advantages: Array
+
+    def log_ratio(self, edge: Edge) -> Float[Array, "*tokens"]:
+        """Log ratio ℓ of an edge, nats; 0 at masked tokens."""
+        over, under = (getattr(self.policies, name) for name in EDGES[edge])
+        return over - under
+
+    def at_level(self, edge: Edge, level: Level) -> Float[Array, "..."]:
+        """Log ratio at a level, within ±20 nats; one element a row for padded sequences."""
+        ell, sequences = self.log_ratio(edge), self.policies.sequences
+        if level != "token":
+            ell = sequences.total(ell) if level == "sequence" else sequences.mean(ell)
+        return _saturated(ell, self.policies)
+
+
+class Correction(Protocol):
+    """A detached factor of a token's gradient."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The log-probs that it needs, by the names of the arguments."""
+        ...
+
+    @property
+    def counts(self) -> str | None:
+        """The edge whose ratio multiplies the gradient, for a weight; None for a mask."""
+        ...
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """K per token, of a shape that broadcasts to the tokens'."""
+        ...
+
+
+class _OnEdge:
+    """A correction on one edge."""
+
+    __slots__ = ()
+    edge: Edge
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The log-probs of the edge's two policies."""
+        return EDGES[self.edge]
+
+    @property
+    def counts(self) -> str | None:
+        """None: a mask counts no ratio."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportanceWeight(_OnEdge):
+    """Importance weight ρ within bounds: K = ρ, clamped to [low, high], or K = ρ·1[low ≤ ρ ≤ high] with ``outside="zero"``.
+
+    With `high` alone it is truncated importance sampling, min(ρ, C).
+
+    Parameters
+    ----------
+    edge, level
+        Which ratio ρ is.
+    low, high
+        Bounds ≥ 0 and > 0, ratios; None for none.
+    outside
+        ``"clamp"`` or ``"zero"``: what happens to a ratio outside its bounds.
+    normalize
+        Divide by the mean of K over the valid tokens of this call (over its sequences, at their level).
+
+    References
+    ----------
+    Truncated importance sampling of the mismatch of trainer and sampler: verl's and TRL's documentation of rollout
+    correction; zeroing, as IcePop does: arXiv:2510.18855.
+
+    Examples
+    --------
+    >>> from drpo_core.corrections import ImportanceWeight
+    >>> ImportanceWeight(high=2.0)
+    ImportanceWeight(edge='proximal/behavior', level='token', low=None, high=2.0, outside='clamp', normalize=False)
+    """
+
+    edge: Edge = "proximal/behavior"
+    level: Level = "token"
+    low: float | None = None
+    high: float | None = None
+    outside: Literal["clamp", "zero"] = "clamp"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _check_choice("level", self.level, LEVELS)
+        _check_choice("outside", self.outside, ("clamp", "zero"))
+        _check_bounds(self)
+
+    @property
+    def counts(self) -> str | None:
+        """Its edge."""
+        return self.edge
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """ρ within its bounds."""
+        policies = evidence.policies
+        xp = policies.xp
+        ratio = xp.exp(evidence.at_level(self.edge, self.level))
+        if self.outside == "zero":
+            ratio = xp.where(_within(ratio, self.low, self.high), ratio, 0.0)
+        else:
+            ratio = ratio if self.low is None else xp.where(ratio < self.low, self.low, ratio)
+            ratio = ratio if self.high is None else xp.where(ratio > self.high, self.high, ratio)
+        if not self.normalize:
+            return ratio
+        counted = policies.sequences.mask if self.level == "token" else policies.sequences.first_of_each()
+        total, count = xp.sum(xp.where(counted, ratio, 0.0)), xp.sum(xp.where(counted, xp.ones_like(ratio), 0.0))
+        mean = total / xp.where(count == 0.0, 1.0, count)
+        return ratio / xp.where(mean == 0.0, 1.0, mean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioMask(_OnEdge):
+    """K = 1[low ≤ ρ ≤ high]: tokens or sequences whose ratio is outside a band are left out.
+
+    Parameters
+    ----------
+    edge, level
+        Which ratio ρ is; at ``"geometric"``, the masked importance sampling of sequences.
+    low, high
+        Bounds, ratios; None for none.
+
+    References
+    ----------
+    arXiv:2510.18855 (IcePop) at the level of tokens; verl's ``rollout_rs`` by k1, whose bounds are ratios too.
+    """
+
+    edge: Edge = "proximal/behavior"
+    level: Level = "token"
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _check_choice("level", self.level, LEVELS)
+        _check_bounds(self)
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """1[low ≤ ρ ≤ high]."""
+        ratio = evidence.policies.xp.exp(evidence.at_level(self.edge, self.level))
+        return _indicator(_within(ratio, self.low, self.high), evidence)
+
+
+Estimator: TypeAlias = Literal["k2", "k3", "binary_kl", "binary_tv", "symmetric_binary_kl"]
+
+_ESTIMATORS: Mapping[str, Callable[[Tokens], Array]] = {
+    "k2": lambda tokens: 0.5 * tokens.log_ratio * tokens.log_ratio,
+    "k3": k3_of,
+    "binary_kl": binary_kl_of,
+    "binary_tv": lambda tokens: tokens.xp.abs(tokens.shift),
+    "symmetric_binary_kl": lambda tokens: tokens.xp.maximum(binary_kl_of(tokens), binary_kl_of(_swapped(tokens))),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceMask(_OnEdge):
+    """K = 1[D ≤ high]: tokens, or sequences, of too large a divergence are left out.
+
+    Parameters
+    ----------
+    edge
+        Between which policies.
+    estimator
+        D of a token: ``"k2"`` = ℓ²/2, ``"k3"`` = ρ − 1 − ℓ, the KL or TV of two outcomes (the token or another), or the
+        larger of that KL's two directions. For bounds on ℓ itself (k1), see `RatioMask`.
+    over
+        ``"token"``, or the ``"sum"``, ``"mean"`` or ``"max"`` over the sequence.
+    high
+        Largest D that is kept, in nats (TV: a probability); > 0.
+
+    References
+    ----------
+    verl's ``rollout_rs``; the largest of a sequence: arXiv:2512.23075 (TRM); both directions: arXiv:2606.15079 (KPop).
+    """
+
+    edge: Edge = "proximal/behavior"
+    estimator: Estimator = "k3"
+    over: Literal["token", "sum", "mean", "max"] = "token"
+    high: float
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _check_choice("estimator", self.estimator, _ESTIMATORS)
+        _check_choice("over", self.over, ("token", "sum", "mean", "max"))
+        _set_number(self, "high")
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """1[D ≤ high]."""
+        divergence = _ESTIMATORS[self.estimator](_tokens(evidence, self.edge))
+        sequences = evidence.policies.sequences
+        reduce = {"sum": sequences.total, "mean": sequences.mean, "max": sequences.largest}.get(self.over)
+        return _indicator((divergence if reduce is None else reduce(divergence)) <= self.high, evidence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Veto(_OnEdge):
+    """K = 0 for a whole sequence if the ratio of any of its tokens is outside [low, high], else 1.
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    low, high
+        Bounds, ratios: what no numerical noise explains.
+
+    References
+    ----------
+    verl's documentation of rollout correction (token veto); prime-rl's ``token_mask``.
+    """
+
+    edge: Edge = "proximal/behavior"
+    low: float | None = 1e-4
+    high: float | None = 100.0
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _check_bounds(self)
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """1 where every token is within."""
+        xp = evidence.policies.xp
+        ratio = xp.exp(evidence.at_level(self.edge, "token"))
+        outside = xp.where(_within(ratio, self.low, self.high), 0.0, xp.ones_like(ratio))
+        return _indicator(evidence.policies.sequences.largest(outside) <= 0.0, evidence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NegativeSequenceMask(_OnEdge):
+    """K = 0 where A < 0 and the sequence's mean of −ℓ exceeds δ, else 1: off-policy sequence masking (OPSM).
+
+    Parameters
+    ----------
+    edge
+        Which ratio; ``"policy/behavior"``: the mean of log μ − log π.
+    delta
+        δ > 0, nats.
+
+    References
+    ----------
+    TRL's ``off_policy_mask_threshold`` and slime's OPSM, after DeepSeek-V3.2 (arXiv:2512.02556).
+    """
+
+    edge: Edge = "policy/behavior"
+    delta: float
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _set_number(self, "delta")
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """0 where A < 0 and mean(−ℓ) > δ."""
+        far = evidence.policies.sequences.mean(-evidence.log_ratio(self.edge)) > self.delta
+        return _indicator(~(far & (evidence.advantages < 0.0)), evidence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceTrustMask(_OnEdge):
+    """K = 0 where the sequence's mean of abs(ρ − 1) exceeds δ and the token moves further away, A ℓ > 0 (VACO).
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    delta
+        δ > 0, dimensionless.
+    """
+
+    edge: Edge = "policy/behavior"
+    delta: float
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _set_number(self, "delta")
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """0 where mean(abs(ρ − 1)) > δ and A ℓ > 0."""
+        tokens = _tokens(evidence, self.edge)
+        far = evidence.policies.sequences.mean(tokens.xp.abs(tokens.ratio_minus_one)) > self.delta
+        return _indicator(~(far & (tokens.along_advantage(tokens.ratio_minus_one) > 0.0)), evidence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutwardMask(_OnEdge):
+    """K = 0 where A > 0 and ℓ > ε_high, or A < 0 and ℓ < −ε_low: the token mask of GMPO.
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    eps_low, eps_high
+        > 0, nats.
+
+    References
+    ----------
+    arXiv:2507.20673 (GMPO), section 3.
+    """
+
+    edge: Edge = "policy/proximal"
+    eps_low: float
+    eps_high: float
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _set_number(self, "eps_low")
+        _set_number(self, "eps_high")
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """0 where the token is outward beyond ε."""
+        ell, a = evidence.log_ratio(self.edge), evidence.advantages
+        return _indicator(~(((a > 0.0) & (ell > self.eps_high)) | ((a < 0.0) & (ell < -self.eps_low))), evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthScale:
+    """K = T, the number of valid tokens of the sequence: LUSPO's factor of a sequence-level objective.
+
+    References
+    ----------
+    arXiv:2602.05261 (LUSPO).
+    """
+
+    arguments = ()
+    counts = None
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """T."""
+        return evidence.policies.sequences.length(evidence.advantages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariationalWeight(_OnEdge):
+    """K = φ(W) = e^λ W^k e^(−λW) of the sequence's product ratio W: VESPO's weight, largest at W = k/λ.
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    positive, negative
+        (k, λ) where A ≥ 0 and where A < 0; positive numbers.
+
+    References
+    ----------
+    VESPO, as TRL implements it.
+    """
+
+    edge: Edge = "policy/behavior"
+    positive: tuple[float, float] = (2.0, 3.0)
+    negative: tuple[float, float] = (3.0, 2.0)
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        for name in ("positive", "negative"):
+            k, rate = (check_number(name, number, above=0.0) for number in getattr(self, name))
+            object.__setattr__(self, name, (k, rate))
+
+    @property
+    def counts(self) -> str | None:
+        """Its edge."""
+        return self.edge
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """e^(λ + k log W − λ W)."""
+        xp = evidence.policies.xp
+        log_w = evidence.at_level(self.edge, "sequence")
+        of_positive, of_negative = (
+            xp.exp(rate + k * log_w - rate * xp.exp(log_w)) for k, rate in (self.positive, self.negative)
+        )
+        return xp.where(evidence.advantages < 0.0, of_negative, of_positive)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MinimumPrefixRatio(_OnEdge):
+    """K_t = min over i < t of ρ_i (1 at a sequence's first token): MinPRO's factor of the token's own ratio.
+
+    With the token's own ratio r_t the gradient is multiplied with r_t min_{i<t} r_i.
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    """
+
+    edge: Edge = "policy/behavior"
+
+    def __post_init__(self) -> None:
+        """Check the edge."""
+        _check_choice("edge", self.edge, EDGES)
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """The smallest ratio before each token."""
+        sequences, xp = evidence.policies.sequences, evidence.policies.xp
+        # at the first token there is none before it
+        return xp.exp(_saturated(sequences.smallest_before(evidence.log_ratio(self.edge), nothing=0.0), evidence.policies))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FutureRatio(_OnEdge):
+    """K_t = clip(exp Σ_{k≥t} γ^(k−t) ℓ_k 1[ρ_k ≤ δ], low, high): FIPO's weight by the future of a token.
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    delta
+        δ > 0, a ratio: tokens beyond it count nothing.
+    half_life
+        Tokens after which γ has halved: γ = 2^(−1/half_life).
+    low, high
+        Bounds of the weight.
+    """
+
+    edge: Edge = "policy/behavior"
+    delta: float
+    half_life: float = 32.0
+    low: float = 1.0
+    high: float = 1.2
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        for name in ("delta", "half_life", "low", "high"):
+            _set_number(self, name)
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """clip(exp of the discounted sum, low, high)."""
+        sequences, xp = evidence.policies.sequences, evidence.policies.xp
+        ell = _saturated(evidence.log_ratio(self.edge), evidence.policies)
+        ahead = sequences.discounted_future(xp.where(xp.exp(ell) <= self.delta, ell, 0.0), 2.0 ** (-1.0 / self.half_life))
+        weight = xp.exp(_saturated(ahead, evidence.policies))
+        weight = xp.where(weight < self.low, self.low, weight)
+        return xp.where(weight > self.high, self.high, weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecondMomentMask(_OnEdge):
+    """K = 0 at the tokens of largest ℓ², as many as it takes for the mean ℓ² of the rest to be below τ (M2PO).
+
+    A batch-level mask: it depends on all valid tokens of the call.
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    tau
+        τ > 0, nats².
+
+    References
+    ----------
+    arXiv:2510.01161 (M2PO).
+    """
+
+    edge: Edge = "proximal/behavior"
+    tau: float
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _set_number(self, "tau")
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """0 where ℓ² is beyond the largest that can be kept."""
+        xp, mask = evidence.policies.xp, evidence.policies.sequences.mask
+        ell = evidence.log_ratio(self.edge)
+        squares = xp.where(mask, ell * ell, xp.inf)
+        if 0 in squares.shape:
+            return xp.ones_like(squares)
+        ordered = xp.sort(xp.reshape(squares, (-1,)))
+        count = xp.cumulative_sum(xp.ones_like(ordered))
+        # means of the smallest ones rise with their number, so those below τ come first
+        kept = xp.cumulative_sum(ordered) / count < self.tau
+        largest = xp.max(xp.where(kept, ordered, -xp.inf))
+        return _indicator(squares <= largest, evidence)
+
+
+def _tokens(evidence: Evidence, edge: Edge) -> Tokens:
+    """The tokens of an edge, as an objective sees them."""
+    over, under = (getattr(evidence.policies, name) for name in EDGES[edge])
+    return Tokens.of(over, under, evidence.advantages, dtype=over.dtype, xp=evidence.policies.xp)
+
+
+def _swapped(tokens: Tokens) -> Tokens:
+    x, b, xp = tokens.log_prob, tokens.behavior_log_prob, tokens.xp
+    return Tokens.of(b, x, tokens.advantages, dtype=x.dtype, xp=xp)
+
+
+def _saturated(ell: Array, policies: Policies) -> Array:
+    """ℓ within ±20 nats."""
+    xp = policies.xp
+    return xp.where(ell > 20.0, 20.0, xp.where(ell < -20.0, -20.0, ell))
+
+
+def _within(ratio: Array, low: float | None, high: float | None) -> Bool[Array, "..."]:
+    """Whether low ≤ ρ ≤ high; False for a NaN."""
+    inside = ratio == ratio
+    inside = inside if low is None else inside & (ratio >= low)
+    return inside if high is None else inside & (ratio <= high)
+
+
+def _indicator(condition: Bool[Array, "..."], evidence: Evidence) -> Float[Array, "..."]:
+    xp = evidence.policies.xp
+    return xp.astype(condition, evidence.policies.log_prob.dtype)
+
+
+def _check_choice(name: str, value: object, known: Mapping[str, object] | tuple[str, ...]) -> None:
+    if value not in tuple(known):
+        msg = f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}"
+        raise ValueError(msg)
+
+
+def _set_number(correction: object, name: str) -> None:
+    object.__setattr__(correction, name, check_number(name, getattr(correction, name), above=0.0))
+
+
+def _check_bounds(correction: object) -> None:
+    """Keep `low` and `high` as Python floats, or None."""
+    low, high = (getattr(correction, name) for name in ("low", "high"))
+    low = None if low is None else check_number("low", low, at_least=0.0)
+    high = None if high is None else check_number("high", high, above=0.0)
+    if low is not None and high is not None and low >= high:
+        msg = f"low: expected less than high, {high:g}, got {low:g}"
+        raise ValueError(msg)
+    object.__setattr__(correction, "low", low)
+    object.__setattr__(correction, "high", high)

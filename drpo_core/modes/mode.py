@@ -1,0 +1,399 @@
+"""A mode: what a policy loss takes its ratio against, how it weighs it, what is multiplied onto it, and how it is reduced."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from drpo_core import anchors, corrections, objectives, penalties
+from drpo_core import reduction as reductions
+from drpo_core._checks import check_arrays, check_number, check_shape
+from drpo_core._sequences import Sequences
+from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean
+from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from drpo_core._arrays import Array, Bool, Float, Int, Namespace
+    from drpo_core._sequences import Across
+    from drpo_core.anchors import Anchor
+    from drpo_core.corrections import Correction
+    from drpo_core.diagnostics import Diagnostics
+    from drpo_core.objectives import Objective
+    from drpo_core.penalties import Penalty
+    from drpo_core.reduction import Reduction
+    from drpo_core.tokens import Tokens
+
+__all__ = ["DoubleRatioWarning", "Mode", "Resolved", "resolve"]
+
+_OTHERS = ("proximal_log_prob", "reference_log_prob")
+_FARTHEST = 1e6
+"""Nats: log-probs are bounded by it, so that sums and differences over a sequence stay finite."""
+
+
+class DoubleRatioWarning(UserWarning):
+    """A mode multiplies the gradient with the same ratio twice."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Mode:
+    """A policy loss: gradient −c K A R w in log π, plus that of the penalties.
+
+    R = e^(log π − a) is the ratio against the `anchor`'s a, w the `objective`'s weight at R, K the product of the
+    `corrections`, c the coefficient of the `reduction`. Anchors and corrections are constants. A mode is accepted wherever
+    an objective is; it is hashable, and its repr is the line that makes it.
+
+    Parameters
+    ----------
+    objective
+        w and the loss at R, such as ``drpo_core.PPOClip(eps=0.2)``.
+    anchor
+        See `drpo_core.anchors`.
+    corrections
+        See `drpo_core.corrections`.
+    penalties
+        See `drpo_core.penalties`.
+    reduction
+        Name of a reduction of `drpo_core.reduction`: ``"token_mean"``, ``"sequence_mean_token_mean"`` or
+        ``"sequence_mean_token_sum"``.
+    horizon
+        H of ``"sequence_mean_token_sum"``; None: 1.
+    count_masked
+        Whether tokens that a correction's mask leaves out still count in the reduction: in its denominator, and as tokens
+        of their sequence. verl, where rejection changes the response mask, does not count them.
+
+    Raises
+    ------
+    TypeError
+        If a part is not of its kind.
+    ValueError
+        If the reduction is unknown, or a horizon is given to one that has none.
+
+    Warns
+    -----
+    DoubleRatioWarning
+        If a ratio multiplies the gradient twice: by the anchor and by a weight, or by two weights.
+
+    Examples
+    --------
+    GSPO, with weights truncated at 2 for what trainer and sampler disagree on:
+
+    >>> from drpo_core import PPOClip
+    >>> from drpo_core.anchors import Proximal, Sequence
+    >>> from drpo_core.corrections import ImportanceWeight
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(
+    ...     PPOClip(eps_low=3e-4, eps_high=4e-4),
+    ...     anchor=Sequence(Proximal()),
+    ...     corrections=(ImportanceWeight(high=2.0),),
+    ...     reduction="sequence_mean_token_mean",
+    ... )
+    >>> mode.arguments
+    ('proximal_log_prob',)
+    >>> Mode.from_dict(mode.to_dict()) == mode
+    True
+    """
+
+    objective: Objective
+    anchor: Anchor = field(default_factory=anchors.Behavior)
+    corrections: tuple[Correction, ...] = ()
+    penalties: tuple[Penalty, ...] = ()
+    reduction: str = "token_mean"
+    horizon: float | None = None
+    count_masked: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the parts, and that no ratio is counted twice."""
+        check_objective(self.objective)
+        if isinstance(self.objective, Mode):
+            msg = f"objective: expected an objective, got the mode {self.objective!r}"
+            raise TypeError(msg)
+        _check_part("anchor", self.anchor, "log_prob", "an anchor such as Proximal()")
+        for name, method in (("corrections", "factor"), ("penalties", "value_and_gradient")):
+            parts = getattr(self, name)
+            if not isinstance(parts, (tuple, list)):
+                msg = f"{name}: expected a tuple, got {type(parts).__name__}"
+                raise TypeError(msg)
+            object.__setattr__(self, name, tuple(parts))
+            for part in parts:
+                _check_part(name, part, method, f"a tuple of {name}")
+        if self.reduction not in REDUCTIONS:
+            msg = f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {self.reduction!r}"
+            raise ValueError(msg)
+        if self.horizon is not None:
+            if self.reduction != "sequence_mean_token_sum":
+                msg = f"horizon: expected None with reduction {self.reduction!r}, got {self.horizon!r}"
+                raise ValueError(msg)
+            object.__setattr__(self, "horizon", check_number("horizon", self.horizon, above=0.0))
+        _warn_of_double_ratios(self)
+
+    def __repr__(self) -> str:
+        """The line that makes it; what has its default is left out."""
+        return _line(self)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The log-probs that it needs besides π's and μ's, by the names of the arguments."""
+        parts: tuple[Any, ...] = (self.anchor, *self.corrections, *self.penalties)
+        needed = {name for part in parts for name in part.arguments}
+        return tuple(name for name in _OTHERS if name in needed)
+
+    @property
+    def reduce(self) -> Reduction:
+        """The reduction as a function."""
+        function = REDUCTIONS[self.reduction]
+        return function if self.horizon is None else partial(function, horizon=self.horizon)
+
+    def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
+        """The objective's loss."""
+        return self.objective.loss(tokens)
+
+    def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
+        """The objective's weight."""
+        return self.objective.weight(tokens)
+
+    def inside(self, tokens: Tokens) -> Bool[Array, "*tokens"]:
+        """The objective's trust region."""
+        return inside_of(self.objective, tokens)
+
+    def ratio_weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
+        """The objective's r w."""
+        own = ratio_weight_of(self.objective, tokens)
+        return tokens.ratio * self.objective.weight(tokens) if own is None else own
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mode as a dict of strings, numbers, lists and dicts, for YAML or TOML; what has its default is left out."""
+        values: dict[str, Any] = _as_dict(self)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Mode:
+        """The mode of a `to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If it names no class of `drpo_core.objectives`, `.anchors`, `.corrections` or `.penalties`, or an unknown key.
+        """
+        made = _of_dict(values)
+        if not isinstance(made, cls):
+            msg = f"values: expected the dict of a Mode, got that of a {type(made).__name__}"
+            raise ValueError(msg)  # noqa: TRY004 -- the type is what the values say
+        return made
+
+
+REDUCTIONS: Mapping[str, Any] = {
+    "token_mean": reductions.token_mean,
+    "sequence_mean_token_mean": reductions.sequence_mean_token_mean,
+    "sequence_mean_token_sum": reductions.sequence_mean_token_sum,
+}
+
+
+def _check_part(name: str, part: object, method: str, expected: str) -> None:
+    if isinstance(part, type) or not callable(getattr(part, method, None)):
+        got = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+        msg = f"{name}: expected {expected}, got {got}"
+        raise TypeError(msg)
+
+
+# --- double ratios ---------------------------------------------------------------------------------------------------
+
+_STEPS = {
+    "proximal/behavior": {"proximal/behavior"},
+    "policy/proximal": {"policy/proximal"},
+    "policy/behavior": {"policy/proximal", "proximal/behavior"},
+}
+
+
+def _warn_of_double_ratios(mode: Mode) -> None:
+    """π/μ is π/π_old times π_old/μ: no part of it may multiply the gradient twice."""
+    counted: dict[str, str] = {}
+    # an objective whose gradient does not have the ratio, as that of REINFORCE, counts nothing
+    if getattr(mode.objective, "counts_ratio", True):
+        counted = dict.fromkeys(_STEPS[f"policy/{mode.anchor.policy}"], f"the anchor {mode.anchor!r}")
+    for correction in mode.corrections:
+        for step in _STEPS.get(correction.counts or "", ()):
+            if step in counted:
+                msg = f"the ratio {step} multiplies the gradient twice: by {counted[step]} and by {correction!r}"
+                warnings.warn(msg, DoubleRatioWarning, stacklevel=4)
+            counted[step] = repr(correction)
+
+
+# --- to and from text and dicts -----------------------------------------------------------------------------------------------
+
+_ROOMS = (objectives, anchors, corrections, penalties)
+
+
+def _line(value: Any) -> str:
+    """A call of a dataclass, with what differs from its defaults; a mode's objective comes first, without its name."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_line, value))}{',' * (len(value) == 1)})"
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    named = [(name, _line(given)) for name, given in _given(value)]
+    by_position = {"objective", "of"}
+    return f"{type(value).__name__}({', '.join(text if name in by_position else f'{name}={text}' for name, text in named)})"
+
+
+def _given(value: Any) -> list[tuple[str, Any]]:
+    """The fields of a dataclass whose values are not their defaults."""
+    pairs = [(each, getattr(value, each.name)) for each in dataclasses.fields(value)]
+    defaults = [e.default if e.default_factory is dataclasses.MISSING else e.default_factory() for e, _ in pairs]
+    return [(each.name, given) for (each, given), default in zip(pairs, defaults, strict=True) if given != default]
+
+
+def _as_dict(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_as_dict(item) for item in value]
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    kind = type(value)
+    if kind is not Mode and not any(getattr(room, kind.__name__, None) is kind for room in _ROOMS):
+        msg = f"{kind.__name__}: expected a class of drpo_core, because a dict can't name one of another module"
+        raise ValueError(msg)
+    return {"kind": kind.__name__, **{name: _as_dict(given) for name, given in _given(value)}}
+
+
+def _of_dict(values: Any) -> Any:
+    if isinstance(values, (tuple, list)):
+        return tuple(_of_dict(item) for item in values)
+    if not isinstance(values, dict):
+        return values
+    fields = {name: _of_dict(value) for name, value in values.items() if name != "kind"}
+    name = str(values.get("kind"))
+    kind = Mode if name == "Mode" else next((getattr(room, name) for room in _ROOMS if name in room.__all__), None)
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        msg = f"kind: expected the name of a class of drpo_core's modes, got {name!r}"
+        raise ValueError(msg)
+    known = [each.name for each in dataclasses.fields(kind)]
+    if unknown := fields.keys() - set(known):
+        msg = f"{name}: expected keys among {', '.join(known)}, got {', '.join(sorted(unknown))}"
+        raise ValueError(msg)
+    return kind(**fields)
+
+
+# --- with arrays -----------------------------------------------------------------------------------------------------
+
+
+class Resolved(NamedTuple):
+    """What a mode is for a batch: an objective and the log-probs that its ratio is against, factors and penalties.
+
+    `factor` is K, or None for 1; `counted` says which tokens the reduction counts; `penalty` is the value and the gradient of
+    the penalties per token, or None for 0.
+    """
+
+    objective: Objective
+    anchor_log_prob: Array
+    factor: Array | None
+    counted: Array
+    penalty: tuple[Array, Array] | None
+    diagnostics: Diagnostics
+
+    def scaled(self, coefficients: Float[Array, "..."]) -> Float[Array, "..."]:
+        """C K."""
+        return coefficients if self.factor is None else coefficients * self.factor
+
+    def added(self, result: Any, coefficients: Float[Array, "..."], *, xp: Namespace) -> Any:
+        """A `PolicyLoss` with Σ m c (value, gradient) of the penalties, and with the statistics of the corrections."""
+        if self.penalty is not None:
+            value, gradient = (xp.where(self.counted, coefficients * each, 0.0) for each in self.penalty)
+            gradient = xp.astype(result.gradient + gradient, result.gradient.dtype, copy=False)
+            result = result._replace(loss=result.loss + xp.sum(value), gradient=gradient)
+        return result if result.diagnostics is None else result._replace(diagnostics=result.diagnostics | self.diagnostics)
+
+
+def resolve(
+    objective: Objective,
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    *,
+    mask: Bool[Array, "*tokens"] | None,
+    proximal_log_prob: Float[Array, "*tokens"] | None,
+    reference_log_prob: Float[Array, "*tokens"] | None,
+    segment_ids: Int[Array, " tokens"] | None,
+    across: Across | None = None,
+    diagnostics: bool,
+    dtype: Any,
+    xp: Namespace,
+) -> Resolved:
+    """The objective or mode for these tokens; checked arrays, without a graph."""
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    check_others(objective, others, log_prob, xp=xp)
+    if not isinstance(objective, Mode):
+        return Resolved(objective, behavior_log_prob, None, mask, None, {})
+    mode = objective
+    if not (mode.corrections or mode.penalties or mode.anchor != anchors.Behavior()):
+        return Resolved(mode.objective, behavior_log_prob, None, mask, None, {})
+
+    if mask is None:
+        mask = xp.astype(xp.ones_like(log_prob), xp.bool)
+
+    def prepared(array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        x = xp.astype(xp.where(mask, array, 0.0), dtype, copy=False)
+        return xp.where(x < -_FARTHEST, -_FARTHEST, x)
+
+    policies = anchors.Policies(
+        log_prob=prepared(log_prob),
+        behavior_log_prob=prepared(behavior_log_prob),
+        proximal_log_prob=prepared(proximal_log_prob),
+        reference_log_prob=prepared(reference_log_prob),
+        sequences=Sequences(mask, segment_ids, across=across, xp=xp),
+        xp=xp,
+    )
+    evidence = corrections.Evidence(policies, xp.astype(xp.where(mask, advantages, 0.0), dtype, copy=False))
+    factor, counted = None, mask
+    statistics: Diagnostics = {}
+    for name, correction in zip(_names(mode.corrections), mode.corrections, strict=True):
+        one = correction.factor(evidence)
+        factor = one if factor is None else factor * one
+        if correction.counts is None and not mode.count_masked:
+            counted = counted & (one != 0.0)
+        if diagnostics:
+            statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
+    penalty = None
+    if mode.penalties:
+        values, gradients = zip(*(each.value_and_gradient(policies) for each in mode.penalties), strict=True)
+        penalty = sum(values[1:], values[0]), sum(gradients[1:], gradients[0])
+    return Resolved(mode.objective, mode.anchor.log_prob(policies), factor, counted, penalty, statistics)
+
+
+def check_others(objective: Objective, others: Mapping[str, Array | None], log_prob: Array, *, xp: Namespace) -> None:
+    """Raise unless the log-probs that a mode needs are given, and an objective has none."""
+    needed = objective.arguments if isinstance(objective, Mode) else ()
+    for name, array in others.items():
+        if array is None and name in needed:
+            msg = f"{name}: expected log-probs of the sampled tokens, which {objective!r} needs, got None"
+            raise ValueError(msg)
+        if array is not None:
+            if not isinstance(objective, Mode):
+                msg = f"{name}: expected None, because {objective!r} is no Mode that uses it, got an array"
+                raise ValueError(msg)
+            check_arrays(xp=xp, **{name: array})
+            check_shape(name, array, "log_prob", log_prob)
+
+
+def _names(parts: tuple[Correction, ...]) -> list[str]:
+    """A name of each: its class in words, with a number where there are several."""
+    words = [re.sub(r"(?<!^)(?=[A-Z])", "_", type(part).__name__).lower() for part in parts]
+    return [word if words.count(word) == 1 else f"{word}_{words[:i].count(word) + 1}" for i, word in enumerate(words)]
+
+
+def _statistics(name: str, factor: Array, mask: Array, *, xp: Namespace) -> Diagnostics:
+    """Of a correction's factor over valid tokens: the share that it leaves out, mean, largest and effective sample size."""
+    count = reductions.count_true(mask, factor.dtype, xp=xp)
+    valid = xp.where(mask, factor, 0.0)
+    total = xp.sum(valid)
+    return {
+        f"{name}_masked_fraction": Mean(reductions.count_true(mask & (factor == 0.0), factor.dtype, xp=xp), count),
+        f"{name}_mean": Mean(total, count),
+        f"{name}_max": Maximum(xp.max(valid) if 0 not in valid.shape else xp.sum(valid) - xp.inf, count),
+        f"{name}_effective_sample_size": EffectiveSampleSize(total, xp.sum(valid * valid), count),
+    }
