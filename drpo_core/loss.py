@@ -290,7 +290,7 @@ def policy_loss_and_gradient(
                 raise
     result = (chunked_pass if numpy else policy_pass)(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     result = mode.added(result, coefficients, xp=xp)
-    return result._replace(
+    return result._replace(  # type: ignore[no-any-return]
         gradient=xp.astype(result.gradient, log_prob.dtype, copy=False),
         diagnostics=None if result.diagnostics is None else separated(result.diagnostics, xp=xp),
     )

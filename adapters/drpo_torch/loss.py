@@ -97,13 +97,18 @@ def token_loss(
     tensor([-1.0000, -1.0000,  0.2000])
     """
     tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob, "segment_ids": segment_ids}
-    check_tensors(**tensors, mask=mask, divergence=divergence, **others)
-    options: dict[str, Any] = {"mask": mask, "divergence": divergence, "across": across, **others}
+    options: dict[str, Any] = {
+        "mask": mask,
+        "proximal_log_prob": proximal_log_prob,
+        "reference_log_prob": reference_log_prob,
+        "segment_ids": segment_ids,
+        "divergence": divergence,
+    }
+    check_tensors(**tensors, **options)
     # outside the autograd.Function, where Dynamo could not share an objective's thresholds with the caller's code;
     # the namespace is explicit because Dynamo can't trace its inference
     with torch.no_grad():
-        result = token_loss_and_gradient(objective, **tensors, **options, xp=namespace())
+        result = token_loss_and_gradient(objective, **tensors, **options, across=across, xp=namespace())
     return with_gradient(log_prob, result.loss, result.gradient)
 
 

@@ -224,7 +224,7 @@ def _warn_of_double_ratios(mode: Mode) -> None:
             counted[step] = repr(correction)
 
 
-# --- to and from text and dicts -----------------------------------------------------------------------------------------------
+# --- to and from text and dicts --------------------------------------------------------------------------------------
 
 _ROOMS = (objectives, anchors, corrections, penalties)
 
