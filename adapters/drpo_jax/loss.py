@@ -213,16 +213,48 @@ def policy_loss(
     0.5
     """
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    others: dict[str, Any] = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
     check_jax_arrays(
         **tokens, **others, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids
     )
     check_objective(objective)
     _, dtype = check_tokens(**tokens, mask=mask, divergence=divergence, xp=xp)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    sequences = {"segment_ids": segment_ids, "across": across}
+    return mode_loss(
+        objective,
+        **tokens,
+        **others,
+        mask=mask,
+        divergence=divergence,
+        reduction=reduction_of(objective, reduction),
+        options=options,
+        across=across,
+        dtype=dtype,
+        diagnostics=diagnostics,
+    )
+
+
+def mode_loss(
+    objective: Objective,
+    *,
+    log_prob: jax.Array,
+    behavior_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    proximal_log_prob: jax.Array | None,
+    reference_log_prob: jax.Array | None,
+    divergence: jax.Array | None,
+    reduction: Reduction,
+    options: dict[str, Any],
+    across: Across | None = None,
+    dtype: Any,  # noqa: ANN401 -- a dtype of the namespace
+    diagnostics: bool,
+) -> tuple[jax.Array, Diagnostics | None]:
+    """`policy_loss` of checked arguments, of which `options` are the reduction's own."""
+    tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    sequences = {"segment_ids": options["segment_ids"], "across": across}
     mode = _resolved(objective, **tokens, **others, **sequences, mask=mask, diagnostics=diagnostics, dtype=dtype)
-    reduction = reduction_of(objective, reduction)
     coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
     arrays = (log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
     loss, statistics = checked_policy_loss(mode.objective, *arrays, dtype=dtype, diagnostics=diagnostics)
