@@ -168,8 +168,12 @@ class ImportanceWeight(_OnEdge):
             ratio = ratio if self.high is None else xp.where(ratio > self.high, self.high, ratio)
         if not self.normalize:
             return ratio
-        counted = policies.sequences.mask if self.level == "token" else policies.sequences.first_of_each()
-        total, count = xp.sum(xp.where(counted, ratio, 0.0)), xp.sum(xp.where(counted, xp.ones_like(ratio), 0.0))
+        sequences, one = policies.sequences, xp.ones_like(ratio)
+        if self.level == "token":
+            total, count = sequences.total_of_all(ratio), sequences.total_of_all(one)
+        else:
+            first = sequences.first_of_each()
+            total, count = xp.sum(xp.where(first, ratio, 0.0)), xp.sum(xp.where(first, one, 0.0))
         mean = total / xp.where(count == 0.0, 1.0, count)
         return ratio / xp.where(mean == 0.0, 1.0, mean)
 
@@ -422,8 +426,11 @@ class VariationalWeight(_OnEdge):
         """Check the hyper-parameters and keep them as Python floats."""
         _check_choice("edge", self.edge, EDGES)
         for name in ("positive", "negative"):
-            k, rate = (check_number(name, number, above=0.0) for number in getattr(self, name))
-            object.__setattr__(self, name, (k, rate))
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                msg = f"{name}: expected two numbers (k, λ), got {pair!r}"
+                raise TypeError(msg)
+            object.__setattr__(self, name, tuple(check_number(name, number, above=0.0) for number in pair))
 
     @property
     def counts(self) -> str | None:
@@ -492,6 +499,7 @@ class FutureRatio(_OnEdge):
         _check_choice("edge", self.edge, EDGES)
         for name in ("delta", "half_life", "low", "high"):
             _set_number(self, name)
+        _check_order(self.low, self.high)
 
     def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
         """clip(exp of the discounted sum, low, high)."""
@@ -530,18 +538,18 @@ class SecondMomentMask(_OnEdge):
         _set_number(self, "tau")
 
     def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
-        """0 where ℓ² is beyond the largest that can be kept."""
+        """1 where ℓ² is below the smallest that must go."""
         xp, mask = evidence.policies.xp, evidence.policies.sequences.mask
+        evidence.policies.sequences.need_whole_sequences()
         ell = evidence.log_ratio(self.edge)
         squares = xp.where(mask, ell * ell, xp.inf)
         if 0 in squares.shape:
             return xp.ones_like(squares)
         ordered = xp.sort(xp.reshape(squares, (-1,)))
         count = xp.cumulative_sum(xp.ones_like(ordered))
-        # means of the smallest ones rise with their number, so those below τ come first
-        kept = xp.cumulative_sum(ordered) / count < self.tau
-        largest = xp.max(xp.where(kept, ordered, -xp.inf))
-        return _indicator(squares <= largest, evidence)
+        # means of the smallest ones rise with their number, so those below τ come first; a NaN comes last
+        beyond = (xp.cumulative_sum(ordered) / count >= self.tau) & (ordered == ordered)
+        return _indicator(squares < xp.min(xp.where(beyond, ordered, xp.inf)), evidence)
 
 
 def _tokens(evidence: Evidence, edge: Edge) -> Tokens:
@@ -588,8 +596,13 @@ def _check_bounds(correction: object) -> None:
     low, high = (getattr(correction, name) for name in ("low", "high"))
     low = None if low is None else check_number("low", low, at_least=0.0)
     high = None if high is None else check_number("high", high, above=0.0)
-    if low is not None and high is not None and low >= high:
-        msg = f"low: expected less than high, {high:g}, got {low:g}"
-        raise ValueError(msg)
+    if low is not None and high is not None:
+        _check_order(low, high)
     object.__setattr__(correction, "low", low)
     object.__setattr__(correction, "high", high)
+
+
+def _check_order(low: float, high: float) -> None:
+    if low >= high:
+        msg = f"low: expected less than high, {high:g}, got {low:g}"
+        raise ValueError(msg)
