@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from drpo_core._checks import check_part
+from drpo_core.tokens import saturated_both_ways
 
 if TYPE_CHECKING:
     from drpo_core._arrays import Array, Float, Namespace
@@ -127,8 +128,8 @@ class Sequence(_OfAnother):
     """One ratio for a sequence of T valid tokens: R = exp((1/T) Σ_t (log π_t − log a_t)), the geometric mean of its ratios.
 
     log a becomes log π − (1/T) Σ_t (log π_t − log a_t), held constant. A token's own log π carries the gradient, so that
-    ∂R/∂log π = R at each token. It is no log-probability and may exceed 0: objectives of π − μ, which are made for
-    probabilities (DRPO, DPPO), are better left on tokens.
+    ∂R/∂log π = R at each token. The mean is kept within ±20 nats. The anchor is no log-probability and may exceed 0:
+    objectives of π − μ, which are made for probabilities (DRPO, DPPO), are better left on tokens.
 
     Parameters
     ----------
@@ -162,7 +163,8 @@ class Sequence(_OfAnother):
 
     def log_prob(self, policies: Policies) -> Float[Array, "*tokens"]:
         """Log π − mean(log π − log a)."""
-        return policies.log_prob - policies.sequences.mean(policies.log_prob - self.of.log_prob(policies))
+        x, sequences, xp = policies.log_prob, policies.sequences, policies.xp
+        return x - saturated_both_ways(sequences.mean(x - self.of.log_prob(policies)), xp=xp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,4 +200,4 @@ class Prefix(_OfAnother):
         x, sequences, xp = policies.log_prob, policies.sequences, policies.xp
         total = sequences.running_total(x - self.of.log_prob(policies))
         count = sequences.running_total(xp.ones_like(x))
-        return x - total / xp.where(count == 0.0, 1.0, count)
+        return x - saturated_both_ways(total / xp.where(count == 0.0, 1.0, count), xp=xp)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from drpo_core._checks import check_number
 from drpo_core.divergence import binary_kl_of, k3_of
-from drpo_core.tokens import Tokens
+from drpo_core.tokens import Tokens, saturated_both_ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,7 +70,7 @@ class Evidence(NamedTuple):
         ell, sequences = self.log_ratio(edge), self.policies.sequences
         if level != "token":
             ell = sequences.total(ell) if level == "sequence" else sequences.mean(ell)
-        return _saturated(ell, self.policies)
+        return saturated_both_ways(ell, xp=self.policies.xp)
 
 
 class Correction(Protocol):
@@ -469,7 +469,8 @@ class MinimumPrefixRatio(_OnEdge):
         """The smallest ratio before each token."""
         sequences, xp = evidence.policies.sequences, evidence.policies.xp
         # at the first token there is none before it
-        return xp.exp(_saturated(sequences.smallest_before(evidence.log_ratio(self.edge), nothing=0.0), evidence.policies))
+        smallest = sequences.smallest_before(evidence.log_ratio(self.edge), nothing=0.0)
+        return xp.exp(saturated_both_ways(smallest, xp=xp))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -504,9 +505,9 @@ class FutureRatio(_OnEdge):
     def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
         """clip(exp of the discounted sum, low, high)."""
         sequences, xp = evidence.policies.sequences, evidence.policies.xp
-        ell = _saturated(evidence.log_ratio(self.edge), evidence.policies)
+        ell = evidence.at_level(self.edge, "token")
         ahead = sequences.discounted_future(xp.where(xp.exp(ell) <= self.delta, ell, 0.0), 2.0 ** (-1.0 / self.half_life))
-        weight = xp.exp(_saturated(ahead, evidence.policies))
+        weight = xp.exp(saturated_both_ways(ahead, xp=xp))
         weight = xp.where(weight < self.low, self.low, weight)
         return xp.where(weight > self.high, self.high, weight)
 
@@ -561,12 +562,6 @@ def _tokens(evidence: Evidence, edge: Edge) -> Tokens:
 def _swapped(tokens: Tokens) -> Tokens:
     x, b, xp = tokens.log_prob, tokens.behavior_log_prob, tokens.xp
     return Tokens.of(b, x, tokens.advantages, dtype=x.dtype, xp=xp)
-
-
-def _saturated(ell: Array, policies: Policies) -> Array:
-    """ℓ within ±20 nats."""
-    xp = policies.xp
-    return xp.where(ell > 20.0, 20.0, xp.where(ell < -20.0, -20.0, ell))
 
 
 def _within(ratio: Array, low: float | None, high: float | None) -> Bool[Array, "..."]:

@@ -270,6 +270,11 @@ def saturated(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*
     return xp.where(ell > 20.0, 20.0, ell)
 
 
+def saturated_both_ways(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:
+    """ℓ within ±20 nats: the log of a ratio between e⁻²⁰ and e²⁰, for what is multiplied or averaged."""
+    return xp.where(ell > 20.0, 20.0, xp.where(ell < -20.0, -20.0, ell))
+
+
 def _prepare(log_prob: Array, behavior_log_prob: Array, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
     xp = check_arrays(xp=xp, log_prob=log_prob, behavior_log_prob=behavior_log_prob)
     dtype = compute_dtype(log_prob, behavior_log_prob, xp=xp)

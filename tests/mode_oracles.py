@@ -259,10 +259,10 @@ def anchor_log_prob(anchor, row):
             return [t.proximal for t in row]
         case anchors.Sequence(of=inner):
             gaps = [t.policy - a for t, a in zip(row, anchor_log_prob(inner, row), strict=True)]
-            return [t.policy - mean(gaps) for t in row]
+            return [t.policy - saturated(mean(gaps)) for t in row]
         case anchors.Prefix(of=inner):
             gaps = [t.policy - a for t, a in zip(row, anchor_log_prob(inner, row), strict=True)]
-            return [t.policy - mean(gaps[: i + 1]) for i, t in enumerate(row)]
+            return [t.policy - saturated(mean(gaps[: i + 1])) for i, t in enumerate(row)]
         case _:
             msg = f"the oracle has no formula for {anchor!r}"
             raise TypeError(msg)
