@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_arrays",
     "check_dtype",
+    "check_flag",
     "check_mask",
     "check_number",
     "check_part",
@@ -111,6 +112,13 @@ def check_number(
         msg = f"{name}: expected a finite number{bound}, got {_short(value)}"
         raise ValueError(msg)
     return number
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `TypeError` unless the value is True or False."""
+    if not isinstance(value, bool):
+        msg = f"{name}: expected True or False, got {value!r}"
+        raise TypeError(msg)
 
 
 def check_part(name: str, part: object, method: str, expected: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
-from drpo_core._checks import check_number
+from drpo_core._checks import check_flag, check_number
 from drpo_core.divergence import binary_kl_of, k3_of
 from drpo_core.tokens import Tokens, saturated_both_ways
 
@@ -149,6 +149,7 @@ class ImportanceWeight(_OnEdge):
         _check_choice("edge", self.edge, EDGES)
         _check_choice("level", self.level, LEVELS)
         _check_choice("outside", self.outside, ("clamp", "zero"))
+        check_flag("normalize", self.normalize)
         _check_bounds(self)
 
     @property

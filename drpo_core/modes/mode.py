@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drpo_core import anchors, corrections, objectives, penalties
 from drpo_core import reduction as reductions
-from drpo_core._checks import check_arrays, check_number, check_part, check_shape
+from drpo_core._checks import check_arrays, check_flag, check_number, check_part, check_shape
 from drpo_core._sequences import Sequences
 from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean
 from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of
@@ -130,6 +130,7 @@ class Mode:
                 msg = f"horizon: expected None with reduction {self.reduction!r}, got {self.horizon!r}"
                 raise ValueError(msg)
             object.__setattr__(self, "horizon", check_number("horizon", self.horizon, above=0.0))
+        check_flag("count_masked", self.count_masked)
         _warn_of_double_ratios(self)
 
     def __repr__(self) -> str:
@@ -263,9 +264,13 @@ def _of_dict(values: Any) -> Any:
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         msg = f"kind: expected the name of a class of drpo_core's modes, got {name!r}"
         raise ValueError(msg)
-    known = [each.name for each in dataclasses.fields(kind)]
-    if unknown := fields.keys() - set(known):
+    known = {each.name: each for each in dataclasses.fields(kind)}
+    if unknown := fields.keys() - known.keys():
         msg = f"{name}: expected keys among {', '.join(known)}, got {', '.join(sorted(unknown))}"
+        raise ValueError(msg)
+    needed = [key for key, each in known.items() if each.default is each.default_factory is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in fields]:
+        msg = f"{name}: expected a value for {', '.join(missing)}, got none"
         raise ValueError(msg)
     return kind(**fields)
 
