@@ -395,3 +395,27 @@ def arguments_for(mode, arrays):
     """What a mode takes of the arrays of a batch: no log-probs that it doesn't need."""
     unused = {"proximal_log_prob", "reference_log_prob"} - set(mode.arguments)
     return {name: array for name, array in arrays.items() if name not in unused}
+
+
+def reduced_over(of):
+    """What each of two ranks returns of ``of(rank, across)``: its k-th all-reduce is answered with both ranks' k-th arrays."""
+    known = []
+    while True:
+        asked = []
+
+        def across(array, operation, asked=asked):
+            calls = len(asked[-1])
+            asked[-1].append((array, operation))
+            return known[calls] if calls < len(known) else array
+
+        results = []
+        for rank in range(2):
+            asked.append([])
+            results.append(of(rank, across))
+        counts = [len(calls) for calls in asked]
+        assert counts[0] == counts[1], "ranks would wait for each other"
+        if len(known) == counts[0]:
+            return results
+        pair = [calls[len(known)] for calls in asked]
+        assert pair[0][1] == pair[1][1]
+        known.append(np.add(pair[0][0], pair[1][0]) if pair[0][1] == "sum" else np.maximum(pair[0][0], pair[1][0]))

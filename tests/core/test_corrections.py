@@ -9,7 +9,19 @@ import pytest
 from backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mode_oracles import CORRECTIONS, arguments_for, batch, examples_of, made_by, packed, quiet, sequences, spoilt, spread_out
+from mode_oracles import (
+    CORRECTIONS,
+    arguments_for,
+    batch,
+    examples_of,
+    made_by,
+    packed,
+    quiet,
+    reduced_over,
+    sequences,
+    spoilt,
+    spread_out,
+)
 
 from drpo_core import corrections, policy_loss_and_gradient, summarize, token_loss_and_gradient
 from drpo_core._sequences import Sequences
@@ -428,30 +440,6 @@ def over_ranks(correction, arrays, cut):
         return token_loss_and_gradient(mode, **part, across=across).weight
 
     return np.concatenate(reduced_over(of), axis=1)
-
-
-def reduced_over(of):
-    """Each rank's result with all-reduces of both: a rank's k-th call is answered with both ranks' k-th arrays."""
-    known = []
-    while True:
-        asked = []
-
-        def across(array, operation, asked=asked):
-            calls = len(asked[-1])
-            asked[-1].append((array, operation))
-            return known[calls] if calls < len(known) else array
-
-        results = []
-        for rank in range(2):
-            asked.append([])
-            results.append(of(rank, across))
-        counts = [len(calls) for calls in asked]
-        assert counts[0] == counts[1], "ranks would wait for each other"
-        if len(known) == counts[0]:
-            return results
-        pair = [calls[len(known)] for calls in asked]
-        assert pair[0][1] == pair[1][1]
-        known.append(np.add(pair[0][0], pair[1][0]) if pair[0][1] == "sum" else np.maximum(pair[0][0], pair[1][0]))
 
 
 ORDERED = (MinimumPrefixRatio, FutureRatio, SecondMomentMask)

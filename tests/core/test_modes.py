@@ -12,7 +12,7 @@ import pytest
 from backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mode_oracles import EXAMPLES, Constant, arguments_for, batch, packed, quiet, with_choices
+from mode_oracles import EXAMPLES, Constant, arguments_for, batch, packed, quiet, reduced_over, with_choices
 from variants import ALL, VARIANTS, each_family
 
 import drpo_core
@@ -183,6 +183,23 @@ def test_a_batch_in_micro_batches(mode):
     ]
     np.testing.assert_allclose(sum(piece.loss for piece in pieces), whole.loss, rtol=1e-12)
     np.testing.assert_allclose(np.concatenate([piece.gradient for piece in pieces]), whole.gradient, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "mode", [dataclasses.replace(WHOLE, reduction="token_mean", horizon=None), *COMBINATIONS[3:6]], ids=repr
+)
+def test_columns_on_two_ranks(mode):
+    """Context parallelism: the halves of every row, with `across`, have the gradient of the whole; their losses add up."""
+    arrays = arguments_for(mode, batch((6, 8), seed=3))
+    whole = policy_loss_and_gradient(mode, **arrays, normalizer=11.0)
+
+    def of(rank, across):
+        half = {name: a[:, :5] if rank == 0 else a[:, 5:] for name, a in arrays.items()}
+        return policy_loss_and_gradient(mode, **half, normalizer=11.0, across=across)
+
+    halves = reduced_over(of)
+    np.testing.assert_allclose(np.concatenate([h.gradient for h in halves], axis=1), whole.gradient, rtol=1e-11, atol=1e-16)
+    np.testing.assert_allclose(sum(half.loss for half in halves), whole.loss, rtol=1e-11)
 
 
 def test_tokens_that_are_masked_count_or_do_not():
