@@ -83,7 +83,7 @@ class Correction(Protocol):
 
     @property
     def counts(self) -> str | None:
-        """The edge whose ratio multiplies the gradient, for a weight; None for a mask."""
+        """The edge whose ratio, of the token or its sequence, multiplies the gradient; None for masks and other factors."""
         ...
 
     def factor(self, evidence: Evidence) -> Float[Array, "..."]:
@@ -123,18 +123,32 @@ class ImportanceWeight(_OnEdge):
     outside
         ``"clamp"`` or ``"zero"``: what happens to a ratio outside its bounds.
     normalize
-        Divide by the mean of K over the valid tokens of this call (over its sequences, at their level).
+        Divide by the mean of K over the valid tokens of this call (over its sequences, at their level). Micro-batches
+        then have means of their own.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
 
     References
     ----------
-    Truncated importance sampling of the mismatch of trainer and sampler: verl's and TRL's documentation of rollout
-    correction; zeroing, as IcePop does: arXiv:2510.18855.
+    Truncated importance sampling of what trainer and sampler disagree on: verl's and TRL's documentation of
+    rollout correction; zeroing, as IcePop does: arXiv:2510.18855.
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
     >>> from drpo_core.corrections import ImportanceWeight
-    >>> ImportanceWeight(high=2.0)
-    ImportanceWeight(edge='proximal/behavior', level='token', low=None, high=2.0, outside='clamp', normalize=False)
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(ImportanceWeight(high=2.0),))
+    >>> pi, old, mu = np.log([0.5, 0.1, 0.3]), np.log([0.5, 0.1, 0.3]), np.log([0.5, 0.2, 0.1])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([1.0, 1.0, 1.0]), proximal_log_prob=old).weight.round(4)
+    array([1. , 0.5, 2. ])
     """
 
     edge: Edge = "proximal/behavior"
@@ -190,9 +204,29 @@ class RatioMask(_OnEdge):
     low, high
         Bounds, ratios; None for none.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     arXiv:2510.18855 (IcePop) at the level of tokens; verl's ``rollout_rs`` by k1, whose bounds are ratios too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import RatioMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(RatioMask(level="geometric", low=0.9, high=1.1),))
+    >>> pi, old, mu = np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
@@ -239,9 +273,30 @@ class DivergenceMask(_OnEdge):
     high
         Largest D that is kept, in nats (TV: a probability); > 0.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     verl's ``rollout_rs``; the largest of a sequence: arXiv:2512.23075 (TRM); both directions: arXiv:2606.15079 (KPop).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import DivergenceMask
+    >>> from drpo_core.modes import Mode
+    >>> correction = DivergenceMask(estimator="binary_tv", over="max", high=0.05)
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(correction,))
+    >>> pi, old, mu = np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
@@ -275,9 +330,29 @@ class Veto(_OnEdge):
     low, high
         Bounds, ratios: what no numerical noise explains.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     verl's documentation of rollout correction (token veto); prime-rl's ``token_mask``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import Veto
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(Veto(),))
+    >>> pi, old, mu = np.log([[0.5, 0.2], [0.5, 1e-6]]), np.log([[0.5, 0.2], [0.5, 1e-6]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
@@ -308,9 +383,29 @@ class NegativeSequenceMask(_OnEdge):
     delta
         δ > 0, nats.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     TRL's ``off_policy_mask_threshold`` and slime's OPSM, after DeepSeek-V3.2 (arXiv:2512.02556).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import NegativeSequenceMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(NegativeSequenceMask(delta=0.1),))
+    >>> pi, old, mu = np.log([[0.5, 0.1], [0.5, 0.1]]), np.log([[0.5, 0.1], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "policy/behavior"
@@ -337,6 +432,30 @@ class SequenceTrustMask(_OnEdge):
         Which ratio.
     delta
         δ > 0, dimensionless.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2603.01365 (VACO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import SequenceTrustMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(SequenceTrustMask(delta=0.2),))
+    >>> pi, old, mu = np.log([[0.5, 0.3], [0.5, 0.3]]), np.log([[0.5, 0.3], [0.5, 0.3]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 0.],
+           [1., 1.]])
     """
 
     edge: Edge = "policy/behavior"
@@ -365,9 +484,29 @@ class OutwardMask(_OnEdge):
     eps_low, eps_high
         > 0, nats.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     arXiv:2507.20673 (GMPO), section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import OutwardMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(OutwardMask(eps_low=0.1, eps_high=0.1),))
+    >>> pi, old, mu = np.log([[0.5, 0.25], [0.5, 0.25]]), np.log([[0.5, 0.2], [0.5, 0.2]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 0.],
+           [1., 1.]])
     """
 
     edge: Edge = "policy/proximal"
@@ -393,6 +532,18 @@ class LengthScale:
     References
     ----------
     arXiv:2602.05261 (LUSPO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import LengthScale
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(LengthScale(),))
+    >>> pi, old, mu = np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[3., 3., 3.]])
     """
 
     arguments = ()
@@ -414,9 +565,29 @@ class VariationalWeight(_OnEdge):
     positive, negative
         (k, λ) where A ≥ 0 and where A < 0; positive numbers.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
-    VESPO, as TRL implements it.
+    arXiv:2602.10693 (VESPO), with the numbers (k, λ) of TRL's ``loss_type="vespo"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import VariationalWeight
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(VariationalWeight(edge="proximal/behavior"),))
+    >>> pi, mu = np.log([[0.5, 0.2], [0.5, 0.25]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=pi).weight.round(4)
+    array([[1.    , 1.    ],
+           [1.1846, 1.1846]])
     """
 
     edge: Edge = "policy/behavior"
@@ -458,6 +629,29 @@ class MinimumPrefixRatio(_OnEdge):
     ----------
     edge
         Which ratio.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2601.22718 (MinPRO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import MinimumPrefixRatio
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(MinimumPrefixRatio(),))
+    >>> pi, old, mu = np.log([[0.4, 0.24, 0.1]]), np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1. , 0.8, 0.8]])
     """
 
     edge: Edge = "policy/behavior"
@@ -485,9 +679,32 @@ class FutureRatio(_OnEdge):
     delta
         δ > 0, a ratio: tokens beyond it count nothing.
     half_life
-        Tokens after which γ has halved: γ = 2^(−1/half_life).
+        Tokens after which γ has halved, > 0: γ = 2^(−1/half_life). The distance k − t counts masked tokens too.
     low, high
-        Bounds of the weight.
+        Bounds of the weight, 0 < low < high.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2603.19835 (FIPO), whose ratio is π/π_old. Its code also bounds K to 1 where A < 0 and ρ > 10, which is not here.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import FutureRatio
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(FutureRatio(delta=3.0, half_life=1.0),))
+    >>> pi, old, mu = np.log([[0.5, 0.22, 0.11]]), np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1.0741, 1.1537, 1.1   ]])
     """
 
     edge: Edge = "policy/behavior"
@@ -517,7 +734,7 @@ class FutureRatio(_OnEdge):
 class SecondMomentMask(_OnEdge):
     """K = 0 at the tokens of largest ℓ², as many as it takes for the mean ℓ² of the rest to be below τ (M2PO).
 
-    A batch-level mask: it depends on all valid tokens of the call.
+    Tokens of equal ℓ² go or stay together. A batch-level mask: it depends on all valid tokens of the call.
 
     Parameters
     ----------
@@ -526,9 +743,28 @@ class SecondMomentMask(_OnEdge):
     tau
         τ > 0, nats².
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     arXiv:2510.01161 (M2PO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import SecondMomentMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(SecondMomentMask(tau=0.04),))
+    >>> pi, old, mu = np.log([[0.5, 0.22, 0.2]]), np.log([[0.5, 0.22, 0.2]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
