@@ -270,6 +270,12 @@ def saturated(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*
     return xp.where(ell > 20.0, 20.0, ell)
 
 
+def inverse_ratio(r: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:
+    """min(1/r, e²⁰) = e^−clip(ℓ, −20, 20), without dividing by zero."""
+    # a literal, as above; r itself where it is NaN
+    return 1.0 / xp.where(r < 2.061153622438558e-09, 2.061153622438558e-09, r)
+
+
 def _prepare(log_prob: Array, behavior_log_prob: Array, xp: Namespace | None) -> tuple[Array, Array, Namespace]:
     xp = check_arrays(xp=xp, log_prob=log_prob, behavior_log_prob=behavior_log_prob)
     dtype = compute_dtype(log_prob, behavior_log_prob, xp=xp)

@@ -17,6 +17,7 @@ from drpo_core.objectives.drpo import DRPO, MaskDRPO
 from drpo_core.objectives.policy_gradient import PolicyGradient
 from drpo_core.objectives.ppo import PPOClip
 from drpo_core.objectives.protocol import Objective
+from drpo_core.objectives.reinforce import Reinforce
 from drpo_core.objectives.spo import SPO
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 
@@ -38,6 +39,7 @@ __all__ = [
     "Objective",
     "PPOClip",
     "PolicyGradient",
+    "Reinforce",
     "Threshold",
     "VacuousTrustRegionWarning",
     "family_of",
@@ -90,6 +92,7 @@ OBJECTIVES: tuple[Family, ...] = (
     Family("DPPO-KL", DPPO, "delta", (0.05,), "Binary KL", {"divergence": "binary_kl"}),
     Family("DRPO", DRPO, "delta", (0.15, 12.5), "abs(π − μ)"),
     Family("Mask-DRPO", MaskDRPO, "delta", (0.15,), "abs(π − μ)"),
+    Family("REINFORCE", Reinforce),
 )
 
 _SYMBOLS = {"delta": "δ", "eps": "ε", "max_ratio": "c"}

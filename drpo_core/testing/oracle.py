@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mpmath
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Reinforce, family_of
 
 if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray
@@ -78,7 +78,7 @@ def knows(objective: object) -> bool:
     """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
     if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
-    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO)
+    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, Reinforce)
 
 
 def threshold_name(objective: object) -> str | None:
@@ -154,6 +154,9 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
     bound: Any = None if regions is None else _MP.mpf(regions[0] if a < 0 else regions[1])
     jump: Any = _MP.inf
     kept: Any = True
+    # r w and the magnitude of its terms, where the product with the saturated weight is another number
+    factor: Any = None
+    factor_scale: Any = None
 
     match objective:
         case PolicyGradient(max_ratio=c):
@@ -200,21 +203,26 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
             outside = 0 if kept else size * abs(excess) * (d * d - bound * bound) / (2 * bound * abs(d))
             loss, weight = -a * r + outside, _MP.mpf(1) if kept else 1 - sign * d / bound
             terms = size * r + (0 if kept else size * abs(excess) * (d * d + bound * bound) / (2 * bound * abs(d)))
+        case Reinforce():
+            loss, weight = -a * _finite(x), _inverse(r)
+            terms, factor, factor_scale = abs(loss), _MP.mpf(1), _MP.mpf(1)
         case _:
             msg = f"the oracle has no formula for {objective!r}"
             raise TypeError(msg)
 
-    gradient = -a * r * weight
     # ℓ is rounded once, which moves e^ℓ by a relative u|ℓ|
     condition = 1 + abs(ell)
     weight_scale = 1 + abs(weight - 1) * condition
+    factor = r * weight if factor is None else factor
+    factor_scale = r * weight_scale if factor_scale is None else factor_scale
+    gradient = -a * factor
     return Reference(
         loss=float(loss),
         weight=float(weight),
         gradient=float(gradient),
         loss_scale=float(terms * condition),
         weight_scale=float(weight_scale),
-        gradient_scale=float(size * r * condition * weight_scale) if weight != 0 else 0.0,
+        gradient_scale=float(size * condition * factor_scale) if weight != 0 else 0.0,
         kept=bool(kept),
         jump=float(jump),
     )
@@ -286,6 +294,8 @@ def expected_gradient(
                 slope = _MP.mpf(0) if away > 0 and measured > bound else -advantage * _cap(c, mu / pi)
             case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c):
                 slope = -advantage * _cap(c, mu / pi)
+            case Reinforce():
+                slope = -advantage * mu / pi
             case _:
                 msg = f"the oracle has no formula for {objective!r}"
                 raise TypeError(msg)
@@ -299,6 +309,16 @@ def _truncated(a: Any, r: Any, c: float | None) -> tuple[Any, Any]:
     if c is None or r <= c:
         return -a * r, _MP.mpf(1)
     return -a * c * (1 + _MP.log(r / c)), c / r
+
+
+def _inverse(r: Any) -> Any:
+    """min(1/r, e²⁰)."""
+    return 1 / max(r, _MP.exp(-SATURATION))
+
+
+def _finite(x: Any) -> Any:
+    """Log π, and 0 where π = 0."""
+    return _MP.mpf(0) if x == -_MP.inf else x
 
 
 def _cap(c: float | None, inverse_ratio: Any) -> Any:

@@ -25,7 +25,7 @@ from drpo_core import (
     token_diagnostics,
 )
 from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean, Minimum, map_diagnostics
-from drpo_core.objectives import OBJECTIVES
+from drpo_core.objectives import OBJECTIVES, Reinforce
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
 BACKENDS = [b for b in Backend if b is not Backend.JAX]
@@ -109,6 +109,7 @@ def test_kinds_of_statistics():
         (DPPO(delta=0.15, divergence="binary_kl"), [3, 1, 0, 0, 0]),
         (DRPO(delta=0.28), [3, 0, 1, 2, 1]),
         (MaskDRPO(delta=0.28), [3, 0, 0, 0, 1]),
+        (Reinforce(), [0, 0, 2, 2, 0]),
     ],
     ids=repr,
 )

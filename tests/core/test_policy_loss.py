@@ -44,6 +44,7 @@ OBJECTIVES = [
     DPPO(delta_low=0.02, delta_high=0.2, divergence="binary_kl", max_ratio=3.0),
     DELTA,
     MaskDRPO(delta_low=0.1, delta_high=0.3),
+    objectives.Reinforce(),
 ]
 ENGINES = ["arrays", "compiled"]
 

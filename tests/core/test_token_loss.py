@@ -33,6 +33,7 @@ OBJECTIVES = [
     DPPO(delta=0.15, divergence="binary_kl"),
     DRPO(delta=0.2),
     MaskDRPO(delta=0.2),
+    families.Reinforce(),
 ]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 
@@ -50,6 +51,7 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
         (DPPO(delta=0.15, divergence="binary_kl"), [-2.0, -1.0, 0.0, 3.0]),
         (DRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0 * (1 + 0.3 / 0.2)]),
         (MaskDRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0]),
+        (families.Reinforce(), [-1.0, -1.0, 1.0, 2.0]),
     ],
     ids=repr,
 )

@@ -8,7 +8,7 @@ import z3
 from provers import A, c, mu, prove, r, real_bounds, real_tokens, symbolic, sympy_tokens
 
 from drpo_core import CISPO, DPPO, PolicyGradient, PPOClip
-from drpo_core.objectives import OBJECTIVES
+from drpo_core.objectives import OBJECTIVES, Reinforce
 
 CAP = z3.Real("c")
 VARIANTS = {
@@ -18,7 +18,7 @@ VARIANTS = {
     "DPPO D, truncated": lambda bounds: symbolic(DPPO, delta=bounds, divergence="per_token", max_ratio=CAP),
 }
 NOT_IN_Z3 = {"DPPO-KL"}  # whose D is a logarithm: DPPO D is it, for any D
-LOGARITHMIC = {"CISPO", "truncated", "DPPO D, truncated"}  # losses
+LOGARITHMIC = {"CISPO", "REINFORCE", "truncated", "DPPO D, truncated"}  # losses
 NAMES = [*(family.name for family in OBJECTIVES if family.name not in NOT_IN_Z3), *VARIANTS]
 
 
@@ -56,11 +56,18 @@ def test_homogeneous(name):
     prove(made.loss(tokens) == 0, *given, tokens.advantages == 0)
 
 
-@pytest.mark.parametrize("kind", [PolicyGradient, CISPO])
-def test_homogeneous_with_logarithm(kind):
-    """SymPy: the truncated and the CISPO loss are linear in A."""
+LINEAR = {
+    "truncated": symbolic(PolicyGradient, max_ratio=c),
+    "CISPO": symbolic(CISPO, max_ratio=c),
+    "REINFORCE": Reinforce(),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_homogeneous_with_logarithm(name):
+    """SymPy: a loss with a logarithm is linear in A."""
     for ratio in (1, 3):
         tokens = sympy_tokens(at={r: ratio, c: 2, mu: sympy.Rational(1, 4)})
-        piece = symbolic(kind, max_ratio=c).loss(tokens).e
+        piece = LINEAR[name].loss(tokens).e
         assert sympy.simplify(piece - A * sympy.diff(piece, A)) == 0
         assert A not in sympy.diff(piece, A).free_symbols

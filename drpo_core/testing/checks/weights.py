@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, OBJECTIVES, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives import CISPO, DPPO, DRPO, OBJECTIVES, SPO, MaskDRPO, PolicyGradient, PPOClip, Reinforce, family_of
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import BoolArray, TokenBatch, unit_roundoff
@@ -471,6 +471,8 @@ def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatA
             return np.minimum(1.0, c / largest_ratio), one
         case PPOClip() | DPPO():
             return zero, one
+        case Reinforce():
+            return 1.0 / largest_ratio, np.exp(SATURATION) * one
     bound = bounds_of(objective, a)
     # how far the shift or r − 1 can go in the direction of A, and against it
     if isinstance(objective, SPO):

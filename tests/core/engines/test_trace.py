@@ -23,10 +23,12 @@ OBJECTIVES = [
     DRPO(delta=0.15),
     DRPO(delta_low=0.1, delta_high=0.2),
     MaskDRPO(delta=0.15),
+    objectives.Reinforce(),
 ]
 
 
 DTYPE = torch.float32
+METHODS = ("loss", "weight", "inside", "ratio_weight")
 
 
 def test_every_class_of_the_table_is_here():
@@ -42,7 +44,7 @@ def batch(size, seed):
 
 @pytest.mark.parametrize(
     ("objective", "method"),
-    [(objective, method) for objective in OBJECTIVES for method in ("loss", "weight", "inside") if hasattr(objective, method)],
+    [(objective, method) for objective in OBJECTIVES for method in METHODS if hasattr(objective, method)],
     ids=str,
 )
 def test_fx_traces_an_objective_once_for_any_batch(objective, method):

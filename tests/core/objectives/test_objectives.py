@@ -25,7 +25,7 @@ from drpo_core import (
     probability_shift,
     token_loss_and_gradient,
 )
-from drpo_core.objectives import OBJECTIVES
+from drpo_core.objectives import OBJECTIVES, Reinforce
 from drpo_core.objectives.protocol import inside_of
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
@@ -187,6 +187,13 @@ CASES = {
             [1 - 0.25 / 0.2, 1, 1, 1, 1, 1],
         ),
     ],
+    Reinforce: [
+        Case(
+            Reinforce(),
+            [-log(0.5), -log(0.2), log(0.3), 2 * log(0.9), -0.5 * log(0.1), 0.0],
+            [1 / 2, 1, 2, 2 / 3, 4, 1 / 2],
+        ),
+    ],
 }
 
 
@@ -234,6 +241,7 @@ def test_the_methods_are_what_is_returned(case):
 
 INSIDE = [
     (PolicyGradient(), [1, 1, 1, 1, 1, 1]),
+    (Reinforce(), [1, 1, 1, 1, 1, 1]),
     (CISPO(max_ratio=1.2), [1, 1, 1, 1, 1, 1]),
     (PPOClip(eps_low=0.6, eps_high=0.8), [0, 1, 1, 1, 0, 0]),  # r of 2, 1, ½, 3/2, ¼, 2 in [0.4, 1.8]
     (SPO(eps_low=0.4, eps_high=1.1), [1, 1, 0, 1, 0, 1]),  # in [0.6, 2.1]
@@ -344,6 +352,34 @@ def test_cispo_of_an_impossible_token_is_0(backend):
     impossible = np.array([-np.inf, -np.inf])
     result = loss(backend, CISPO(max_ratio=2.0), impossible, np.array([-1.0, -np.inf]), np.ones(2))
     np.testing.assert_array_equal(result, 0.0)
+
+
+IMPOSSIBLE, CERTAIN = np.array([-np.inf]), np.array([0.0])
+ABSENT_RATIO = [
+    # objective, −A r w at π = 0 and at μ = 0, for A = 1 and A = −1
+    (Reinforce(), {0: (-1.0, 1.0), math.inf: (-1.0, 1.0)}),
+]
+
+
+@pytest.mark.parametrize(("made", "gradients"), ABSENT_RATIO, ids=repr)
+def test_where_the_ratio_underflows_or_overflows_the_gradient_is_r_w(backend, made, gradients):
+    """The weight saturates at e²⁰, so the product r w would be another number."""
+    arrays = {0: [(IMPOSSIBLE, CERTAIN), (CERTAIN - 800.0, CERTAIN)], math.inf: [(CERTAIN, IMPOSSIBLE)]}
+    for ratio, (positive, negative) in gradients.items():
+        for x, b in arrays[ratio]:
+            for a, gradient in ((1.0, positive), (-1.0, negative), (0.0, 0.0)):
+                result = run(backend, made, x, b, np.array([a]))
+                np.testing.assert_allclose(result.gradient, gradient, rtol=1e-14)
+                assert np.isfinite(result.loss).all()
+                assert np.isfinite(result.weight).all()
+                assert a != 0.0 or result.loss == 0.0
+
+
+@pytest.mark.parametrize("made", [made for made, _ in ABSENT_RATIO], ids=repr)
+def test_a_nan_shows_in_an_own_ratio_weight(backend, made):
+    nan, x = np.array([np.nan]), np.array([-1.0])
+    for arrays in ((nan, x, -x), (x, nan, -x), (x, x, nan)):
+        assert np.isnan(run(backend, made, *arrays).gradient).all()
 
 
 def test_any_shape_is_kept(backend):
@@ -509,9 +545,9 @@ def test_dataclasses_are_frozen_slotted_hashable_values(case):
     assert twin == made
     assert hash(twin) == hash(made)
     assert not hasattr(made, "__dict__")
-    name = dataclasses.fields(made)[0].name
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(made, name, 1.0)
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, 1.0)
     assert all(field.kw_only for field in dataclasses.fields(made))
 
 
