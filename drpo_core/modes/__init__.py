@@ -1,7 +1,12 @@
-"""Modes: a whole policy loss as one value, and those that frameworks name."""
+"""Modes: a whole policy loss as one value, and those that frameworks name.
+
+A function a framework, called as the framework names its loss and spells its configuration:
+``modes.verl("gspo", clip_ratio_low=3e-4, clip_ratio_high=4e-4)``. It returns a `Mode`.
+"""
 
 from __future__ import annotations
 
 from drpo_core.modes.mode import DoubleRatioWarning, Mode
+from drpo_core.modes.verl import VERL_PRESETS, verl
 
-__all__ = ["DoubleRatioWarning", "Mode"]
+__all__ = ["VERL_PRESETS", "DoubleRatioWarning", "Mode", "verl"]
