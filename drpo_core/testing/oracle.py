@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mpmath
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Reinforce, family_of
+from drpo_core.objectives import CISPO, DPPO, DRPO, SAPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Reinforce, family_of
 
 if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray
@@ -78,7 +78,7 @@ def knows(objective: object) -> bool:
     """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
     if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
-    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, Reinforce)
+    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, Reinforce, SAPO)
 
 
 def threshold_name(objective: object) -> str | None:
@@ -114,7 +114,7 @@ def references(
 
 
 @lru_cache(maxsize=1 << 18)
-def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the table of the papers
+def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads like the table of the papers
     objective: object, log_prob: float, behavior_log_prob: float, advantage: float
 ) -> Reference:
     """One token under one objective.
@@ -157,15 +157,17 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
     # r w and the magnitude of its terms, where the product with the saturated weight is another number
     factor: Any = None
     factor_scale: Any = None
+    weight_slope: Any = None
 
     match objective:
         case PolicyGradient(max_ratio=c):
             loss, weight = _truncated(a, r, c)
             terms = abs(loss)
-        case CISPO(max_ratio=c):
-            capped = min(r, c)
-            loss, weight = -capped * a * x, capped / r
+        case CISPO(max_ratio=c, min_ratio=low):
+            factor = min(r, c) if low is None else max(min(r, c), low)
+            loss, weight = -factor * a * _finite(x), factor * _inverse(r) if r < (low or 0) else min(1, c / r)
             terms = abs(loss)
+            factor_scale = factor
         case PPOClip(dual_clip=c):
             kept = sign * excess <= bound
             clipped = r if kept else 1 + sign * bound
@@ -206,13 +208,20 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
         case Reinforce():
             loss, weight = -a * _finite(x), _inverse(r)
             terms, factor, factor_scale = abs(loss), _MP.mpf(1), _MP.mpf(1)
+        case SAPO(tau_positive=positive, tau_negative=negative):
+            tau = _MP.mpf(negative if a < 0 else positive)
+            sigma = 1 / (1 + _MP.exp(-tau * excess))
+            loss, weight = -a * 4 / tau * sigma, 4 * sigma * _MP.exp(-tau * excess) * sigma
+            terms = abs(loss) + size * weight * (r + abs(excess))
+            # ∂w/∂ℓ is not of the size of w − 1
+            weight_slope = weight * (1 + tau * (r + abs(excess)))
         case _:
             msg = f"the oracle has no formula for {objective!r}"
             raise TypeError(msg)
 
     # ℓ is rounded once, which moves e^ℓ by a relative u|ℓ|
     condition = 1 + abs(ell)
-    weight_scale = 1 + abs(weight - 1) * condition
+    weight_scale = 1 + (abs(weight - 1) if weight_slope is None else weight_slope) * condition
     factor = r * weight if factor is None else factor
     factor_scale = r * weight_scale if factor_scale is None else factor_scale
     gradient = -a * factor
@@ -263,7 +272,7 @@ def full_kl(log_prob: FloatArray, behavior_log_prob: FloatArray) -> float:
     return float(total)
 
 
-def expected_gradient(
+def expected_gradient(  # noqa: C901 -- as above
     objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray, advantages: FloatArray
 ) -> FloatArray:
     """Gradient of the expected objective in the logits of π, for one state, in its population form.
@@ -292,8 +301,12 @@ def expected_gradient(
             case DPPO(divergence=kind, max_ratio=c):
                 measured = abs(d) if kind == "binary_tv" else binary_kl(x, b)
                 slope = _MP.mpf(0) if away > 0 and measured > bound else -advantage * _cap(c, mu / pi)
-            case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c):
+            case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c, min_ratio=None):
                 slope = -advantage * _cap(c, mu / pi)
+            case CISPO(max_ratio=c, min_ratio=low):
+                slope = -advantage * max(_cap(c, mu / pi), low * mu / pi)
+            case SAPO(tau_positive=positive, tau_negative=negative):
+                slope = -advantage * _MP.sech((negative if a < 0 else positive) * d / (2 * mu)) ** 2
             case Reinforce():
                 slope = -advantage * mu / pi
             case _:
@@ -338,6 +351,9 @@ def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray
         cap = getattr(objective, "max_ratio", None) or getattr(objective, "dual_clip", None)
         if cap is not None:
             number += 2.0 * (ratio > cap)
+        floor = getattr(objective, "min_ratio", None)
+        if floor is not None:
+            number += 8.0 * (ratio < floor)
         region = thresholds(objective)
         if region is None or isinstance(objective, (DRPO, SPO)):
             return number

@@ -121,6 +121,7 @@ def test_thresholds_are_lists(drpo, tmp_path):
         "DPPO(delta=0.1, divergence='binary_tv')", "DPPO(delta_low=0.2, delta_high=0.3, divergence='binary_tv')",
         "DPPO(delta=0.01, divergence='binary_kl')", "DRPO(delta=0.1)", "DRPO(delta_low=0.2, delta_high=0.3)",
         "MaskDRPO(delta=0.1)", "MaskDRPO(delta_low=0.2, delta_high=0.3)", "Reinforce()",
+        "SAPO(tau_positive=1.0, tau_negative=1.05)",
     ]  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def test_an_objective_of_ones_own(drpo, own, text, label):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Mine()", "expected one of CISPO, DPPO, DRPO, MaskDRPO, PPOClip, PolicyGradient, Reinforce, SPO, got 'Mine'"),
+        ("Mine()", "expected one of CISPO, DPPO, DRPO, MaskDRPO, PPOClip, PolicyGradient, Reinforce, SAPO, SPO, got 'Mine'"),
         ("DRPO", "with its hyper-parameters, such as \"DRPO(delta=0.15)\", or module:NAME, got 'DRPO'"),
         ("DRPO(delta=0)", "DRPO(delta=0): delta: expected a finite number greater than 0"),
         ("DPPO(delta=0.1, divergence='per_token')", "loss raised TypeError: divergence: expected an array, because this"),

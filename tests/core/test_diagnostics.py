@@ -25,7 +25,7 @@ from drpo_core import (
     token_diagnostics,
 )
 from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean, Minimum, map_diagnostics
-from drpo_core.objectives import OBJECTIVES, Reinforce
+from drpo_core.objectives import OBJECTIVES, SAPO, Reinforce
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
 BACKENDS = [b for b in Backend if b is not Backend.JAX]
@@ -110,6 +110,8 @@ def test_kinds_of_statistics():
         (DRPO(delta=0.28), [3, 0, 1, 2, 1]),
         (MaskDRPO(delta=0.28), [3, 0, 0, 0, 1]),
         (Reinforce(), [0, 0, 2, 2, 0]),
+        (CISPO(min_ratio=0.3, max_ratio=1.2), [0, 0, 2, 1, 0]),
+        (SAPO(tau_positive=1.0, tau_negative=1.05), [0, 0, 4, 0, 0]),
     ],
     ids=repr,
 )

@@ -45,6 +45,8 @@ OBJECTIVES = [
     DELTA,
     MaskDRPO(delta_low=0.1, delta_high=0.3),
     objectives.Reinforce(),
+    CISPO(min_ratio=0.8, max_ratio=1.2),
+    objectives.SAPO(tau_positive=1.0, tau_negative=1.05),
 ]
 ENGINES = ["arrays", "compiled"]
 

@@ -34,6 +34,8 @@ OBJECTIVES = [
     DRPO(delta=0.2),
     MaskDRPO(delta=0.2),
     families.Reinforce(),
+    CISPO(min_ratio=0.8, max_ratio=1.2),
+    families.SAPO(tau_positive=2.0, tau_negative=4.0),
 ]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 
@@ -52,6 +54,11 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
         (DRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0 * (1 + 0.3 / 0.2)]),
         (MaskDRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0]),
         (families.Reinforce(), [-1.0, -1.0, 1.0, 2.0]),
+        (CISPO(min_ratio=0.8, max_ratio=1.2), [-1.2, -1.0, 0.8, 2 * 1.2]),
+        (
+            families.SAPO(tau_positive=2.0, tau_negative=4.0),
+            [-2.0 / math.cosh(1) ** 2, -1.0, 0.5 / math.cosh(1) ** 2, 3.0 / math.cosh(1) ** 2],
+        ),
     ],
     ids=repr,
 )

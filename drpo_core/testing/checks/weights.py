@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, OBJECTIVES, SPO, MaskDRPO, PolicyGradient, PPOClip, Reinforce, family_of
+from drpo_core.objectives import (
+    CISPO,
+    DPPO,
+    DRPO,
+    OBJECTIVES,
+    SAPO,
+    SPO,
+    MaskDRPO,
+    PolicyGradient,
+    PPOClip,
+    Reinforce,
+    family_of,
+)
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import BoolArray, TokenBatch, unit_roundoff
@@ -352,8 +364,7 @@ def _at_threshold(objective: Any, value: float) -> Objective:
     changes: dict[str, Any] = {name: value}
     if oracle.threshold_name(objective) is not None:
         changes |= {f"{name}_low": None, f"{name}_high": None}
-    if hasattr(objective, "dual_clip"):
-        changes["dual_clip"] = None
+    changes |= {other: None for other in ("dual_clip", "min_ratio") if hasattr(objective, other)}
     limited: Objective = _quietly(lambda: replace(objective, **changes))
     return limited
 
@@ -459,7 +470,9 @@ def check_clip_weight_is_an_indicator(implementation: Implementation, batch: Tok
         expect(result, "gradient", "equal", 0.0, where=dropped, because=because)
 
 
-def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatArray]:
+def _tight_bounds(  # noqa: PLR0911 -- one case an objective
+    objective: Any, batch: TokenBatch
+) -> tuple[FloatArray, FloatArray]:
     """Infimum and supremum of w over π, for the token's μ and sign of A."""
     mu, a = np.exp(batch.behavior_log_prob), batch.advantages
     largest_ratio = np.minimum(1.0 / mu, np.exp(SATURATION))
@@ -467,8 +480,12 @@ def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatA
     match objective:
         case PolicyGradient(max_ratio=None):
             return one, one
-        case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c):
+        case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c, min_ratio=None):
             return np.minimum(1.0, c / largest_ratio), one
+        case CISPO(max_ratio=c, min_ratio=lowest):
+            return np.minimum(1.0, c / largest_ratio), np.maximum(1.0, lowest * np.exp(SATURATION) * one)
+        case SAPO():
+            return zero, one
         case PPOClip() | DPPO():
             return zero, one
         case Reinforce():

@@ -24,6 +24,8 @@ OBJECTIVES = [
     DRPO(delta_low=0.1, delta_high=0.2),
     MaskDRPO(delta=0.15),
     objectives.Reinforce(),
+    CISPO(min_ratio=0.8, max_ratio=1.2),
+    objectives.SAPO(tau_positive=1.0, tau_negative=1.05),
 ]
 
 

@@ -25,7 +25,7 @@ from drpo_core import (
     probability_shift,
     token_loss_and_gradient,
 )
-from drpo_core.objectives import OBJECTIVES, Reinforce
+from drpo_core.objectives import OBJECTIVES, SAPO, Reinforce
 from drpo_core.objectives.protocol import inside_of
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
@@ -42,6 +42,10 @@ TOKENS = (LOG_PROB, BEHAVIOR, ADVANTAGES)
 PG = [-1 * 2.0, -1 * 1.0, 1 * 0.5, 2 * 1.5, -0.5 * 0.25, 0.0]  # −A r
 KL_0 = 0.25 * log(0.25 / 0.5) + 0.75 * log(0.75 / 0.5)  # 0.131
 KL_2 = 0.6 * log(0.6 / 0.3) + 0.4 * log(0.4 / 0.7)  # 0.192
+
+
+def logistic(x):
+    return 1 / (1 + math.exp(-x))
 
 
 class Case(NamedTuple):
@@ -94,6 +98,11 @@ CASES = {
             CISPO(max_ratio=1.2),
             [-1.2 * log(0.5), -1.0 * log(0.2), 0.5 * log(0.3), 2 * 1.2 * log(0.9), -0.5 * 0.25 * log(0.1), 0.0],
             [1.2 / 2, 1, 1, 1.2 / 1.5, 1, 1.2 / 2],
+        ),
+        Case(
+            CISPO(min_ratio=0.8, max_ratio=1.2),
+            [-1.2 * log(0.5), -1.0 * log(0.2), 0.8 * log(0.3), 2 * 1.2 * log(0.9), -0.5 * 0.8 * log(0.1), 0.0],
+            [1.2 / 2, 1, 0.8 / 0.5, 1.2 / 1.5, 0.8 / 0.25, 1.2 / 2],
         ),
     ],
     SPO: [
@@ -194,6 +203,14 @@ CASES = {
             [1 / 2, 1, 2, 2 / 3, 4, 1 / 2],
         ),
     ],
+    SAPO: [
+        Case(
+            SAPO(tau_positive=2.0, tau_negative=4.0),
+            # −A (4/τ) σ(τ(r − 1)); τ = 2 where A ≥ 0
+            [-2 * logistic(2), -1.0, 1 * logistic(-2), 2 * logistic(2), -0.5 * 2 * logistic(-1.5), 0.0],
+            [1 / math.cosh(x) ** 2 for x in (1, 0, 1, 1, 0.75, 1)],
+        ),
+    ],
 }
 
 
@@ -242,6 +259,7 @@ def test_the_methods_are_what_is_returned(case):
 INSIDE = [
     (PolicyGradient(), [1, 1, 1, 1, 1, 1]),
     (Reinforce(), [1, 1, 1, 1, 1, 1]),
+    (SAPO(tau_positive=1.0, tau_negative=1.05), [1, 1, 1, 1, 1, 1]),
     (CISPO(max_ratio=1.2), [1, 1, 1, 1, 1, 1]),
     (PPOClip(eps_low=0.6, eps_high=0.8), [0, 1, 1, 1, 0, 0]),  # r of 2, 1, ½, 3/2, ¼, 2 in [0.4, 1.8]
     (SPO(eps_low=0.4, eps_high=1.1), [1, 1, 0, 1, 0, 1]),  # in [0.6, 2.1]
@@ -358,6 +376,9 @@ IMPOSSIBLE, CERTAIN = np.array([-np.inf]), np.array([0.0])
 ABSENT_RATIO = [
     # objective, −A r w at π = 0 and at μ = 0, for A = 1 and A = −1
     (Reinforce(), {0: (-1.0, 1.0), math.inf: (-1.0, 1.0)}),
+    (CISPO(min_ratio=0.8, max_ratio=1.2), {0: (-0.8, 0.8), math.inf: (-1.2, 1.2)}),
+    (CISPO(max_ratio=5.0), {0: (0.0, 0.0), math.inf: (-5.0, 5.0)}),
+    (SAPO(tau_positive=1.0, tau_negative=1.05), {0: (0.0, 0.0), math.inf: (0.0, 0.0)}),
 ]
 
 
@@ -369,7 +390,7 @@ def test_where_the_ratio_underflows_or_overflows_the_gradient_is_r_w(backend, ma
         for x, b in arrays[ratio]:
             for a, gradient in ((1.0, positive), (-1.0, negative), (0.0, 0.0)):
                 result = run(backend, made, x, b, np.array([a]))
-                np.testing.assert_allclose(result.gradient, gradient, rtol=1e-14)
+                np.testing.assert_allclose(result.gradient, gradient, rtol=1e-14, atol=1e-300)
                 assert np.isfinite(result.loss).all()
                 assert np.isfinite(result.weight).all()
                 assert a != 0.0 or result.loss == 0.0
@@ -460,6 +481,12 @@ def test_a_threshold_is_missing_or_doubled(kind, name, given, message):
     [
         (lambda: CISPO(max_ratio=None), TypeError, "max_ratio: expected a real number, got NoneType"),
         (CISPO, TypeError, "max_ratio"),
+        (
+            lambda: CISPO(min_ratio=1.3, max_ratio=1.2),
+            ValueError,
+            "^min_ratio: expected a number of at most max_ratio = 1.2, got 1.3$",
+        ),
+        (lambda: SAPO(tau_positive=1.0), TypeError, "tau_negative"),
         (lambda: PPOClip(eps=0.2, dual_clip=1.0), ValueError, "dual_clip: expected a finite number greater than 1, got 1.0"),
         (
             lambda: DPPO(delta=0.1, divergence="tv"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Tokens, VacuousTrustRegionWarning
-from drpo_core.objectives import MEASURES, OBJECTIVES, Family, Reinforce, family_of, is_known, label, parameters_of
+from drpo_core.objectives import MEASURES, OBJECTIVES, SAPO, Family, Reinforce, family_of, is_known, label, parameters_of
 
 each_family = pytest.mark.parametrize("family", OBJECTIVES, ids=lambda family: family.name)
 
@@ -35,7 +35,7 @@ def random_tokens(n=2000):
 def test_names_are_told_apart():
     assert len({family.name for family in OBJECTIVES}) == len(OBJECTIVES)
     assert [family.name for family in OBJECTIVES] == [
-        "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "REINFORCE",
+        "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "REINFORCE", "SAPO",
     ]  # fmt: skip
 
 
@@ -108,6 +108,9 @@ def test_a_threshold_that_is_missing(family):
         (DRPO(delta=0.15), "DRPO δ=0.15"),
         (MaskDRPO(delta_low=0.1, delta_high=0.3), "Mask-DRPO δ=0.1/0.3"),
         (Reinforce(), "REINFORCE"),
+        (CISPO(min_ratio=0.8, max_ratio=1.2), "CISPO c=0.8/1.2"),
+        (SAPO(tau_positive=1.0, tau_negative=1.05), "SAPO τ=1.05/1"),
+        (SAPO(tau_positive=2.0, tau_negative=3.0), "SAPO τ=3/2"),
     ],
     ids=repr,
 )
