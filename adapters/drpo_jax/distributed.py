@@ -15,10 +15,11 @@ from drpo_core.diagnostics import combine_diagnostics, map_diagnostics
 from drpo_core.reduction import reduction_coefficients, reduction_count
 
 if TYPE_CHECKING:
+    from drpo_core._sequences import Across
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.reduction import Reduction
 
-__all__ = ["all_reduce_diagnostics", "global_coefficients", "global_normalizer"]
+__all__ = ["across", "all_reduce_diagnostics", "global_coefficients", "global_normalizer"]
 
 
 def global_normalizer(
@@ -137,6 +138,30 @@ def global_coefficients(
     )
     start = jax.lax.axis_index(shard_axis_name) * mask.shape[-1]
     return jax.lax.dynamic_slice_in_dim(jnp.broadcast_to(coefficients, whole.shape), start, mask.shape[-1], axis=-1)
+
+
+def across(axis_name: str | tuple[str, ...]) -> Across:
+    """How devices that hold parts of the same padded rows combine what each has found of them (context parallelism).
+
+    Pass it as `across` to `drpo_jax.policy_loss` or `token_loss`, inside `shard_map` or a named `vmap`. Means over sequences
+    in a reduction need `global_coefficients` besides.
+
+    Parameters
+    ----------
+    axis_name
+        Mesh axes along which the tokens of each row are divided.
+
+    Returns
+    -------
+    callable
+        ``across(array, "sum" | "max")``: the array of all devices, reduced.
+    """
+    operations = {"sum": jax.lax.psum, "max": jax.lax.pmax}
+
+    def reduced(array: jax.Array, operation: str, /) -> jax.Array:
+        return operations[operation](array, axis_name)  # type: ignore[no-any-return, no-untyped-call]
+
+    return reduced
 
 
 def all_reduce_diagnostics(diagnostics: Diagnostics, *, axis_name: str | tuple[str, ...]) -> Diagnostics:

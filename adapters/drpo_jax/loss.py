@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from drpo_core import token_loss_and_gradient, token_mean
+from drpo_core import token_loss_and_gradient
 from drpo_core.diagnostics import combine_diagnostics
-from drpo_core.loss import PolicyLoss, is_elementwise, policy_pass
+from drpo_core.loss import PolicyLoss, is_elementwise, policy_pass, reduction_of
+from drpo_core.modes.mode import Mode, penalty_gradient, resolve
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from drpo_core import Objective, TokenLoss
+    from drpo_core._sequences import Across
     from drpo_core.diagnostics import Diagnostics
+    from drpo_core.modes.mode import Resolved
     from drpo_core.reduction import Reduction
 
 __all__ = ["policy_loss", "token_loss"]
@@ -38,7 +41,11 @@ def token_loss(
     behavior_log_prob: jax.Array,
     advantages: jax.Array,
     mask: jax.Array | None = None,
+    proximal_log_prob: jax.Array | None = None,
+    reference_log_prob: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     divergence: jax.Array | None = None,
+    across: Across | None = None,
 ) -> jax.Array:
     """Unreduced loss L of an objective, with ∂L/∂log π = −A r w as its derivative.
 
@@ -49,13 +56,20 @@ def token_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``; static and hashable under `jit`.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`, whose reduction is left to you; static and
+        hashable under `jit`.
     log_prob, behavior_log_prob, advantages
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all three.
     mask
         Boolean, True at tokens that count; the others may hold anything and have loss and gradient 0.
+    proximal_log_prob, reference_log_prob
+        log π_old and log π_ref of the sampled tokens, where the mode needs them.
+    segment_ids
+        Of packed tokens: which sequence each belongs to, for a mode that looks at sequences.
     divergence
         Per-token divergence for ``DPPO(divergence="per_token")``.
+    across
+        Where sequences are divided over devices: see `drpo_jax.distributed.across`.
 
     Returns
     -------
@@ -89,7 +103,18 @@ def token_loss(
     [-1.0, -1.0, 0.2]
     """
     arrays = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    check_jax_arrays(**arrays, mask=mask, divergence=divergence)
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    check_jax_arrays(**arrays, mask=mask, divergence=divergence, segment_ids=segment_ids, **others)
+    check_objective(objective)
+    _, dtype = check_tokens(**arrays, mask=mask, divergence=divergence, xp=xp)
+    sequences = {"segment_ids": segment_ids, "across": across}
+    mode = _resolved(objective, **arrays, **others, **sequences, mask=mask, diagnostics=False, dtype=dtype)
+    if isinstance(objective, Mode):
+        against: dict[str, Any] = arrays | {"behavior_log_prob": mode.anchor_log_prob}
+        loss = token_loss(mode.objective, **against, mask=mask, divergence=divergence)
+        loss = loss if mode.factor is None else mode.factor * loss
+        penalty = _penalty_loss(objective, mode, log_prob, behavior_log_prob, **others, mask=mask, dtype=dtype)
+        return loss if penalty is None else loss + penalty
 
     def run(log_prob: jax.Array, *constants: Any) -> TokenLoss:  # noqa: ANN401 -- the other arrays
         behavior_log_prob, advantages, mask, divergence = constants
@@ -110,12 +135,15 @@ def policy_loss(
     behavior_log_prob: jax.Array,
     advantages: jax.Array,
     mask: jax.Array,
-    reduction: Reduction = token_mean,
+    proximal_log_prob: jax.Array | None = None,
+    reference_log_prob: jax.Array | None = None,
+    reduction: Reduction | None = None,
     normalizer: float | jax.Array | None = None,
     token_weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     divergence: jax.Array | None = None,
     diagnostics: bool = True,
+    across: Across | None = None,
 ) -> tuple[jax.Array, Diagnostics | None]:
     """Scalar loss Σ m c L of a batch of tokens to differentiate, and diagnostics (for `has_aux=True`).
 
@@ -126,14 +154,17 @@ def policy_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``; static and hashable under `jit`.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`; static and hashable under `jit`.
     log_prob, behavior_log_prob, advantages
         log π, log μ (nats, ≤ 0) and A of the sampled tokens; (sequences, tokens) padded or (tokens,) packed.
     mask
         Boolean, True at tokens that count; the others may hold anything.
+    proximal_log_prob, reference_log_prob
+        log π_old and log π_ref of the sampled tokens, where the mode needs them.
     reduction
         `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`, also with
         arguments bound by `functools.partial`; or a `linear_reduction`. Reduce `token_loss` yourself by what is not linear.
+        None: the mode's own, or the mean over tokens.
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it: a number or a 0-d array.
     token_weights
@@ -144,6 +175,8 @@ def policy_loss(
         Per-token divergence for ``DPPO(divergence="per_token")``.
     diagnostics
         Also compute them, in the pass that gives the loss.
+    across
+        Where sequences are divided over devices: see `drpo_jax.distributed.across`.
 
     Returns
     -------
@@ -180,13 +213,88 @@ def policy_loss(
     0.5
     """
     tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
-    check_jax_arrays(**tokens, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids)
+    others: dict[str, Any] = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    check_jax_arrays(
+        **tokens, **others, mask=mask, divergence=divergence, token_weights=token_weights, segment_ids=segment_ids
+    )
     check_objective(objective)
     _, dtype = check_tokens(**tokens, mask=mask, divergence=divergence, xp=xp)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
-    arrays = (log_prob, behavior_log_prob, advantages, mask, coefficients, divergence)
-    return checked_policy_loss(objective, *arrays, dtype=dtype, diagnostics=diagnostics)
+    return mode_loss(
+        objective,
+        **tokens,
+        **others,
+        mask=mask,
+        divergence=divergence,
+        reduction=reduction_of(objective, reduction),
+        options=options,
+        across=across,
+        dtype=dtype,
+        diagnostics=diagnostics,
+    )
+
+
+def mode_loss(
+    objective: Objective,
+    *,
+    log_prob: jax.Array,
+    behavior_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    proximal_log_prob: jax.Array | None,
+    reference_log_prob: jax.Array | None,
+    divergence: jax.Array | None,
+    reduction: Reduction,
+    options: dict[str, Any],
+    across: Across | None = None,
+    dtype: Any,  # noqa: ANN401 -- a dtype of the namespace
+    diagnostics: bool,
+) -> tuple[jax.Array, Diagnostics | None]:
+    """`policy_loss` of checked arguments, of which `options` are the reduction's own."""
+    tokens = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages}
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    sequences = {"segment_ids": options["segment_ids"], "across": across}
+    mode = _resolved(objective, **tokens, **others, **sequences, mask=mask, diagnostics=diagnostics, dtype=dtype)
+    coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
+    arrays = (log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
+    loss, statistics = checked_policy_loss(mode.objective, *arrays, dtype=dtype, diagnostics=diagnostics)
+    penalty = _penalty_loss(objective, mode, log_prob, behavior_log_prob, **others, mask=mask, dtype=dtype)
+    if penalty is not None:
+        constant = jax.lax.stop_gradient(coefficients)
+        loss = loss + jnp.sum(jnp.where(mode.counted, constant * penalty, 0.0))
+    return loss, None if statistics is None else statistics | mode.diagnostics
+
+
+def _resolved(objective: Objective, **arguments: Any) -> Resolved:  # noqa: ANN401 -- those of `resolve`
+    """The objective or mode for these tokens, as constants."""
+    constants: dict[str, Any] = {k: jax.lax.stop_gradient(v) if isinstance(v, jax.Array) else v for k, v in arguments.items()}
+    return resolve(objective, **constants, xp=xp)
+
+
+def _penalty_loss(
+    objective: Any,  # noqa: ANN401 -- a mode, if there is a penalty
+    mode: Resolved,
+    log_prob: jax.Array,
+    behavior_log_prob: jax.Array,
+    proximal_log_prob: jax.Array | None,
+    reference_log_prob: jax.Array | None,
+    *,
+    mask: jax.Array | None,
+    dtype: Any,  # noqa: ANN401 -- a dtype of the namespace
+) -> jax.Array | None:
+    """The penalties per token, whose derivative is the gradient that they claim; None where there are none."""
+    if mode.penalty is None:
+        return None
+    where = mode.counted if mask is None else mask
+    constants = jax.lax.stop_gradient((behavior_log_prob, proximal_log_prob, reference_log_prob, where))
+
+    def gradient(log_prob: jax.Array, *constants: Any) -> jax.Array:  # noqa: ANN401 -- the other arrays
+        *others, where = constants
+        found: jax.Array = penalty_gradient(objective, log_prob, *others, mask=where, dtype=dtype, xp=xp)
+        return jnp.where(where, found, 0.0)
+
+    value, slope = (jnp.where(where, each, 0.0) for each in mode.penalty)
+    return _attached(gradient, value, slope, log_prob.astype(dtype), constants)
 
 
 def checked_policy_loss(

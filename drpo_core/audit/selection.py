@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from drpo_core.modes import Mode
 from drpo_core.objectives import (
     OBJECTIVES,
     PolicyGradient,
@@ -141,8 +142,22 @@ def row_at(family: Family, value: Threshold | None, quantile: float | None = Non
 
 
 def as_row(objective: Row | Objective) -> Row:
-    """Return a row as it is, and an objective as a row."""
-    return objective if isinstance(objective, Row) else Row(objective)
+    """Return a row as it is, and an objective as a row; of a mode, its objective at the behaviour policy.
+
+    Raises
+    ------
+    ValueError
+        If a mode takes its ratio against another anchor, or has corrections or penalties: rollout files have neither the
+        other policies nor, in a chunk of tokens, whole sequences.
+    """
+    if isinstance(objective, Row):
+        return objective
+    if not isinstance(objective, Mode):
+        return Row(objective)
+    if Mode(objective.objective, reduction=objective.reduction, horizon=objective.horizon) != objective:
+        msg = f"objective: expected a mode without anchor, corrections and penalties, got {objective!r}"
+        raise ValueError(msg)
+    return Row(objective.objective)
 
 
 def swept_by(name: str) -> list[Family]:

@@ -335,20 +335,9 @@ def resolve(
     if mask is None:
         mask = xp.astype(xp.ones_like(log_prob), xp.bool)
 
-    def prepared(array: Array | None) -> Array | None:
-        if array is None:
-            return None
-        x = xp.astype(xp.where(mask, array, 0.0), dtype, copy=False)
-        return xp.where(x < -_FARTHEST, -_FARTHEST, x)
-
-    policies = anchors.Policies(
-        log_prob=prepared(log_prob),
-        behavior_log_prob=prepared(behavior_log_prob),
-        proximal_log_prob=prepared(proximal_log_prob),
-        reference_log_prob=prepared(reference_log_prob),
-        sequences=Sequences(mask, segment_ids, across=across, xp=xp),
-        xp=xp,
-    )
+    policies = _policies(
+        log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob, mask=mask, dtype=dtype, xp=xp
+    )._replace(sequences=Sequences(mask, segment_ids, across=across, xp=xp))
     evidence = corrections.Evidence(policies, xp.astype(xp.where(mask, advantages, 0.0), dtype, copy=False))
     factor, counted = None, mask
     statistics: Diagnostics = {}
@@ -359,11 +348,31 @@ def resolve(
             counted = counted & (one != 0.0)
         if diagnostics:
             statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
-    penalty = None
-    if mode.penalties:
-        values, gradients = zip(*(each.value_and_gradient(policies) for each in mode.penalties), strict=True)
-        penalty = sum(values[1:], values[0]), sum(gradients[1:], gradients[0])
+    penalty = _total(mode.penalties, policies) if mode.penalties else None
     return Resolved(mode.objective, mode.anchor.log_prob(policies), factor, counted, penalty, statistics)
+
+
+def penalty_gradient(mode: Mode, *log_probs: Array | None, mask: Array, dtype: Any, xp: Namespace) -> Float[Array, "*tokens"]:
+    """Gradient of the penalties per token, from the log-probs under π, μ, π_old and π_ref; to be differentiated."""
+    return _total(mode.penalties, _policies(*log_probs, mask=mask, dtype=dtype, xp=xp))[1]
+
+
+def _policies(*log_probs: Array | None, mask: Array, dtype: Any, xp: Namespace) -> anchors.Policies:
+    """The policies by their log-probs, in one dtype, bounded, and 0 at masked tokens; without their sequences."""
+
+    def prepared(array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        x = xp.astype(xp.where(mask, array, 0.0), dtype, copy=False)
+        return xp.where(x < -_FARTHEST, -_FARTHEST, x)
+
+    return anchors.Policies(*map(prepared, log_probs), sequences=None, xp=xp)  # type: ignore[misc, arg-type]
+
+
+def _total(terms: tuple[Penalty, ...], policies: anchors.Policies) -> tuple[Array, Array]:
+    """Value and gradient of all penalties, per token."""
+    values, gradients = zip(*(term.value_and_gradient(policies) for term in terms), strict=True)
+    return sum(values[1:], values[0]), sum(gradients[1:], gradients[0])
 
 
 def check_others(objective: Objective, others: Mapping[str, Array | None], log_prob: Array, *, xp: Namespace) -> None:

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from drpo_core import merge_diagnostics, token_mean
+from drpo_core import merge_diagnostics
 from drpo_core._checks import check_number
-from drpo_core.loss import policy_pass
+from drpo_core.loss import policy_pass, reduction_of
+from drpo_core.modes.mode import Mode, Resolved, check_others, resolve
+from drpo_core.objectives import PolicyGradient
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_jax._checks import check_head, check_jax_arrays, check_tokens, working_dtype
@@ -44,7 +46,9 @@ def linear_policy_loss(
     advantages: jax.Array,
     mask: jax.Array,
     bias: jax.Array | None = None,
-    reduction: Reduction = token_mean,
+    proximal_log_prob: jax.Array | None = None,
+    reference_log_prob: jax.Array | None = None,
+    reduction: Reduction | None = None,
     normalizer: float | jax.Array | None = None,
     token_weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -71,7 +75,8 @@ def linear_policy_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`, for which the first product of each chunk is
+        taken twice, because its sequences come in several.
     hidden
         Last hidden states, (…, H); anything where the mask is False.
     weight, bias
@@ -82,7 +87,7 @@ def linear_policy_loss(
         log μ (nats, ≤ 0) and A of the sampled tokens; (…).
     mask
         Boolean, (…), True at tokens that count.
-    reduction, normalizer, token_weights, segment_ids
+    proximal_log_prob, reference_log_prob, reduction, normalizer, token_weights, segment_ids
         See `drpo_jax.policy_loss`.
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure
@@ -140,12 +145,34 @@ def linear_policy_loss(
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
     check_tokens(leading, "hidden without its last axis", **batch)
     check_divergence(divergence, leading, vocabulary)
-    check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids)
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids, **others)
+    check_others(objective, others, behavior_log_prob, xp=xp)
     given = (divergence,) if isinstance(divergence, jax.Array) else ()
     dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
-    step = _Step(objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
+    reduction = reduction_of(objective, reduction)
+    mode = Resolved(objective, behavior_log_prob, None, mask, None, {})
+    if isinstance(objective, Mode):
+        # log-probs of all tokens first, because its statistics may be of whole sequences
+        head = dict(zip(("hidden", "weight", "bias"), jax.lax.stop_gradient((hidden, weight, bias)), strict=True))
+        inputs: dict[str, Any] = head | batch
+        found = linear_policy_loss(
+            PolicyGradient(),
+            **inputs,
+            temperature=temperature,
+            logit_softcap=logit_softcap,
+            chunk_tokens=chunk_tokens,
+            diagnostics=False,
+        )
+        log_probs: dict[str, Any] = others | {"log_prob": found.log_prob, "behavior_log_prob": behavior_log_prob}
+        log_probs, a = jax.lax.stop_gradient((log_probs, advantages))
+        sequences: dict[str, Any] = {"mask": mask, "segment_ids": segment_ids}
+        mode = resolve(objective, **log_probs, advantages=a, **sequences, diagnostics=diagnostics, dtype=dtype, xp=xp)
+    coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
+    penalty = None if mode.penalty is None else [jnp.where(mode.counted, coefficients * part, 0.0) for part in mode.penalty]
+    batch["anchor_log_prob"], coefficients = mode.anchor_log_prob, mode.scaled(coefficients)
+    step = _Step(mode.objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
 
     def run(
         hidden: jax.Array,
@@ -154,8 +181,9 @@ def linear_policy_loss(
         batch: dict[str, jax.Array],
         divergence: Divergence | None,
         coefficients: jax.Array,
+        penalty: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Diagnostics | None], dict[str, jax.Array]]:
-        rows: dict[str, Any] = batch | {"coefficients": jnp.broadcast_to(coefficients, leading)}
+        rows: dict[str, Any] = batch | {"coefficients": jnp.broadcast_to(coefficients, leading), "penalty": penalty}
         # of a recorded head, only the hidden states are per token
         behavior_head = None
         if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
@@ -173,9 +201,13 @@ def linear_policy_loss(
         )
         return (loss, statistics), per_token
 
-    constants = jax.lax.stop_gradient((batch, divergence, coefficients))
+    constants = jax.lax.stop_gradient((batch, divergence, coefficients, None if penalty is None else penalty[1]))
     (loss, statistics), per_token = in_auto_mode(run, hidden, weight, bias, *constants)
     statistics, per_token = jax.lax.stop_gradient((statistics, per_token))
+    if penalty is not None:
+        loss = loss + jax.lax.stop_gradient(jnp.sum(penalty[0]))
+    if statistics is not None:
+        statistics |= mode.diagnostics
     return VocabularyLoss(loss, statistics, per_token["log_prob"], per_token.get("entropy"))
 
 
@@ -234,6 +266,8 @@ class _Step(NamedTuple):
             temperature=self.temperature,
         )
         found = self.in_pass(log_prob, rows, valid, divergence)
+        if rows["penalty"] is not None:
+            found = found._replace(gradient=found.gradient + jnp.where(valid, rows["penalty"], 0.0))
         # a NaN whatever the objective makes of the token
         poison = jnp.where(broken, jnp.nan, 0.0).astype(self.dtype)
         found = found._replace(loss=found.loss + jnp.sum(poison), gradient=found.gradient + poison)
@@ -247,7 +281,7 @@ class _Step(NamedTuple):
         return policy_pass(
             self.objective,
             log_prob,
-            rows["behavior_log_prob"],
+            rows["anchor_log_prob"],
             rows["advantages"],
             valid,
             rows["coefficients"],
@@ -260,7 +294,7 @@ class _Step(NamedTuple):
     def nothing(self, like: jax.Array, divergence: Divergence | None) -> _Sums:
         """What no token adds up to: the sums of a masked one."""
         zero = jnp.zeros_like(like, dtype=self.dtype, shape=(1,))
-        rows = {"behavior_log_prob": zero, "advantages": zero, "coefficients": zero}
+        rows = {"anchor_log_prob": zero, "advantages": zero, "coefficients": zero}
         found = self.in_pass(zero, rows, zero > 0.0, None if divergence is None else zero)
         return _Sums(found.loss, found.diagnostics)
 

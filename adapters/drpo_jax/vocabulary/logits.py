@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from drpo_core import token_mean
 from drpo_core._checks import check_number
+from drpo_core.loss import reduction_of
+from drpo_core.modes.mode import check_others
 from drpo_core.objectives.protocol import check_objective
-from drpo_core.reduction import reduction_coefficients
 from drpo_jax._checks import check_jax_arrays, check_logits, check_tokens, working_dtype
 from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode
-from drpo_jax.loss import checked_policy_loss
+from drpo_jax.loss import mode_loss
 from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure
 from drpo_jax.vocabulary.softmax import selected_log_prob
 
@@ -47,7 +47,9 @@ def logits_policy_loss(
     behavior_log_prob: jax.Array,
     advantages: jax.Array,
     mask: jax.Array,
-    reduction: Reduction = token_mean,
+    proximal_log_prob: jax.Array | None = None,
+    reference_log_prob: jax.Array | None = None,
+    reduction: Reduction | None = None,
     normalizer: float | jax.Array | None = None,
     token_weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -67,7 +69,7 @@ def logits_policy_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`.
     logits
         (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32.
     tokens
@@ -76,7 +78,7 @@ def logits_policy_loss(
         log μ (nats, ≤ 0) and A of the sampled tokens; (…).
     mask
         Boolean, (…), True at tokens that count. The others may hold anything, in their logits too.
-    reduction, normalizer, token_weights, segment_ids
+    proximal_log_prob, reference_log_prob, reduction, normalizer, token_weights, segment_ids
         See `drpo_jax.policy_loss`.
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure.
@@ -129,14 +131,16 @@ def logits_policy_loss(
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
     check_tokens(leading, "logits without its last axis", **batch)
     check_divergence(divergence, leading, vocabulary)
-    check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids)
+    others: dict[str, Any] = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids, **others)
+    check_others(objective, others, behavior_log_prob, xp=xp)
     measured = () if divergence is None or not isinstance(divergence, jax.Array) else (divergence,)
     dtype = working_dtype(logits, behavior_log_prob, advantages, *measured)
-    options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    coefficients = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
+    reduction = reduction_of(objective, reduction)
+    options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
 
     def run(
-        logits: jax.Array, batch: dict[str, jax.Array], divergence: Divergence | None, coefficients: jax.Array
+        logits: jax.Array, batch: dict[str, jax.Array], divergence: Divergence | None, arrays: dict[str, jax.Array]
     ) -> tuple[tuple[jax.Array, Diagnostics | None], tuple[jax.Array, jax.Array | None]]:
         mask, behavior_log_prob = batch["mask"], batch["behavior_log_prob"]
         ids, divergence = keep_valid(mask, (batch["tokens"], divergence))
@@ -151,15 +155,18 @@ def logits_policy_loss(
             mask=mask,
         )
         poison = jnp.where(broken_tokens(ids, divergence, vocabulary), jnp.nan, 0.0).astype(result.log_prob.dtype)
-        loss, statistics = checked_policy_loss(
+        loss, statistics = mode_loss(
             objective,
             # times 1 or NaN, by which the gradient is multiplied too, even that of a token which the objective drops
-            result.log_prob * (1.0 + poison),
-            behavior_log_prob,
-            batch["advantages"],
-            mask,
-            coefficients,
-            measured,
+            log_prob=result.log_prob * (1.0 + poison),
+            behavior_log_prob=behavior_log_prob,
+            proximal_log_prob=batch["proximal_log_prob"],
+            reference_log_prob=batch["reference_log_prob"],
+            advantages=batch["advantages"],
+            mask=mask,
+            divergence=measured,
+            reduction=reduction,
+            options=options | arrays,
             dtype=dtype,
             diagnostics=diagnostics,
         )
@@ -168,6 +175,7 @@ def logits_policy_loss(
         )
         return (loss + jnp.sum(poison).astype(loss.dtype), statistics), (log_prob, entropies)  # type: ignore[return-value]
 
-    constants = jax.lax.stop_gradient((batch, divergence, coefficients))
+    arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    constants = jax.lax.stop_gradient((batch | others, divergence, arrays))
     (loss, statistics), (log_prob, entropies) = in_auto_mode(run, logits, *constants)
     return VocabularyLoss(loss, statistics, log_prob, entropies)

@@ -9,7 +9,8 @@ import torch
 
 from drpo_core import UntraceableError, merge_diagnostics
 from drpo_core.engines.trace import Trace
-from drpo_core.loss import policy_pass
+from drpo_core.loss import policy_pass, reduction_of
+from drpo_core.modes.mode import Mode, Resolved, check_others, resolve
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
@@ -65,7 +66,9 @@ class Arguments:
     behavior_log_prob: torch.Tensor
     advantages: torch.Tensor
     mask: torch.Tensor
-    reduction: Reduction
+    proximal_log_prob: torch.Tensor | None
+    reference_log_prob: torch.Tensor | None
+    reduction: Reduction | None
     normalizer: float | torch.Tensor | None
     token_weights: torch.Tensor | None
     segment_ids: torch.Tensor | None
@@ -78,9 +81,10 @@ class Arguments:
         """Raise unless everything fits tokens of this shape, over this vocabulary, on the device of `beside`."""
         check_objective(self.objective)
         kinds = {"tokens": "integral", "mask": "bool", "segment_ids": "integral"}
-        for name in ("tokens", "behavior_log_prob", "advantages", "mask", "token_weights", "segment_ids"):
+        optional = ("token_weights", "segment_ids", "proximal_log_prob", "reference_log_prob")
+        for name in ("tokens", "behavior_log_prob", "advantages", "mask", *optional):
             tensor = getattr(self, name)
-            if tensor is None and name in ("token_weights", "segment_ids"):
+            if tensor is None and name in optional:
                 continue
             check_untransformed(name, check_tensor(name, tensor, kinds.get(name, "real floating"), beside=beside))
             check_shape(name, tensor, leading, "the tokens")
@@ -154,13 +158,10 @@ class TokenBatch:
         self.tokens = given.tokens.reshape(-1).to(torch.int64)
         self.behavior_log_prob, self.advantages, *rest = (tensor.detach().reshape(-1) for tensor in others)
         self.measured = rest[0] if rest else None
-        options: dict[str, Any] = {
-            "normalizer": given.normalizer,
-            "token_weights": None if given.token_weights is None else given.token_weights.detach(),
-            "segment_ids": given.segment_ids,
-        }
-        coefficients = reduction_coefficients(given.reduction, mask, dtype=self.dtype, **options, xp=namespace())
-        self.coefficients = torch.broadcast_to(coefficients.detach(), mask.shape).reshape(-1)
+        self.reduction = reduction_of(given.objective, given.reduction)
+        log_probs = {"proximal_log_prob": given.proximal_log_prob, "reference_log_prob": given.reference_log_prob}
+        check_others(given.objective, log_probs, given.behavior_log_prob, xp=namespace())
+        self.coefficients = self._coefficients(mask)
         # here, where autocast is still as the caller has it
         self.recorded_head = self._recorded_head()
         self.valid = Places.where(mask.reshape(-1))
@@ -215,15 +216,18 @@ class TokenBatch:
             both = top_k_rows(tokens, ids, TopK(sampled, found.log_prob[:, 1:]), behavior)
             measured = getattr(both, self.given.divergence.kind)
         valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
-        batch = Batch(sampled, self.behavior_log_prob[key], self.advantages[key], valid, self.coefficients[key], measured)
+        mode, coefficients = self._resolved(key)
+        scaled = mode.scaled(coefficients)
+        batch = Batch(sampled, mode.anchor_log_prob, self.advantages[key], valid, scaled, measured)
         result = run_pass(
-            self.given.objective,
+            mode.objective,
             batch,
             self.given.engine,
             dtype=self.dtype,
             gradient_dtype=self.row_dtype,
             diagnostics=self.given.diagnostics,
         )
+        result = mode.added(result, coefficients, xp=namespace())
         # the gradient is as large as a chunk: not for longer than it takes
         self.passes.append(result._replace(gradient=None))
         gradient: torch.Tensor = result.gradient
@@ -244,6 +248,49 @@ class TokenBatch:
         entropy = None if self.entropy is None else self.entropy.reshape(shape)
         return VocabularyLoss(loss, diagnostics, self.log_prob.reshape(shape), entropy)
 
+    def _coefficients(self, counted: torch.Tensor) -> torch.Tensor:
+        """Those of the reduction, flat."""
+        given = self.given
+        options: dict[str, Any] = {
+            "normalizer": given.normalizer,
+            "token_weights": None if given.token_weights is None else given.token_weights.detach(),
+            "segment_ids": given.segment_ids,
+        }
+        coefficients = reduction_coefficients(self.reduction, counted, dtype=self.dtype, **options, xp=namespace())
+        return torch.broadcast_to(coefficients.detach(), counted.shape).reshape(-1)
+
+    def _resolved(self, key: torch.Tensor | slice) -> tuple[Resolved, torch.Tensor]:
+        """The objective or mode for these tokens, and their coefficients; a mode sees all tokens at once."""
+        given = self.given
+        if not isinstance(given.objective, Mode):
+            behavior = self.behavior_log_prob[key]
+            return Resolved(given.objective, behavior, None, torch.ones_like(behavior) > 0.0, None, {}), self.coefficients[key]
+        mode = resolve(
+            given.objective,
+            self.log_prob.reshape(given.mask.shape),
+            given.behavior_log_prob,
+            given.advantages,
+            mask=given.mask,
+            proximal_log_prob=given.proximal_log_prob,
+            reference_log_prob=given.reference_log_prob,
+            segment_ids=given.segment_ids,
+            diagnostics=given.diagnostics,
+            dtype=self.dtype,
+            xp=namespace(),
+        )
+
+        def picked(array: torch.Tensor) -> torch.Tensor:
+            return torch.broadcast_to(array, given.mask.shape).reshape(-1)[key]
+
+        coefficients = self.coefficients if mode.counted is given.mask else self._coefficients(mode.counted)
+        mode = mode._replace(
+            anchor_log_prob=picked(mode.anchor_log_prob),
+            factor=None if mode.factor is None else picked(mode.factor),
+            counted=picked(mode.counted),
+            penalty=None if mode.penalty is None else (picked(mode.penalty[0]), picked(mode.penalty[1])),
+        )
+        return mode, coefficients[key]
+
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(self.given.mask.numel(), dtype=self.row_dtype, device=self.given.mask.device)
 
@@ -260,6 +307,8 @@ class TokenBatch:
 
 def looks_at_one_token(objective: Objective) -> bool:
     """True if the objective may get the tokens in chunks: a trace of its methods shows no operation across tokens."""
+    if isinstance(objective, Mode):
+        return False
     if is_known(objective):
         return True
     trace = Trace()

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from drpo_core import token_mean
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
@@ -42,7 +41,9 @@ def linear_policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     bias: torch.Tensor | None = None,
-    reduction: Reduction = token_mean,
+    proximal_log_prob: torch.Tensor | None = None,
+    reference_log_prob: torch.Tensor | None = None,
+    reduction: Reduction | None = None,
     normalizer: float | torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
@@ -69,7 +70,8 @@ def linear_policy_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`, for which the first product of each chunk is
+        taken twice, because its sequences come in several.
     hidden
         Last hidden states, (…, H); anything where the mask is False.
     weight, bias
@@ -81,7 +83,7 @@ def linear_policy_loss(
         log μ (nats, ≤ 0) and A of the sampled tokens; (…), each of any floating-point dtype.
     mask
         Boolean, (…), True at tokens that count.
-    reduction, normalizer, token_weights, segment_ids
+    proximal_log_prob, reference_log_prob, reduction, normalizer, token_weights, segment_ids
         See `drpo_torch.policy_loss`.
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure
@@ -161,6 +163,8 @@ def linear_policy_loss(
         behavior_log_prob=behavior_log_prob,
         advantages=advantages,
         mask=mask,
+        proximal_log_prob=proximal_log_prob,
+        reference_log_prob=reference_log_prob,
         reduction=reduction,
         normalizer=normalizer,
         token_weights=token_weights,

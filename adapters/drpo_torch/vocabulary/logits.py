@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drpo_core import token_mean
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_logits, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
@@ -38,7 +37,9 @@ def logits_policy_loss(
     behavior_log_prob: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
-    reduction: Reduction = token_mean,
+    proximal_log_prob: torch.Tensor | None = None,
+    reference_log_prob: torch.Tensor | None = None,
+    reduction: Reduction | None = None,
     normalizer: float | torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
@@ -57,7 +58,7 @@ def logits_policy_loss(
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a `drpo_core.modes.Mode`.
     logits
         (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32. The gradient is in their dtype;
         that of float16 waits for the cotangent (a loss scaler's factor, say) times a power of two a row, so that nothing
@@ -68,7 +69,7 @@ def logits_policy_loss(
         log μ (nats, ≤ 0) and A of the sampled tokens; (…), each of any floating-point dtype.
     mask
         Boolean, (…), True at tokens that count. The others may hold anything, also in their logits.
-    reduction, normalizer, token_weights, segment_ids
+    proximal_log_prob, reference_log_prob, reduction, normalizer, token_weights, segment_ids
         See `drpo_torch.policy_loss`.
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure.
@@ -133,6 +134,8 @@ def logits_policy_loss(
         behavior_log_prob=behavior_log_prob,
         advantages=advantages,
         mask=mask,
+        proximal_log_prob=proximal_log_prob,
+        reference_log_prob=reference_log_prob,
         reduction=reduction,
         normalizer=normalizer,
         token_weights=token_weights,
