@@ -7,7 +7,9 @@ A function a framework, called as the framework names its loss and spells its co
 from __future__ import annotations
 
 from drpo_core.modes.mode import DoubleRatioWarning, Mode
+from drpo_core.modes.prime_rl import prime_rl
+from drpo_core.modes.skyrl import skyrl
 from drpo_core.modes.trl import trl
 from drpo_core.modes.verl import VERL_PRESETS, verl
 
-__all__ = ["VERL_PRESETS", "DoubleRatioWarning", "Mode", "trl", "verl"]
+__all__ = ["VERL_PRESETS", "DoubleRatioWarning", "Mode", "prime_rl", "skyrl", "trl", "verl"]
