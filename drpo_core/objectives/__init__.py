@@ -14,6 +14,8 @@ from drpo_core.divergence import binary_kl_of
 from drpo_core.objectives.cispo import CISPO
 from drpo_core.objectives.dppo import DPPO
 from drpo_core.objectives.drpo import DRPO, MaskDRPO
+from drpo_core.objectives.icepop import IcePop
+from drpo_core.objectives.ipo import IPO
 from drpo_core.objectives.policy_gradient import PolicyGradient
 from drpo_core.objectives.ppo import PPOClip
 from drpo_core.objectives.protocol import Objective
@@ -21,6 +23,7 @@ from drpo_core.objectives.reinforce import Reinforce
 from drpo_core.objectives.sapo import SAPO
 from drpo_core.objectives.spo import SPO
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.topr import TOPR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,11 +35,14 @@ __all__ = [
     "CISPO",
     "DPPO",
     "DRPO",
+    "IPO",
     "MEASURES",
     "OBJECTIVES",
     "SAPO",
     "SPO",
+    "TOPR",
     "Family",
+    "IcePop",
     "MaskDRPO",
     "Objective",
     "PPOClip",
@@ -96,6 +102,9 @@ OBJECTIVES: tuple[Family, ...] = (
     Family("Mask-DRPO", MaskDRPO, "delta", (0.15,), "abs(π − μ)"),
     Family("REINFORCE", Reinforce),
     Family("SAPO", SAPO, fixed={"tau_positive": 1.0, "tau_negative": 1.05}),
+    Family("IcePop", IcePop, fixed={"min_ratio": 0.5, "max_ratio": 5.0}),
+    Family("IPO", IPO, "delta", (0.3,), "abs(π − μ)"),
+    Family("TOPR", TOPR),
 )
 
 _SYMBOLS = {"delta": "δ", "eps": "ε", "max_ratio": "c"}

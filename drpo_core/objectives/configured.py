@@ -27,7 +27,8 @@ def families_by_name() -> dict[str, Family]:
 def at_clip_range(family: Family, low: float, high: float, *, cap: float | None = None) -> Any:
     """The family's objective at the thresholds (low, high) of a framework's clip range.
 
-    A threshold that is one number is `high`; if it bounds the ratio, 1 + `high`. `cap` is what bounds the ratio besides,
+    A threshold that is one number is `high`; if it bounds the ratio, 1 + `high`. A family that keeps the ratio between two
+    bounds has 1 − `low` and 1 + `high`. `cap` is what bounds the ratio besides,
     where the class takes that: its `max_ratio` or `dual_clip`.
 
     Examples
@@ -40,6 +41,8 @@ def at_clip_range(family: Family, low: float, high: float, *, cap: float | None 
     'CISPO c=5'
     """
     parameters = getattr(family.objective, "__dataclass_fields__", {})
+    if {"min_ratio", "max_ratio"} <= family.fixed.keys():
+        return family._replace(fixed={**family.fixed, "min_ratio": 1.0 - low, "max_ratio": 1.0 + high}).make()
     caps = {name: cap for name in _CAPS if name in parameters and name != family.threshold}
     capped = family._replace(fixed={**family.fixed, **caps})
     if family.threshold is None:

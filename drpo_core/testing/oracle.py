@@ -14,7 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mpmath
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, SAPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Reinforce, family_of
+from drpo_core.objectives import (
+    CISPO,
+    DPPO,
+    DRPO,
+    IPO,
+    OBJECTIVES,
+    SAPO,
+    SPO,
+    TOPR,
+    IcePop,
+    MaskDRPO,
+    PolicyGradient,
+    PPOClip,
+    Reinforce,
+    family_of,
+)
 
 if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray
@@ -78,7 +93,7 @@ def knows(objective: object) -> bool:
     """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
     if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
-    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, Reinforce, SAPO)
+    return type(objective) in {family.objective for family in OBJECTIVES}
 
 
 def threshold_name(objective: object) -> str | None:
@@ -215,6 +230,25 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
             terms = abs(loss) + size * weight * (r + abs(excess))
             # ∂w/∂ℓ is not of the size of w − 1
             weight_slope = weight * (1 + tau * (r + abs(excess)))
+        case IcePop(min_ratio=low, max_ratio=high):
+            kept = low <= r <= high
+            jump = min(abs(r - low) / low, abs(r - high) / high)
+            loss, weight = (-a * r, _MP.mpf(1)) if kept else (_MP.mpf(0), _MP.mpf(0))
+            terms = abs(loss)
+        case IPO(max_ratio=c):
+            # the bound on the side of the shift, not of the advantage
+            own = _MP.mpf(regions[1] if d > 0 else regions[0])  # type: ignore[index]
+            kept = abs(d) <= own
+            jump = abs(abs(d) - own) / max(pi, mu, own)
+            loss, weight = _truncated(a, r, c) if kept else (_MP.mpf(0), _MP.mpf(0))
+            terms = abs(loss)
+        case TOPR():
+            if a > 0:
+                loss, weight, factor = -a * _finite(x), _inverse(r), _MP.mpf(1)
+            else:
+                loss, weight = _truncated(a, r, 1.0)
+                factor = min(r, 1)
+            terms, factor_scale = abs(loss), factor
         case _:
             msg = f"the oracle has no formula for {objective!r}"
             raise TypeError(msg)
@@ -272,7 +306,7 @@ def full_kl(log_prob: FloatArray, behavior_log_prob: FloatArray) -> float:
     return float(total)
 
 
-def expected_gradient(  # noqa: C901 -- as above
+def expected_gradient(  # noqa: C901, PLR0912 -- as above
     objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray, advantages: FloatArray
 ) -> FloatArray:
     """Gradient of the expected objective in the logits of π, for one state, in its population form.
@@ -309,6 +343,13 @@ def expected_gradient(  # noqa: C901 -- as above
                 slope = -advantage * _MP.sech((negative if a < 0 else positive) * d / (2 * mu)) ** 2
             case Reinforce():
                 slope = -advantage * mu / pi
+            case IcePop(min_ratio=low, max_ratio=high):
+                slope = -advantage if low * mu <= pi <= high * mu else _MP.mpf(0)
+            case IPO(max_ratio=c):
+                inside = -regions[0] <= d <= regions[1]  # type: ignore[index]
+                slope = -advantage * _cap(c, mu / pi) if inside else _MP.mpf(0)
+            case TOPR():
+                slope = -advantage * (mu / pi if advantage > 0 else min(1, mu / pi))
             case _:
                 msg = f"the oracle has no formula for {objective!r}"
                 raise TypeError(msg)
@@ -354,11 +395,15 @@ def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray
         floor = getattr(objective, "min_ratio", None)
         if floor is not None:
             number += 8.0 * (ratio < floor)
+        if isinstance(objective, TOPR):
+            number += 2.0 * (ratio > 1.0)
         region = thresholds(objective)
         if region is None or isinstance(objective, (DRPO, SPO)):
             return number
         bound = np.where(advantages < 0.0, *region)
-        if isinstance(objective, PPOClip):
+        if isinstance(objective, IPO):
+            outside = (pi - mu > region[1]) | (mu - pi > region[0])
+        elif isinstance(objective, PPOClip):
             outside = side * (ratio - 1.0) > bound
         elif isinstance(objective, DPPO) and objective.divergence == "binary_kl":
             kl = -mu * ell + (1.0 - mu) * (np.log1p(-mu) - np.log1p(-pi))

@@ -211,7 +211,7 @@ def test_rows_note_a_vacuous_region_without_a_python_warning():
 def test_default_rows():
     assert [row.label for row in rows()] == [
         "CISPO c=5", "PPO-clip ε=0.2", "PPO-clip ε=0.2/0.28", "SPO ε=0.2", "SPO ε=0.2/0.28", "DPPO-TV δ=0.15",
-        "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15", *UNSWEPT,
+        "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15", *UNSWEPT[:-1], "IPO δ=0.3", *UNSWEPT[-1:],
     ]  # fmt: skip
 
 
@@ -250,7 +250,8 @@ def test_objectives_of_the_users_own(npz):
     report = audit(npz(**data), [Mine(), *rows(delta=[0.2], delta_kl=[], eps=[], max_ratio=[]), DRPO(delta=0.1)])
     found = report.snapshots["log_prob"].objectives
     assert [item.row.label for item in found] == [
-        "PG-IS", "Mine tau=0.5 table={}", "DPPO-TV δ=0.2", "DRPO δ=0.2", "Mask-DRPO δ=0.2", *UNSWEPT, "DRPO δ=0.1",
+        "PG-IS", "Mine tau=0.5 table={}", "DPPO-TV δ=0.2", "DRPO δ=0.2", "Mask-DRPO δ=0.2",
+        *UNSWEPT[:-1], "IPO δ=0.2", *UNSWEPT[-1:], "DRPO δ=0.1",
     ]  # fmt: skip
     wanted = summarize(token_diagnostics(Mine(), *(data[name] for name in list(data)[:3]), mask=data["mask"]))
     assert {name: found[1].figures[name] for name in found[1].figures} == pytest.approx(

@@ -121,7 +121,8 @@ def test_thresholds_are_lists(drpo, tmp_path):
         "DPPO(delta=0.1, divergence='binary_tv')", "DPPO(delta_low=0.2, delta_high=0.3, divergence='binary_tv')",
         "DPPO(delta=0.01, divergence='binary_kl')", "DRPO(delta=0.1)", "DRPO(delta_low=0.2, delta_high=0.3)",
         "MaskDRPO(delta=0.1)", "MaskDRPO(delta_low=0.2, delta_high=0.3)", "Reinforce()",
-        "SAPO(tau_positive=1.0, tau_negative=1.05)",
+        "SAPO(tau_positive=1.0, tau_negative=1.05)", "IcePop(min_ratio=0.5, max_ratio=5.0)", "IPO(delta=0.1)",
+        "IPO(delta_low=0.2, delta_high=0.3)", "TOPR()",
     ]  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def test_an_objective_of_ones_own(drpo, own, text, label):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Mine()", "expected one of CISPO, DPPO, DRPO, MaskDRPO, PPOClip, PolicyGradient, Reinforce, SAPO, SPO, got 'Mine'"),
+        ("Mine()", "expected one of CISPO, DPPO, DRPO, IPO, IcePop, MaskDRPO, PPOClip, PolicyGradient, Reinforce,"),
         ("DRPO", "with its hyper-parameters, such as \"DRPO(delta=0.15)\", or module:NAME, got 'DRPO'"),
         ("DRPO(delta=0)", "DRPO(delta=0): delta: expected a finite number greater than 0"),
         ("DPPO(delta=0.1, divergence='per_token')", "loss raised TypeError: divergence: expected an array, because this"),
@@ -256,7 +257,7 @@ def test_what_is_no_objective_is_one_line(drpo, own, text, message):
 
 def test_help_shows_whose_thresholds_a_flag_sets_and_the_defaults(drpo):
     shown = re.sub(r"[│\s]+", " ", drpo("audit", "--help")[1])
-    assert "δ of DPPO-TV, DRPO, Mask-DRPO (default: 0.15,12.5)" in shown
+    assert "δ of DPPO-TV, DRPO, Mask-DRPO, IPO (default: 0.15,12.5,0.3)" in shown
     assert "ε of PPO-clip, SPO (default: 0.2,0.2/0.28)" in shown
     assert "c of CISPO (default: 5)" in shown
 

@@ -8,7 +8,7 @@ import z3
 from provers import A, c, mu, prove, r, real_bounds, real_tokens, symbolic, sympy_tokens
 
 from drpo_core import CISPO, DPPO, PolicyGradient, PPOClip
-from drpo_core.objectives import OBJECTIVES, SAPO, Reinforce
+from drpo_core.objectives import OBJECTIVES, SAPO, IcePop, Reinforce
 
 CAP = z3.Real("c")
 VARIANTS = {
@@ -18,7 +18,7 @@ VARIANTS = {
     "DPPO D, truncated": lambda bounds: symbolic(DPPO, delta=bounds, divergence="per_token", max_ratio=CAP),
 }
 NOT_IN_Z3 = {"DPPO-KL", "SAPO"}  # whose D is a logarithm: DPPO D is it, for any D; whose w is exponential: see test_sapo.py
-LOGARITHMIC = {"CISPO", "REINFORCE", "truncated", "DPPO D, truncated"}  # losses
+LOGARITHMIC = {"CISPO", "REINFORCE", "TOPR", "truncated", "DPPO D, truncated"}  # losses
 NAMES = [*(family.name for family in OBJECTIVES if family.name not in NOT_IN_Z3), *VARIANTS]
 
 
@@ -27,6 +27,8 @@ def objective(name, bounds):
     if name in VARIANTS:
         return VARIANTS[name](bounds)
     (family,) = (family for family in OBJECTIVES if family.name == name)
+    if family.objective is IcePop:
+        return symbolic(IcePop, min_ratio=1 / CAP, max_ratio=CAP)
     thresholds = {family.threshold: CAP if family.threshold == "max_ratio" else bounds} if family.threshold else {}
     return symbolic(family.objective, **thresholds, **family.fixed)
 

@@ -26,6 +26,9 @@ OBJECTIVES = [
     objectives.Reinforce(),
     CISPO(min_ratio=0.8, max_ratio=1.2),
     objectives.SAPO(tau_positive=1.0, tau_negative=1.05),
+    objectives.IcePop(min_ratio=0.5, max_ratio=5.0),
+    objectives.IPO(delta=0.1, max_ratio=2.0),
+    objectives.TOPR(),
 ]
 
 
