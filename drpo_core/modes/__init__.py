@@ -6,10 +6,28 @@ A function a framework, called as the framework names its loss and spells its co
 
 from __future__ import annotations
 
+from drpo_core.modes.areal import areal
 from drpo_core.modes.mode import DoubleRatioWarning, Mode
+from drpo_core.modes.nemo_rl import nemo_rl
+from drpo_core.modes.openrlhf import openrlhf
 from drpo_core.modes.prime_rl import prime_rl
 from drpo_core.modes.skyrl import skyrl
+from drpo_core.modes.slime import slime
+from drpo_core.modes.tinker import tinker
 from drpo_core.modes.trl import trl
 from drpo_core.modes.verl import VERL_PRESETS, verl
 
-__all__ = ["VERL_PRESETS", "DoubleRatioWarning", "Mode", "prime_rl", "skyrl", "trl", "verl"]
+__all__ = [
+    "VERL_PRESETS",
+    "DoubleRatioWarning",
+    "Mode",
+    "areal",
+    "nemo_rl",
+    "openrlhf",
+    "prime_rl",
+    "skyrl",
+    "slime",
+    "tinker",
+    "trl",
+    "verl",
+]

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
 
     from drpo_core.modes.mode import Mode
 
-__all__ = ["Keys", "chosen", "cispo", "made"]
+__all__ = ["ONE_RATIO", "Keys", "chosen", "cispo", "made"]
 
 T = TypeVar("T")
+
+ONE_RATIO = "the ratio of a sequence is differentiated as one there, so its tokens share the mean of their weights"
+"""Why weights of tokens on the ratio of a sequence are no mode, where a framework does not detach the mean."""
 
 
 class Keys:

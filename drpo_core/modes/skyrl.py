@@ -240,8 +240,8 @@ def _corrections(keys: Keys) -> tuple[Correction, ...]:
         high = keys.number(f"{level}_tis_ratio_clip_high", above=0.0)
         parts.append(ImportanceWeight(level=level, high=high))
     if metric is not None:
-        bounds = dict(zip(("low", "high"), _pair(keys, f"{metric}_mask"), strict=True))
-        parts.append(RatioMask(level="geometric" if metric == "geo" else "sequence", **bounds))
+        low, upper = _pair(keys, f"{metric}_mask")
+        parts.append(RatioMask(level="geometric" if metric == "geo" else "sequence", low=low, high=upper))
     return tuple(parts)
 
 

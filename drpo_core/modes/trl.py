@@ -14,7 +14,7 @@ from drpo_core.corrections import (
     VariationalWeight,
     Veto,
 )
-from drpo_core.modes._keys import Keys, made
+from drpo_core.modes._keys import ONE_RATIO, Keys, made
 from drpo_core.modes.mode import Mode
 from drpo_core.objectives import CISPO, SAPO, PPOClip, Reinforce
 from drpo_core.penalties import Penalty
@@ -96,7 +96,8 @@ def trl(loss_type: str = "dapo", /, **keys: Any) -> Mode:
     TypeError, ValueError
         If the name, a key or a value is unknown, a key is given that these settings do not use, or a value asks for
         what no mode does: ``top_entropy_quantile`` and ``entropy_coef``, which need logits; a bias-corrected KL with a ratio
-        of sequences, which TRL broadcasts over the tokens; ``delta`` within the clip range; ``vespo`` with a truncation.
+        of sequences, which TRL broadcasts over the tokens; weights of tokens with
+        ``importance_sampling_level="sequence"``, whose ratio TRL differentiates as one of the sequence; ``delta`` within the clip range; ``vespo`` with a truncation.
 
     Notes
     -----
@@ -221,7 +222,7 @@ def _mode(
     return Mode(
         objective,
         anchor=Sequence(anchor) if at_sequences and weights is None else anchor,
-        corrections=(*masks, *(_weights(keys) if weights is None else weights)),
+        corrections=(*masks, *(_weights(keys, at_sequences=at_sequences) if weights is None else weights)),
         penalties=penalties,
         reduction=reduction,
         horizon=horizon,
@@ -249,11 +250,13 @@ _SAMPLING: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-def _weights(keys: Keys) -> tuple[ImportanceWeight, ...]:
+def _weights(keys: Keys, *, at_sequences: bool) -> tuple[ImportanceWeight, ...]:
     """What corrects for the sampler."""
     if not keys.flag("use_vllm") or not keys.flag("vllm_importance_sampling_correction"):
         return ()
     level, outside = keys.choice("vllm_importance_sampling_mode", _SAMPLING)
+    if at_sequences and level == "token":
+        keys.refuse("vllm_importance_sampling_mode", ONE_RATIO)
     low, high = _limits(keys)
     return (ImportanceWeight(level=level, low=low, high=high, outside=outside),)
 

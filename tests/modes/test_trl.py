@@ -131,6 +131,13 @@ def test_off_policy_mask(loss_type, keys):
     check(loss_type, off_policy_mask_threshold=0.02, **keys)
 
 
+@pytest.mark.parametrize("mode", ["sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "sapo", "luspo"])
+def test_sequences_with_vllm(loss_type, mode):
+    sampling = {"use_vllm": True, "vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.05}
+    check(loss_type, **EPSILON.get(loss_type, {}), importance_sampling_level="sequence", **sampling)
+
+
 def test_delta_is_the_dual_clip():
     check("grpo", delta=1.3, epsilon=0.1)
 
@@ -142,11 +149,11 @@ def test_gmpo_with_vllm():
 def test_mode_is_the_value():
     assert modes.trl(
         "dr_grpo", epsilon=3e-4, epsilon_high=4e-4, importance_sampling_level="sequence", use_vllm=True, beta=0.04,
-        use_bias_correction_kl=False, off_policy_mask_threshold=0.5, vllm_importance_sampling_mode="token_truncate",
+        use_bias_correction_kl=False, off_policy_mask_threshold=0.5, vllm_importance_sampling_mode="sequence_truncate",
     ) == Mode(
         PPOClip(eps_low=3e-4, eps_high=4e-4),
         anchor=Sequence(Proximal()),
-        corrections=(NegativeSequenceMask(delta=0.5), ImportanceWeight(high=3.0)),
+        corrections=(NegativeSequenceMask(delta=0.5), ImportanceWeight(level="sequence", high=3.0)),
         penalties=(Penalty(coefficient=0.04),),
         reduction="sequence_mean_token_sum",
         horizon=512.0,
@@ -166,6 +173,11 @@ def test_mode_is_the_value():
         ("grpo", {"delta": 1.1}, "delta: .* cuts the gradient"),
         ("grpo", {"importance_sampling_level": "batch"}, "importance_sampling_level: expected 'token', 'sequence'"),
         ("grpo", {"importance_sampling_level": "sequence", "beta": 0.1}, "use_bias_correction_kl: .* broadcasts"),
+        (
+            "grpo",
+            {"importance_sampling_level": "sequence", "use_vllm": True, "vllm_importance_sampling_mode": "token_mask"},
+            "vllm_importance_sampling_mode: .* differentiated as one",
+        ),
         ("grpo", {"use_bias_correction_kl": False}, "use_bias_correction_kl: TRL's 'grpo'"),
         ("grpo", {"top_entropy_quantile": 0.2}, "top_entropy_quantile: .* logits"),
         ("grpo", {"entropy_coef": 0.2}, "entropy_coef: .* logits"),
