@@ -9,12 +9,15 @@ from __future__ import annotations
 from drpo_core.modes.areal import areal
 from drpo_core.modes.mode import DoubleRatioWarning, Mode
 from drpo_core.modes.nemo_rl import nemo_rl
+from drpo_core.modes.open_instruct import open_instruct
 from drpo_core.modes.openrlhf import openrlhf
 from drpo_core.modes.prime_rl import prime_rl
 from drpo_core.modes.skyrl import skyrl
 from drpo_core.modes.slime import slime
 from drpo_core.modes.tinker import tinker
+from drpo_core.modes.torchrl import torchrl
 from drpo_core.modes.trl import trl
+from drpo_core.modes.tunix import tunix
 from drpo_core.modes.verl import VERL_PRESETS, verl
 
 __all__ = [
@@ -23,11 +26,14 @@ __all__ = [
     "Mode",
     "areal",
     "nemo_rl",
+    "open_instruct",
     "openrlhf",
     "prime_rl",
     "skyrl",
     "slime",
     "tinker",
+    "torchrl",
     "trl",
+    "tunix",
     "verl",
 ]
