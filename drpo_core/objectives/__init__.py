@@ -11,14 +11,18 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from drpo_core.divergence import binary_kl_of
+from drpo_core.objectives.aspo import ASPO
 from drpo_core.objectives.cispo import CISPO
 from drpo_core.objectives.dppo import DPPO
 from drpo_core.objectives.drpo import DRPO, MaskDRPO
+from drpo_core.objectives.gppo import GPPO
 from drpo_core.objectives.policy_gradient import PolicyGradient
 from drpo_core.objectives.ppo import PPOClip
 from drpo_core.objectives.protocol import Objective
+from drpo_core.objectives.pspo import PSPO
 from drpo_core.objectives.spo import SPO
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.up import UP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,12 +31,16 @@ if TYPE_CHECKING:
     from drpo_core.tokens import Tokens
 
 __all__ = [
+    "ASPO",
     "CISPO",
     "DPPO",
     "DRPO",
+    "GPPO",
     "MEASURES",
     "OBJECTIVES",
+    "PSPO",
     "SPO",
+    "UP",
     "Family",
     "MaskDRPO",
     "Objective",
@@ -90,9 +98,13 @@ OBJECTIVES: tuple[Family, ...] = (
     Family("DPPO-KL", DPPO, "delta", (0.05,), "Binary KL", {"divergence": "binary_kl"}),
     Family("DRPO", DRPO, "delta", (0.15, 12.5), "abs(π − μ)"),
     Family("Mask-DRPO", MaskDRPO, "delta", (0.15,), "abs(π − μ)"),
+    Family("GPPO", GPPO, "eps", (0.2,)),
+    Family("UP", UP, "eps_low", (0.2,)),
+    Family("ASPO", ASPO, "eps", (0.2,), fixed={"max_ratio": 3.0, "dual_clip": 3.0}),
+    Family("PSPO", PSPO, "alpha", (0.1,)),
 )
 
-_SYMBOLS = {"delta": "δ", "eps": "ε", "max_ratio": "c"}
+_SYMBOLS = {"delta": "δ", "eps": "ε", "eps_low": "ε_low", "max_ratio": "c", "alpha": "α"}
 
 
 def is_known(objective: object) -> bool:

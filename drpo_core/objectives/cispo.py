@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from drpo_core.objectives.policy_gradient import truncated_weight
+from drpo_core.objectives.policy_gradient import score, truncated_weight
 from drpo_core.objectives.thresholds import set_number
 
 if TYPE_CHECKING:
@@ -61,10 +61,8 @@ class CISPO:
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """−min(r, c) A log π."""
-        c, r, log_prob, xp = self.max_ratio, tokens.ratio, tokens.log_prob, tokens.xp
-        # where π = 0 the limit of r log π is 0, but 0·(−inf) is a NaN
-        score = xp.where(log_prob == -xp.inf, 0.0, log_prob)
-        return -xp.where(r > c, c, r) * tokens.advantages * score
+        c, r = self.max_ratio, tokens.ratio
+        return -tokens.xp.where(r > c, c, r) * tokens.advantages * score(tokens)
 
     def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """min(1, c/r)."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from drpo_core._arrays import Array, Float
     from drpo_core.tokens import Tokens
 
-__all__ = ["PolicyGradient", "truncated_loss", "truncated_weight"]
+__all__ = ["PolicyGradient", "score", "truncated_loss", "truncated_weight"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,3 +80,9 @@ def truncated_weight(tokens: Tokens, c: float | None) -> Float[Array, "*tokens"]
     if c is None:
         return xp.ones_like(r)
     return c / xp.where(r > c, r, c)
+
+
+def score(tokens: Tokens) -> Float[Array, "*tokens"]:
+    """Log π, and 0 where π = 0: the limit of r log π there, where 0·(−inf) would be a NaN."""
+    x, xp = tokens.log_prob, tokens.xp
+    return xp.where(x == -xp.inf, 0.0, x)

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from drpo_core._arrays import Array, Bool, Float
     from drpo_core.tokens import Tokens
 
-__all__ = ["Bounds", "VacuousTrustRegionWarning", "kept", "set_number", "set_thresholds", "sides", "warn_if_vacuous", "within"]
+__all__ = [
+    "Bounds",
+    "VacuousTrustRegionWarning",
+    "inverse_ratio",
+    "kept",
+    "set_number",
+    "set_thresholds",
+    "sides",
+    "warn_if_vacuous",
+    "within",
+]
 
 
 class VacuousTrustRegionWarning(UserWarning):
@@ -74,3 +84,10 @@ def kept(tokens: Tokens, inside: Bool[Array, "*tokens"]) -> Bool[Array, "*tokens
 def within(x: Float[Array, "*tokens"], region: Bounds) -> Bool[Array, "*tokens"]:
     """−low ≤ x ≤ high, the boundary included; False where x is NaN."""
     return (x >= -region.low) & (x <= region.high)
+
+
+def inverse_ratio(tokens: Tokens) -> Float[Array, "*tokens"]:
+    """min(1/r, e²⁰): finite where r underflows to 0, and NaN where r is."""
+    r = tokens.ratio
+    # a literal, e⁻²⁰: torch.compile(dynamic=True) turns a global float into a graph input
+    return 1.0 / tokens.xp.where(r < 2.061153622438558e-09, 2.061153622438558e-09, r)

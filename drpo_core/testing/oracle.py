@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mpmath
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives import ASPO, CISPO, DPPO, DRPO, GPPO, PSPO, SPO, UP, MaskDRPO, PolicyGradient, PPOClip, family_of
 
 if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray
@@ -24,6 +24,7 @@ __all__ = [
     "References",
     "binary_kl",
     "binary_tv",
+    "clip_range",
     "expected_gradient",
     "full_kl",
     "full_tv",
@@ -78,14 +79,14 @@ def knows(objective: object) -> bool:
     """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
     if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
-    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO)
+    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, GPPO, UP, ASPO, PSPO)
 
 
 def threshold_name(objective: object) -> str | None:
     """The parameter that bounds an objective's trust region: the table's, or ``delta`` or ``eps`` of another objective."""
     family = family_of(objective)
-    if family.measure is not None:
-        return family.threshold
+    if family.measure is not None or isinstance(objective, (GPPO, ASPO)):
+        return family.threshold if family.measure else None
     return next((name for name in ("delta", "eps") if hasattr(objective, name)), None)
 
 
@@ -96,6 +97,18 @@ def thresholds(objective: Any) -> tuple[float, float] | None:
         return None
     value = getattr(objective, name)
     return (getattr(objective, f"{name}_low"), getattr(objective, f"{name}_high")) if value is None else (value, value)
+
+
+def clip_range(objective: Any) -> tuple[float, float] | None:
+    """(ε_low, ε_high) of an objective that treats the ratio differently beyond 1 ± ε; None for any other."""
+    match objective:
+        case UP(eps_low=low):
+            return low, low
+        case PPOClip(eps=None) | GPPO(eps=None) | ASPO(eps=None):
+            return objective.eps_low, objective.eps_high  # type: ignore[return-value]  # the constructor has them both
+        case PPOClip(eps=eps) | GPPO(eps=eps) | ASPO(eps=eps):
+            return eps, eps
+    return None
 
 
 def references(
@@ -114,7 +127,7 @@ def references(
 
 
 @lru_cache(maxsize=1 << 18)
-def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the table of the papers
+def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads like the table of the papers
     objective: object, log_prob: float, behavior_log_prob: float, advantage: float
 ) -> Reference:
     """One token under one objective.
@@ -154,6 +167,11 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
     bound: Any = None if regions is None else _MP.mpf(regions[0] if a < 0 else regions[1])
     jump: Any = _MP.inf
     kept: Any = True
+    # r w, where it is not their product because w saturates
+    product: Any = None
+    inverse = min(1 / r, _MP.exp(SATURATION))
+    clip = clip_range(objective)
+    edge: Any = None if clip is None else _MP.mpf(clip[0] if a < 0 else clip[1])
 
     match objective:
         case PolicyGradient(max_ratio=c):
@@ -172,6 +190,44 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
                 if r > c:
                     kept, clipped = False, _MP.mpf(c)
             loss, weight = -a * clipped, _MP.mpf(int(kept))
+            terms = abs(loss)
+        case GPPO(dual_clip=c):
+            beyond = sign * excess > edge
+            limit = 1 + sign * edge
+            product, weight = (limit, limit * inverse) if beyond else (r, _MP.mpf(1))
+            loss = -a * product
+            if c is not None and a < 0:
+                jump = abs(r - c) / c
+                if r > c:
+                    kept, product, weight, loss = False, _MP.mpf(0), _MP.mpf(0), -a * c
+            terms = abs(loss)
+        case UP(dual_clip=c) if a < 0:
+            kept = -excess <= edge and (c is None or r <= c)
+            jump = abs(-excess - edge) / (1 + edge)
+            jump = jump if c is None else min(jump, abs(r - c) / c)
+            clipped = max(r, 1 - edge) if c is None else min(max(r, 1 - edge), c)
+            loss, weight = -a * clipped, _MP.mpf(int(kept))
+            terms = abs(loss)
+        case UP():
+            loss, weight, product = -a * x, inverse, _MP.mpf(1)
+            terms = abs(loss)
+        case ASPO(max_ratio=c, dual_clip=dual):
+            kept = sign * excess <= edge
+            jump = abs(sign * excess - edge) / (1 + edge)
+            if a < 0:
+                loss, weight = _truncated(a, r, dual)
+                product = r * weight
+                loss = loss if kept else -a * (1 - edge)
+            else:
+                loss, capped = _truncated(-a, inverse, c)
+                product = inverse * capped
+                weight = product * inverse
+                loss = loss if kept else a / (1 + edge)
+            if not kept:
+                product = weight = _MP.mpf(0)
+            terms = abs(loss)
+        case PSPO(alpha=alpha):
+            loss, weight = -a * ((1 - _MP.mpf(alpha)) * r + alpha), 1 - _MP.mpf(alpha)
             terms = abs(loss)
         case SPO():
             penalty = size * excess**2 / (2 * bound)
@@ -204,7 +260,7 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
             msg = f"the oracle has no formula for {objective!r}"
             raise TypeError(msg)
 
-    gradient = -a * r * weight
+    gradient = -a * (r * weight if product is None else product)
     # ℓ is rounded once, which moves e^ℓ by a relative u|ℓ|
     condition = 1 + abs(ell)
     weight_scale = 1 + abs(weight - 1) * condition
@@ -214,7 +270,7 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
         gradient=float(gradient),
         loss_scale=float(terms * condition),
         weight_scale=float(weight_scale),
-        gradient_scale=float(size * r * condition * weight_scale) if weight != 0 else 0.0,
+        gradient_scale=float(size * condition * (r * weight_scale if product is None else product)) if weight != 0 else 0.0,
         kept=bool(kept),
         jump=float(jump),
     )
@@ -286,6 +342,10 @@ def expected_gradient(
                 slope = _MP.mpf(0) if away > 0 and measured > bound else -advantage * _cap(c, mu / pi)
             case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c):
                 slope = -advantage * _cap(c, mu / pi)
+            case GPPO() | UP() | ASPO():
+                slope = -advantage * _clip_weight(objective, pi / mu, advantage)
+            case PSPO(alpha=alpha):
+                slope = -advantage * (1 - _MP.mpf(alpha))
             case _:
                 msg = f"the oracle has no formula for {objective!r}"
                 raise TypeError(msg)
@@ -299,6 +359,27 @@ def _truncated(a: Any, r: Any, c: float | None) -> tuple[Any, Any]:
     if c is None or r <= c:
         return -a * r, _MP.mpf(1)
     return -a * c * (1 + _MP.log(r / c)), c / r
+
+
+def _clip_weight(objective: Any, r: Any, a: Any) -> Any:
+    """The weight of an objective that clips, or stops weighing, by sign of A: as its paper's table has it."""
+    low, high = clip_range(objective) or (0.0, 0.0)
+    above, below = r > 1 + _MP.mpf(high), r < 1 - _MP.mpf(low)
+    dual = objective.dual_clip
+    match objective:
+        case GPPO() if a < 0:
+            return 0 if dual is not None and r > dual else (1 - _MP.mpf(low)) / r if below else 1
+        case GPPO():
+            return (1 + _MP.mpf(high)) / r if above else 1
+        case UP() if a < 0:
+            return int(not below and (dual is None or r <= dual))
+        case UP():
+            return 1 / r
+        case ASPO() if a < 0:
+            return 0 if below else _cap(dual, 1 / r)
+        case _:
+            c = objective.max_ratio
+            return 0 if above else (1 / r if c is None else min(1 / r, c)) / r
 
 
 def _cap(c: float | None, inverse_ratio: Any) -> Any:
@@ -315,14 +396,19 @@ def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray
         ratio, pi, mu = np.exp(np.minimum(ell, SATURATION)), np.exp(log_prob), np.exp(behavior_log_prob)
         side = np.sign(advantages)
         number = (ell > SATURATION).astype(np.float64)
+        if isinstance(objective, (GPPO, UP, ASPO)):
+            number -= ell < -SATURATION
         cap = getattr(objective, "max_ratio", None) or getattr(objective, "dual_clip", None)
+        if isinstance(objective, ASPO):
+            number += 16.0 * (ratio * (objective.max_ratio or np.inf) < 1.0)
+            cap = objective.dual_clip
         if cap is not None:
             number += 2.0 * (ratio > cap)
-        region = thresholds(objective)
+        region = clip_range(objective) or thresholds(objective)
         if region is None or isinstance(objective, (DRPO, SPO)):
             return number
         bound = np.where(advantages < 0.0, *region)
-        if isinstance(objective, PPOClip):
+        if clip_range(objective) is not None:
             outside = side * (ratio - 1.0) > bound
         elif isinstance(objective, DPPO) and objective.divergence == "binary_kl":
             kl = -mu * ell + (1.0 - mu) * (np.log1p(-mu) - np.log1p(-pi))

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from hypothesis import strategies as st
 
-from drpo_core.objectives import DPPO, SPO, PPOClip
+from drpo_core.objectives import DPPO, SPO
 from drpo_core.testing.batch import TokenBatch, Vocabulary, round_to, unit_roundoff
-from drpo_core.testing.oracle import thresholds
+from drpo_core.testing.oracle import clip_range, thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -197,14 +197,14 @@ def _log_probs(
 
 def _boundary(objective: Any, b: FloatArray, u: FloatArray, advantages: FloatArray) -> tuple[FloatArray, FloatArray]:
     """(log π, log μ) on the edge of the trust region that bounds A, NaN where no token is there."""
-    regions = thresholds(objective)
+    regions = clip_range(objective) or thresholds(objective)
     if regions is None:
         return _at_ratio(getattr(objective, "max_ratio", None), b)
     down = advantages < 0.0
     bound = np.where(down, regions[0], regions[1])
     side = np.where(down, -1.0, 1.0)
     with np.errstate(all="ignore"):
-        if isinstance(objective, (PPOClip, SPO)):
+        if isinstance(objective, SPO) or clip_range(objective) is not None:
             step = np.log1p(side * bound)
             b = np.minimum(b, -step)
             x = b + step

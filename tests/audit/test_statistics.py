@@ -55,7 +55,7 @@ def figures(report, snapshot="log_prob"):
 def test_figures_are_the_core_diagnostics_whatever_the_chunks(npz):
     data = off_policy((30, 11))
     report = audit(npz(chunk_tokens=17, **data))
-    assert len(report.snapshots["log_prob"].objectives) == 11
+    assert len(report.snapshots["log_prob"].objectives) == 1 + len(rows())
     for item in report.snapshots["log_prob"].objectives:
         wanted = summarize(token_diagnostics(item.row.objective, *(data[name] for name in list(data)[:3]), mask=data["mask"]))
         merged = {**{name: report.snapshots["log_prob"].health[name] for name in DATA_FIGURES}, **item.figures}
@@ -138,7 +138,7 @@ def test_no_active_token_gives_null(npz):
     data = off_policy((6, 9))
     report = audit(npz(**{**data, "advantages": np.zeros(6)}), quantiles=[0.5])
     assert report.snapshots["log_prob"].health["diverging_tokens"] == 0
-    assert len(report.snapshots["log_prob"].objectives) == 11
+    assert len(report.snapshots["log_prob"].objectives) == 1 + len(rows())
     assert len(report.snapshots["log_prob"].warnings) == 3
     found = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert found["snapshots"]["log_prob"]["objectives"][0]["weight_min"] is None
@@ -207,7 +207,8 @@ def test_rows_note_a_vacuous_region_without_a_python_warning():
 def test_default_rows():
     assert [row.label for row in rows()] == [
         "CISPO c=5", "PPO-clip ε=0.2", "PPO-clip ε=0.2/0.28", "SPO ε=0.2", "SPO ε=0.2/0.28", "DPPO-TV δ=0.15",
-        "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15",
+        "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15", "GPPO ε=0.2", "UP ε_low=0.2",
+        "ASPO ε=0.2", "PSPO α=0.1",
     ]  # fmt: skip
 
 
@@ -243,7 +244,7 @@ class Shapeless(Mine):
 
 def test_objectives_of_the_users_own(npz):
     data = off_policy((30, 11))
-    report = audit(npz(**data), [Mine(), *rows(delta=[0.2], delta_kl=[], eps=[], max_ratio=[]), DRPO(delta=0.1)])
+    report = audit(npz(**data), [Mine(), *rows(delta=[0.2], delta_kl=[], eps=[], max_ratio=[])[:3], DRPO(delta=0.1)])
     found = report.snapshots["log_prob"].objectives
     assert [item.row.label for item in found] == [
         "PG-IS", "Mine tau=0.5 table={}", "DPPO-TV δ=0.2", "DRPO δ=0.2", "Mask-DRPO δ=0.2", "DRPO δ=0.1",

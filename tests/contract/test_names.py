@@ -9,6 +9,8 @@ import pytest
 from contract import names
 from contract.subjects import ARRAYS, CHOICES, CLASSES, ELSEWHERE, FLAGS, NO_SUBJECTS, NUMBERS, SUBJECTS, parameters_of
 
+from drpo_core.objectives import OBJECTIVES
+
 FUNCTIONS = {name: value for name, value in names.public().items() if inspect.isfunction(value)}
 TYPES = {name: value for name, value in names.public().items() if inspect.isclass(value)}
 
@@ -26,7 +28,8 @@ def test_every_public_class_is_an_objective_or_has_a_reason_not_to_be_one():
 
 
 def test_every_objective_is_on_its_axis():
-    assert {value for value in TYPES.values() if is_objective(value)} == {type(o) for o in names.objectives().values()}
+    public = {value for value in TYPES.values() if is_objective(value)}
+    assert public <= {type(o) for o in names.objectives().values()} == {family.objective for family in OBJECTIVES}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

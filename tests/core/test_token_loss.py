@@ -33,6 +33,10 @@ OBJECTIVES = [
     DPPO(delta=0.15, divergence="binary_kl"),
     DRPO(delta=0.2),
     MaskDRPO(delta=0.2),
+    families.GPPO(eps=0.2),
+    families.UP(eps_low=0.2, dual_clip=1.4),
+    families.ASPO(eps=0.2, max_ratio=1.6, dual_clip=1.4),
+    families.PSPO(alpha=0.1),
 ]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 
@@ -50,6 +54,11 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
         (DPPO(delta=0.15, divergence="binary_kl"), [-2.0, -1.0, 0.0, 3.0]),
         (DRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0 * (1 + 0.3 / 0.2)]),
         (MaskDRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0]),
+        (families.GPPO(eps=0.2), [-1.2, -1.0, 0.8, 3.0]),
+        (families.UP(eps_low=0.6), [-1.0, -1.0, 0.5, 3.0]),
+        (families.UP(eps_low=0.2, dual_clip=1.4), [-1.0, -1.0, 0.0, 0.0]),
+        (families.ASPO(eps=1.2, max_ratio=1.6, dual_clip=1.4), [-0.5, -1.0, 0.5, 2 * 1.4]),
+        (families.PSPO(alpha=0.1), [-1.8, -0.9, 0.45, 2.7]),
     ],
     ids=repr,
 )
@@ -59,10 +68,10 @@ def test_gradient_by_hand(backend, objective, expected):
 
 
 def test_the_gradient_is_the_derivative_of_the_loss():
-    """Central differences, away from every boundary; CISPO's loss is not a function with that derivative."""
+    """Central differences, away from every boundary; the losses of CISPO and GPPO are not functions with that derivative."""
     h = 1e-6
     for objective in OBJECTIVES:
-        if not isinstance(objective, CISPO):
+        if not isinstance(objective, (CISPO, families.GPPO)):
             up, down = (token_loss_and_gradient(objective, LOG_PROB + s, BEHAVIOR, ADVANTAGES).loss for s in (h, -h))
             gradient = token_loss_and_gradient(objective, LOG_PROB, BEHAVIOR, ADVANTAGES).gradient
             np.testing.assert_allclose((up - down) / (2 * h), gradient, rtol=1e-8, atol=1e-8, err_msg=repr(objective))
@@ -89,7 +98,9 @@ def test_every_class_of_the_table_is_here():
 @each_objective
 def test_on_policy_every_gradient_is_minus_the_advantage(backend, objective):
     result = backend.run(token_loss_and_gradient, objective, BEHAVIOR, BEHAVIOR, ADVANTAGES)
-    np.testing.assert_array_equal(result.gradient, -ADVANTAGES)
+    # all of PSPO's gradient is scaled
+    scale = 1.0 - getattr(objective, "alpha", 0.0)
+    np.testing.assert_array_equal(result.gradient, -ADVANTAGES * scale)
 
 
 @each_objective

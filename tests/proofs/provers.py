@@ -71,6 +71,7 @@ def symbolic(kind: type, **fields: Any) -> Any:
 # --- real numbers, in z3 ---------------------------------------------------------------------------------------------
 
 z3_xp = SimpleNamespace(
+    inf=z3.Real("infinity"),
     where=z3.If,
     abs=lambda x: z3.If(x >= 0, x, -x),
     ones_like=lambda _: z3.RealVal(1),

@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, OBJECTIVES, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives import (
+    ASPO,
+    CISPO,
+    DPPO,
+    DRPO,
+    GPPO,
+    OBJECTIVES,
+    PSPO,
+    SPO,
+    UP,
+    MaskDRPO,
+    PolicyGradient,
+    PPOClip,
+    family_of,
+)
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import BoolArray, TokenBatch, unit_roundoff
@@ -471,6 +485,10 @@ def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatA
             return np.minimum(1.0, c / largest_ratio), one
         case PPOClip() | DPPO():
             return zero, one
+        case PSPO(alpha=alpha):
+            return (1.0 - alpha) * one, (1.0 - alpha) * one
+        case GPPO() | UP() | ASPO():
+            return _bounds_beyond_clip(objective, a, largest_ratio)
     bound = bounds_of(objective, a)
     # how far the shift or r − 1 can go in the direction of A, and against it
     if isinstance(objective, SPO):
@@ -481,6 +499,23 @@ def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatA
     if isinstance(objective, MaskDRPO):
         low, high = np.minimum(low, 1.0), one
     return np.where(a == 0.0, 1.0, low), np.where(a == 0.0, 1.0, high)
+
+
+def _bounds_beyond_clip(objective: Any, a: FloatArray, largest_ratio: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Of objectives whose weight has r in its denominator; 1/r is at most e²⁰."""
+    one, most, (low, high) = np.ones(a.shape), np.exp(SATURATION), oracle.clip_range(objective) or (0.0, 0.0)
+    zero = 0.0 * one
+    match objective:
+        case GPPO(dual_clip=dual):
+            down = zero if dual is not None else one
+            return (
+                np.where(a > 0.0, np.minimum(1.0, (1.0 + high) / largest_ratio), np.where(a < 0.0, down, 1.0)),
+                np.where(a < 0.0, max(1.0, (1.0 - low) * most), 1.0),
+            )
+        case UP():
+            return np.where(a < 0.0, 0.0, 1.0 / largest_ratio), np.where(a < 0.0, 1.0, most)
+    cap = min(objective.max_ratio or most, most)
+    return zero, np.where(a < 0.0, 1.0, cap * most)
 
 
 def _quietly(make: Callable[[], Any]) -> Any:

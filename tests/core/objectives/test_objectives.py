@@ -25,7 +25,7 @@ from drpo_core import (
     probability_shift,
     token_loss_and_gradient,
 )
-from drpo_core.objectives import OBJECTIVES
+from drpo_core.objectives import ASPO, GPPO, OBJECTIVES, PSPO, UP
 from drpo_core.objectives.protocol import inside_of
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
@@ -168,6 +168,49 @@ CASES = {
             [1 - 0.25 / 0.2, 1, 1 - 0.3 / 0.4, 1 + 0.3 / 0.4, 1 + 0.3 / 0.2, 1],
         ),
     ],
+    GPPO: [
+        Case(
+            GPPO(eps=0.2),
+            [-1.2, -1.0, 1 - 0.2, 2 * 1.5, -0.5 * 0.25, 0.0],
+            [1.2 / 2, 1, 0.8 / 0.5, 1, 1, 1],
+        ),
+        Case(
+            GPPO(eps_low=0.6, eps_high=0.2, dual_clip=1.4),
+            [-1.2, -1.0, 0.5, 2 * 1.4, -0.5 * 0.25, 0.0],
+            [1.2 / 2, 1, 1, 0, 1, 1],
+        ),
+    ],
+    UP: [
+        Case(
+            UP(eps_low=0.2),
+            [-log(0.5), -log(0.2), 1 - 0.2, 2 * 1.5, -0.5 * log(0.1), 0.0],
+            [1 / 2, 1, 0, 1, 4, 1 / 2],
+        ),
+        Case(
+            UP(eps_low=0.6, dual_clip=1.4),
+            [-log(0.5), -log(0.2), 0.5, 2 * 1.4, -0.5 * log(0.1), 0.0],
+            [1 / 2, 1, 1, 0, 4, 1 / 2],
+        ),
+    ],
+    ASPO: [
+        Case(
+            ASPO(eps=0.2),
+            [1 / 1.2, 1.0, 1 - 0.2, 2 * 1.5, 0.5 * 4, 0.0],
+            [0, 1, 0, 1, 4 * 4, 1 / 2 / 2],
+        ),
+        Case(
+            ASPO(eps_low=0.6, eps_high=1.2, max_ratio=3.0, dual_clip=1.4),
+            [1 / 2, 1.0, 0.5, 2 * 1.4 * (1 + log(1.5 / 1.4)), 0.5 * 3 * (1 + log(4 / 3)), 0.0],
+            [1 / 2 / 2, 1, 1, 1.4 / 1.5, 3 * 4, 1 / 2 / 2],
+        ),
+    ],
+    PSPO: [
+        Case(
+            PSPO(alpha=0.1),
+            [-1.9, -1.0, 0.55, 2 * 1.45, -0.5 * (0.225 + 0.1), 0.0],
+            [0.9] * 6,
+        ),
+    ],
     MaskDRPO: [
         Case(
             MaskDRPO(delta=0.2),
@@ -240,6 +283,7 @@ INSIDE = [
     (DPPO(delta_low=0.35, delta_high=0.2), [0, 1, 1, 0, 1, 0]),  # π − μ in [−0.35, 0.2]
     (DRPO(delta_low=0.35, delta_high=0.2), [0, 1, 1, 0, 1, 0]),
     (MaskDRPO(delta_low=0.2, delta_high=0.35), [1, 1, 0, 1, 0, 1]),
+    *((made, [1, 1, 1, 1, 1, 1]) for made in (GPPO(eps=0.2), UP(eps_low=0.2), ASPO(eps=0.2), PSPO(alpha=0.1))),
     # KL_bin 0.131, 0, 0.192, 0.311, 0.311 − …: token 4 is 0.4 log 4 + 0.6 log(0.6/0.9)
     (DPPO(delta_low=0.2, delta_high=0.1, divergence="binary_kl"), [0, 1, 1, 0, 0, 0]),
 ]
@@ -275,11 +319,32 @@ def test_nan_is_outside_every_region(backend):
 def test_nan_at_a_valid_token_is_dropped_by_masks_and_shown_by_smooth_weights(backend, which):
     arrays = [np.array([-1.0, -1.0]), np.array([-1.1, -1.1]), np.array([1.0, -1.0])]
     arrays[which] = np.full(2, np.nan)
-    for objective in (PPOClip(eps=0.2), DPPO(delta=0.2), DPPO(delta=0.2, divergence="binary_kl")):
+    for objective in (PPOClip(eps=0.2), DPPO(delta=0.2), DPPO(delta=0.2, divergence="binary_kl"), ASPO(eps=0.2)):
         assert (weight(backend, objective, *arrays) == 0.0).all()
     assert (loss(backend, DPPO(delta=0.2), *arrays) == 0.0).all()
     for objective in (DRPO(delta=0.2), MaskDRPO(delta=0.2), SPO(eps=0.2)):
         assert np.isnan(weight(backend, objective, *arrays)).all()
+    assert np.isnan(run(backend, GPPO(eps=0.2), *arrays).gradient).all()
+    # of A > 0, where UP is no mask
+    assert np.isnan(run(backend, UP(eps_low=0.2), *arrays).gradient[0])
+    assert np.isnan(run(backend, PSPO(alpha=0.1), *arrays).gradient).all()
+
+
+def test_a_gradient_whose_ratio_underflows_is_that_of_its_limit(backend):
+    """The ratio e⁻⁹⁰⁰ is 0 in float64 and 1/r infinite; the gradient is −A f of a finite f = r w, and w saturates at e²⁰."""
+    x, b = np.full(2, -900.0), np.zeros(2)
+    a = np.array([1.0, -1.0])
+    for objective, products in (
+        (GPPO(eps=0.2), [0.0, 0.8]),
+        (UP(eps_low=0.2), [1.0, 0.0]),
+        (ASPO(eps=0.2, max_ratio=3.0), [3.0, 0.0]),
+        (ASPO(eps=0.2), [math.exp(20), 0.0]),
+    ):
+        for log_prob in (x, np.full(2, -np.inf)):
+            result = run(backend, objective, log_prob, b, a)
+            np.testing.assert_allclose(result.gradient, -a * products, rtol=1e-14)
+            assert np.isfinite(result.weight).all()
+            assert np.isfinite(result.loss).all()
 
 
 def test_a_nan_divergence_drops_its_token(backend):
@@ -425,6 +490,9 @@ def test_a_threshold_is_missing_or_doubled(kind, name, given, message):
         (lambda: CISPO(max_ratio=None), TypeError, "max_ratio: expected a real number, got NoneType"),
         (CISPO, TypeError, "max_ratio"),
         (lambda: PPOClip(eps=0.2, dual_clip=1.0), ValueError, "dual_clip: expected a finite number greater than 1, got 1.0"),
+        (lambda: ASPO(eps=0.2, max_ratio=1.0), ValueError, "max_ratio: expected a finite number greater than 1, got 1.0"),
+        (lambda: PSPO(alpha=1.0), ValueError, "alpha: expected a finite number between 0 and 1, got 1.0"),
+        (UP, TypeError, "eps_low"),
         (
             lambda: DPPO(delta=0.1, divergence="tv"),
             ValueError,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Tokens, VacuousTrustRegionWarning
-from drpo_core.objectives import MEASURES, OBJECTIVES, Family, family_of, is_known, label, parameters_of
+from drpo_core.objectives import ASPO, GPPO, MEASURES, OBJECTIVES, PSPO, UP, Family, family_of, is_known, label, parameters_of
 
 each_family = pytest.mark.parametrize("family", OBJECTIVES, ids=lambda family: family.name)
 
@@ -35,7 +35,7 @@ def random_tokens(n=2000):
 def test_names_are_told_apart():
     assert len({family.name for family in OBJECTIVES}) == len(OBJECTIVES)
     assert [family.name for family in OBJECTIVES] == [
-        "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO",
+        "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "GPPO", "UP", "ASPO", "PSPO",
     ]  # fmt: skip
 
 
@@ -107,6 +107,10 @@ def test_a_threshold_that_is_missing(family):
         (DPPO(delta=0.1, divergence="per_token"), "DPPO δ=0.1 divergence=per_token"),
         (DRPO(delta=0.15), "DRPO δ=0.15"),
         (MaskDRPO(delta_low=0.1, delta_high=0.3), "Mask-DRPO δ=0.1/0.3"),
+        (GPPO(eps_low=0.2, eps_high=0.28), "GPPO ε=0.2/0.28"),
+        (UP(eps_low=0.2), "UP ε_low=0.2"),
+        (ASPO(eps=0.2, max_ratio=3.0, dual_clip=3.0), "ASPO ε=0.2"),
+        (PSPO(alpha=0.1), "PSPO α=0.1"),
     ],
     ids=repr,
 )

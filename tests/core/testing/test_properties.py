@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, VacuousTrustRegionWarning
+from drpo_core.objectives import ASPO, GPPO, PSPO, UP
 from drpo_core.testing import CHECKS, TokenBatch, Vocabulary, from_adapter, from_core, parametrize_with_checks
 
 PROFILE = os.environ.get("DRPO_PROFILE", "ci")
@@ -38,6 +39,10 @@ EVERY_OBJECTIVE = [
     DRPO(delta_low=0.3, delta_high=0.1),
     GENTLE,
     MaskDRPO(delta_low=0.1, delta_high=0.3),
+    GPPO(eps_low=0.2, eps_high=0.28, dual_clip=3.0),
+    UP(eps_low=0.2),
+    ASPO(eps=0.2, max_ratio=3.0, dual_clip=3.0),
+    PSPO(alpha=0.1),
 ]
 ASYMMETRIC_DRPO = DRPO(delta_low=0.3, delta_high=0.1)
 TYPICAL = [ASYMMETRIC_DRPO, DPPO(delta_low=0.1, delta_high=0.3), PPOClip(eps_low=0.2, eps_high=0.28, dual_clip=3.0)]
