@@ -22,6 +22,15 @@ from drpo_core.objectives.protocol import Objective
 from drpo_core.objectives.pspo import PSPO
 from drpo_core.objectives.spo import SPO
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.tokenwise import (
+    ChiSquareBounds,
+    DCPOBounds,
+    KLBounds,
+    RIPOBounds,
+    TokenBounds,
+    TokenwiseClip,
+    TVBounds,
+)
 from drpo_core.objectives.up import UP
 
 if TYPE_CHECKING:
@@ -41,12 +50,19 @@ __all__ = [
     "PSPO",
     "SPO",
     "UP",
+    "ChiSquareBounds",
+    "DCPOBounds",
     "Family",
+    "KLBounds",
     "MaskDRPO",
     "Objective",
     "PPOClip",
     "PolicyGradient",
+    "RIPOBounds",
+    "TVBounds",
     "Threshold",
+    "TokenBounds",
+    "TokenwiseClip",
     "VacuousTrustRegionWarning",
     "family_of",
     "is_known",
@@ -102,6 +118,10 @@ OBJECTIVES: tuple[Family, ...] = (
     Family("UP", UP, "eps_low", (0.2,)),
     Family("ASPO", ASPO, "eps", (0.2,), fixed={"max_ratio": 3.0, "dual_clip": 3.0}),
     Family("PSPO", PSPO, "alpha", (0.1,)),
+    Family("RIPO", TokenwiseClip, fixed={"bounds": RIPOBounds(delta=0.05)}),
+    Family("DCPO", TokenwiseClip, fixed={"bounds": DCPOBounds(eps_low=0.16, eps_high=0.2)}),
+    Family("Band-KL", TokenwiseClip, fixed={"bounds": KLBounds(delta=0.05)}),
+    Family("Band-chi2", TokenwiseClip, fixed={"bounds": ChiSquareBounds(delta=0.05)}),
 )
 
 _SYMBOLS = {"delta": "δ", "eps": "ε", "eps_low": "ε_low", "max_ratio": "c", "alpha": "α"}

@@ -14,7 +14,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mpmath
 import numpy as np
 
-from drpo_core.objectives import ASPO, CISPO, DPPO, DRPO, GPPO, PSPO, SPO, UP, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives import (
+    ASPO,
+    CISPO,
+    DPPO,
+    DRPO,
+    GPPO,
+    PSPO,
+    SPO,
+    UP,
+    ChiSquareBounds,
+    DCPOBounds,
+    KLBounds,
+    MaskDRPO,
+    PolicyGradient,
+    PPOClip,
+    RIPOBounds,
+    TokenwiseClip,
+    TVBounds,
+    family_of,
+)
 
 if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray
@@ -35,6 +54,7 @@ __all__ = [
     "shift",
     "threshold_name",
     "thresholds",
+    "token_bound",
 ]
 
 _MP = mpmath.mp.clone()
@@ -79,6 +99,8 @@ def knows(objective: object) -> bool:
     """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
     if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
+    if type(objective) is TokenwiseClip:
+        return type(objective.bounds) in (RIPOBounds, DCPOBounds, ChiSquareBounds, TVBounds, KLBounds)
     return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, GPPO, UP, ASPO, PSPO)
 
 
@@ -104,11 +126,55 @@ def clip_range(objective: Any) -> tuple[float, float] | None:
     match objective:
         case UP(eps_low=low):
             return low, low
-        case PPOClip(eps=None) | GPPO(eps=None) | ASPO(eps=None):
-            return objective.eps_low, objective.eps_high  # type: ignore[return-value]  # the constructor has them both
-        case PPOClip(eps=eps) | GPPO(eps=eps) | ASPO(eps=eps):
-            return eps, eps
+        case PPOClip() | GPPO() | ASPO():
+            given: Any = objective
+            return (given.eps_low, given.eps_high) if given.eps is None else (given.eps, given.eps)
     return None
+
+
+@lru_cache(maxsize=1 << 16)
+def token_bound(bounds: object, behavior_log_prob: float, *, up: bool) -> tuple[Any, Any]:
+    """The largest abs(r − 1) upwards or downwards, and how many of its own units a rounding moves it by."""
+    b = _MP.mpf(behavior_log_prob)
+    mu, one = _MP.exp(b), _MP.mpf(1)
+    match bounds:
+        case RIPOBounds(delta=delta, min_eps=low, max_eps=high):
+            return min(max(_MP.sqrt(delta / mu), low), high), one
+        case TVBounds(delta=delta):
+            return delta / mu, one
+        case ChiSquareBounds(delta=delta):
+            return _MP.sqrt(delta * -_MP.expm1(b) / mu), one
+        case DCPOBounds(eps_high=eps, max_ratio=most) if up:
+            return min((_MP.sqrt(1 + 4 * eps / mu) - 1) / 2, most - one), one
+        case DCPOBounds(eps_low=eps):
+            # √(1 − s) has no derivative where s = 1: there a rounding moves it by its own root
+            inside = max(1 - 4 * eps / mu, 0)
+            return (1 - _MP.sqrt(inside)) / 2, 1 / max(_MP.sqrt(inside), _MP.mpf(10) ** -7)
+        case KLBounds(delta=delta):
+            return _kl_bound(b, _MP.mpf(delta), up=up)
+    msg = f"the oracle has no formula for {bounds!r}"
+    raise TypeError(msg)
+
+
+def _kl_bound(b: Any, delta: Any, *, up: bool) -> tuple[Any, Any]:
+    """The bound on the log-odds t that π has more than μ, where log(1 + μ (e^t − 1)) − μ t = δ, by bisection."""
+    mu, sign = _MP.exp(b), 1 if up else -1
+    rest = -_MP.expm1(b)
+    if rest == 0:
+        return (_MP.mpf(0) if up else -_MP.expm1(-delta)), _MP.mpf(1)
+
+    def kl(t: Any) -> Any:
+        return _MP.log(rest + mu * _MP.exp(sign * t)) - mu * sign * t
+
+    near, far = _MP.mpf(0), _MP.mpf(1)
+    while kl(far) < delta and far < 1e6:
+        near, far = far, 2 * far
+    for _ in range(80):
+        middle = (near + far) / 2
+        near, far = (middle, far) if kl(middle) < delta else (near, middle)
+    grown = _MP.expm1(sign * far)
+    # near μ the divergence is a difference of terms that are larger, by the inverse of its root; and by 1/μ, 1/(1 − μ)
+    return abs(rest * grown / (1 + mu * grown)), 1 + 1 / _MP.sqrt(delta) + 40 / delta
 
 
 def references(
@@ -226,6 +292,14 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
             if not kept:
                 product = weight = _MP.mpf(0)
             terms = abs(loss)
+        case TokenwiseClip(bounds=bounds):
+            most, sensitivity = token_bound(bounds, behavior_log_prob, up=bool(ell >= 0))
+            if sign * ell > 0:
+                kept = abs(excess) <= most
+                jump = abs(abs(excess) - most) / (1 + most) / sensitivity
+            clipped = r if kept else 1 + sign * most
+            loss, weight = -a * clipped, _MP.mpf(int(kept))
+            terms = size * (r if kept else (1 + most) * sensitivity)
         case PSPO(alpha=alpha):
             loss, weight = -a * ((1 - _MP.mpf(alpha)) * r + alpha), 1 - _MP.mpf(alpha)
             terms = abs(loss)
@@ -311,7 +385,7 @@ def full_kl(log_prob: FloatArray, behavior_log_prob: FloatArray) -> float:
     return float(total)
 
 
-def expected_gradient(
+def expected_gradient(  # noqa: C901 -- one case an objective
     objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray, advantages: FloatArray
 ) -> FloatArray:
     """Gradient of the expected objective in the logits of π, for one state, in its population form.
@@ -346,6 +420,9 @@ def expected_gradient(
                 slope = -advantage * _clip_weight(objective, pi / mu, advantage)
             case PSPO(alpha=alpha):
                 slope = -advantage * (1 - _MP.mpf(alpha))
+            case TokenwiseClip(bounds=bounds):
+                most, _ = token_bound(bounds, b, up=x >= b)
+                slope = _MP.mpf(0) if away > 0 and abs(d) > most * mu else -advantage
             case _:
                 msg = f"the oracle has no formula for {objective!r}"
                 raise TypeError(msg)
@@ -386,6 +463,15 @@ def _cap(c: float | None, inverse_ratio: Any) -> Any:
     return 1 if c is None else min(1, c * inverse_ratio)
 
 
+def _token_bounds(objective: Any, ell: FloatArray, behavior_log_prob: FloatArray) -> FloatArray:
+    ell, behavior_log_prob = np.broadcast_arrays(ell, behavior_log_prob)
+    found = [
+        float(token_bound(objective.bounds, b, up=step >= 0.0)[0])
+        for step, b in zip(ell.ravel().tolist(), behavior_log_prob.ravel().tolist(), strict=True)
+    ]
+    return np.reshape(found, ell.shape)
+
+
 def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray, advantages: FloatArray) -> FloatArray:
     """Number of the smooth piece of the loss that each token is on, in plain float64.
 
@@ -405,6 +491,10 @@ def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray
         if cap is not None:
             number += 2.0 * (ratio > cap)
         region = clip_range(objective) or thresholds(objective)
+        if isinstance(objective, TokenwiseClip):
+            return number + 4.0 * (
+                (side * ell > 0.0) & (np.abs(ratio - 1.0) > _token_bounds(objective, ell, behavior_log_prob))
+            )
         if region is None or isinstance(objective, (DRPO, SPO)):
             return number
         bound = np.where(advantages < 0.0, *region)

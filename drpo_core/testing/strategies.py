@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from hypothesis import strategies as st
 
-from drpo_core.objectives import DPPO, SPO
+from drpo_core.objectives import DPPO, SPO, TokenwiseClip
 from drpo_core.testing.batch import TokenBatch, Vocabulary, round_to, unit_roundoff
-from drpo_core.testing.oracle import clip_range, thresholds
+from drpo_core.testing.oracle import clip_range, thresholds, token_bound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -197,6 +197,8 @@ def _log_probs(
 
 def _boundary(objective: Any, b: FloatArray, u: FloatArray, advantages: FloatArray) -> tuple[FloatArray, FloatArray]:
     """(log π, log μ) on the edge of the trust region that bounds A, NaN where no token is there."""
+    if isinstance(objective, TokenwiseClip):
+        return _token_boundary(objective, b, advantages)
     regions = clip_range(objective) or thresholds(objective)
     if regions is None:
         return _at_ratio(getattr(objective, "max_ratio", None), b)
@@ -219,6 +221,15 @@ def _boundary(objective: Any, b: FloatArray, u: FloatArray, advantages: FloatArr
             b = np.log(mu)
             x = np.log(mu + side * bound)
     return np.where(np.isfinite(x) & np.isfinite(b) & (b <= 0.0) & (x <= 0.0), x, np.nan), b
+
+
+def _token_boundary(objective: TokenwiseClip, b: FloatArray, advantages: FloatArray) -> tuple[FloatArray, FloatArray]:
+    up = advantages >= 0.0
+    values = zip(b.ravel().tolist(), np.broadcast_to(up, b.shape).ravel().tolist(), strict=True)
+    most = np.reshape([float(token_bound(objective.bounds, value, up=side)[0]) for value, side in values], b.shape)
+    with np.errstate(all="ignore"):
+        x = b + np.log1p(np.where(up, most, -most))
+    return np.where(np.isfinite(x) & (x <= 0.0), x, np.nan), b
 
 
 def _at_ratio(cap: float | None, b: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -208,7 +208,7 @@ def test_default_rows():
     assert [row.label for row in rows()] == [
         "CISPO c=5", "PPO-clip ε=0.2", "PPO-clip ε=0.2/0.28", "SPO ε=0.2", "SPO ε=0.2/0.28", "DPPO-TV δ=0.15",
         "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15", "GPPO ε=0.2", "UP ε_low=0.2",
-        "ASPO ε=0.2", "PSPO α=0.1",
+        "ASPO ε=0.2", "PSPO α=0.1", "RIPO", "DCPO", "Band-KL", "Band-chi2",
     ]  # fmt: skip
 
 

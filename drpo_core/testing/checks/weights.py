@@ -25,6 +25,7 @@ from drpo_core.objectives import (
     MaskDRPO,
     PolicyGradient,
     PPOClip,
+    TokenwiseClip,
     family_of,
 )
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
@@ -450,7 +451,7 @@ def check_weight_is_continuous(implementation: Implementation, batch: TokenBatch
     )
 
 
-@check("P19", needs=[needs_objective, needs_local, needs_instance(PPOClip, DPPO)])
+@check("P19", needs=[needs_objective, needs_local, needs_instance(PPOClip, DPPO, TokenwiseClip)])
 def check_clip_weight_is_an_indicator(implementation: Implementation, batch: TokenBatch) -> None:
     """The weight of a clip or mask is 0 or 1 (or min(1, c/r) with a cap): M² = M, and M is not differentiated.
 
@@ -483,7 +484,7 @@ def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatA
             return one, one
         case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c):
             return np.minimum(1.0, c / largest_ratio), one
-        case PPOClip() | DPPO():
+        case PPOClip() | DPPO() | TokenwiseClip():
             return zero, one
         case PSPO(alpha=alpha):
             return (1.0 - alpha) * one, (1.0 - alpha) * one

@@ -27,6 +27,7 @@ OBJECTIVES = [
     objectives.UP(eps_low=0.2),
     objectives.ASPO(eps=0.2, max_ratio=3.0, dual_clip=3.0),
     objectives.PSPO(alpha=0.1),
+    *(family.make() for family in objectives.OBJECTIVES if family.objective is objectives.TokenwiseClip),
 ]
 
 

@@ -25,7 +25,18 @@ from drpo_core import (
     probability_shift,
     token_loss_and_gradient,
 )
-from drpo_core.objectives import ASPO, GPPO, OBJECTIVES, PSPO, UP
+from drpo_core.objectives import (
+    ASPO,
+    GPPO,
+    OBJECTIVES,
+    PSPO,
+    UP,
+    ChiSquareBounds,
+    DCPOBounds,
+    RIPOBounds,
+    TokenwiseClip,
+    TVBounds,
+)
 from drpo_core.objectives.protocol import inside_of
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
@@ -211,6 +222,32 @@ CASES = {
             [0.9] * 6,
         ),
     ],
+    TokenwiseClip: [
+        Case(
+            # bounds of δ/μ: 0.8, 1, 1/3, 1/3, 1/2, 0.8
+            TokenwiseClip(bounds=TVBounds(delta=0.2)),
+            [-1.8, -1.0, 1 - 1 / 3, 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 0, 1, 1, 1],
+        ),
+        Case(
+            # √(0.2/0.25) = 0.894, √(0.2/0.6) = 0.577
+            TokenwiseClip(bounds=RIPOBounds(delta=0.2, min_eps=0.1)),
+            [-1 - math.sqrt(0.8), -1.0, 0.5, 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 1, 1, 1, 1],
+        ),
+        Case(
+            # √(0.12 · 3) = 0.6, √(0.12 · 2/3) = 0.283
+            TokenwiseClip(bounds=ChiSquareBounds(delta=0.12)),
+            [-1.6, -1.0, 1 - math.sqrt(0.08), 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 0, 1, 1, 1],
+        ),
+        Case(
+            # ½ + ½ √(1 + 0.8 · 4 ) = 1.525 and ½ + ½ √(1 − 0.4/0.6) = 0.789
+            TokenwiseClip(bounds=DCPOBounds(eps_low=0.1, eps_high=0.2)),
+            [-0.5 - 0.5 * math.sqrt(4.2), -1.0, 0.5 + 0.5 * math.sqrt(1 / 3), 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 0, 1, 1, 1],
+        ),
+    ],
     MaskDRPO: [
         Case(
             MaskDRPO(delta=0.2),
@@ -283,6 +320,8 @@ INSIDE = [
     (DPPO(delta_low=0.35, delta_high=0.2), [0, 1, 1, 0, 1, 0]),  # π − μ in [−0.35, 0.2]
     (DRPO(delta_low=0.35, delta_high=0.2), [0, 1, 1, 0, 1, 0]),
     (MaskDRPO(delta_low=0.2, delta_high=0.35), [1, 1, 0, 1, 0, 1]),
+    # abs(r − 1) of 1, 0, ½, ½, ¾, 1 within δ/μ of 0.8, 1, 1/3, 1/3, 1/2, 0.8
+    (TokenwiseClip(bounds=TVBounds(delta=0.2)), [0, 1, 0, 0, 0, 0]),
     *((made, [1, 1, 1, 1, 1, 1]) for made in (GPPO(eps=0.2), UP(eps_low=0.2), ASPO(eps=0.2), PSPO(alpha=0.1))),
     # KL_bin 0.131, 0, 0.192, 0.311, 0.311 − …: token 4 is 0.4 log 4 + 0.6 log(0.6/0.9)
     (DPPO(delta_low=0.2, delta_high=0.1, divergence="binary_kl"), [0, 1, 1, 0, 0, 0]),
@@ -301,7 +340,7 @@ def test_inside_is_the_region_whatever_the_advantage(backend, made, inside):
 
 def test_every_class_has_a_region_here_and_those_without_a_measure_have_no_method():
     assert {type(made) for made, _ in INSIDE} == set(CLASSES)
-    assert {kind for kind in CLASSES if hasattr(kind, "inside")} == set(THRESHOLDS)
+    assert {kind for kind in CLASSES if hasattr(kind, "inside")} == {*THRESHOLDS, TokenwiseClip}
 
 
 def test_nan_is_outside_every_region(backend):

@@ -7,7 +7,22 @@ import numpy as np
 import pytest
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Tokens, VacuousTrustRegionWarning
-from drpo_core.objectives import ASPO, GPPO, MEASURES, OBJECTIVES, PSPO, UP, Family, family_of, is_known, label, parameters_of
+from drpo_core.objectives import (
+    ASPO,
+    GPPO,
+    MEASURES,
+    OBJECTIVES,
+    PSPO,
+    UP,
+    Family,
+    KLBounds,
+    TokenwiseClip,
+    TVBounds,
+    family_of,
+    is_known,
+    label,
+    parameters_of,
+)
 
 each_family = pytest.mark.parametrize("family", OBJECTIVES, ids=lambda family: family.name)
 
@@ -36,6 +51,7 @@ def test_names_are_told_apart():
     assert len({family.name for family in OBJECTIVES}) == len(OBJECTIVES)
     assert [family.name for family in OBJECTIVES] == [
         "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "GPPO", "UP", "ASPO", "PSPO",
+        "RIPO", "DCPO", "Band-KL", "Band-chi2",
     ]  # fmt: skip
 
 
@@ -64,7 +80,8 @@ def test_parameters_are_fields(family):
     assert {family.threshold, *family.fixed} - {None} <= fields
     assert family.typical or family.threshold is None
     assert family.measure is None or family.measure in MEASURES
-    assert (family.measure is not None) == hasattr(family.objective, "inside")
+    # token-wise bounds are a region, but not one threshold
+    assert (family.measure is not None or "bounds" in family.fixed) == hasattr(family.objective, "inside")
 
 
 @each_family
@@ -111,6 +128,8 @@ def test_a_threshold_that_is_missing(family):
         (UP(eps_low=0.2), "UP ε_low=0.2"),
         (ASPO(eps=0.2, max_ratio=3.0, dual_clip=3.0), "ASPO ε=0.2"),
         (PSPO(alpha=0.1), "PSPO α=0.1"),
+        (TokenwiseClip(bounds=KLBounds(delta=0.05)), "Band-KL"),
+        (TokenwiseClip(bounds=TVBounds(delta=0.2)), "TokenwiseClip bounds=TVBounds(delta=0.2)"),
     ],
     ids=repr,
 )
