@@ -38,7 +38,7 @@ OBJECTIVES = [
     families.ASPO(eps=0.2, max_ratio=1.6, dual_clip=1.4),
     families.PSPO(alpha=0.1),
     families.TokenwiseClip(bounds=families.RIPOBounds(delta=0.05, min_eps=0.3)),
-    families.TokenwiseClip(bounds=families.DCPOBounds(eps_low=0.16, eps_high=0.2)),
+    families.TokenwiseClip(bounds=families.DCPOBounds(eps_low=0.1, eps_high=0.2)),
     families.TokenwiseClip(bounds=families.ChiSquareBounds(delta=0.05)),
     families.TokenwiseClip(bounds=families.KLBounds(delta=0.05)),
 ]
