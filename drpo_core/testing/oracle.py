@@ -161,8 +161,8 @@ def token_bound(bounds: object, behavior_log_prob: float, *, up: bool) -> tuple[
             return min((_MP.sqrt(1 + 4 * eps / mu) - 1) / 2, most - one), one
         case DCPOBounds(eps_low=eps):
             # √(1 − s) has no derivative where s = 1: there a rounding moves it by its own root
-            inside = max(1 - 4 * eps / mu, 0)
-            return (1 - _MP.sqrt(inside)) / 2, 1 / max(_MP.sqrt(inside), _MP.mpf(10) ** -7)
+            inside = 1 - 4 * eps / mu
+            return (1 - _MP.sqrt(max(inside, 0))) / 2, min(1 / _MP.sqrt(abs(inside)), 10**7) if inside > -1e-6 else one
         case KLBounds(delta=delta):
             return _kl_bound(b, _MP.mpf(delta), up=up)
     msg = f"the oracle has no formula for {bounds!r}"
@@ -186,8 +186,10 @@ def _kl_bound(b: Any, delta: Any, *, up: bool) -> tuple[Any, Any]:
         middle = (near + far) / 2
         near, far = (middle, far) if kl(middle) < delta else (near, middle)
     grown = _MP.expm1(sign * far)
-    # near μ the divergence is a difference of terms that are larger, by the inverse of its root; and by 1/μ, 1/(1 − μ)
-    return abs(rest * grown / (1 + mu * grown)), 1 + 1 / _MP.sqrt(delta) + 40 / delta
+    # in units of eight roundings: the divergence is what v, of e^−v that one outcome shrinks by, has more than nearly itself
+    q, v = (mu, _MP.log1p(mu * grown)) if up else (rest, _MP.log1p(mu * grown) - _MP.log1p(grown))
+    x = _MP.expm1(v)
+    return abs(rest * grown / (1 + mu * grown)), max(1, v / x * (1 + q / x) / (1 - q) / 8)
 
 
 def references(
@@ -313,7 +315,7 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
                 jump = abs(abs(excess) - most) / (1 + most) / sensitivity
             clipped = r if kept else 1 + sign * most
             loss, weight = -a * clipped, _MP.mpf(int(kept))
-            terms = size * (r if kept else (1 + most) * sensitivity)
+            terms = size * (r if kept else max(clipped, most) * sensitivity)
         case PSPO(alpha=alpha):
             loss, weight = -a * ((1 - _MP.mpf(alpha)) * r + alpha), 1 - _MP.mpf(alpha)
             terms = abs(loss)
