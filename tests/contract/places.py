@@ -105,7 +105,7 @@ def _thresholds(objective: Any) -> Iterator[Place]:
         if name not in NUMBERS:
             continue
         stem, _, side = name.partition("_")
-        if f"{stem}_low" in own:  # one threshold, or two
+        if {stem, f"{stem}_low"} <= own.keys():  # one threshold, or two
             others = {n: v for n, v in given.items() if not n.startswith(stem)}
             others |= {f"{stem}_{'high' if side == 'low' else 'low'}": 0.3} if side else {}
         else:

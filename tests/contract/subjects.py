@@ -61,8 +61,8 @@ class Domain(NamedTuple):
         """Whether a finite number is in the domain."""
         if self.whole and value != int(value):
             return False
-        low_enough = value < self.below
-        return low_enough and (self.above is None or value > self.above) and (self.at_least is None or value >= self.at_least)
+        above = (self.above is None or value > self.above) and (self.at_least is None or value >= self.at_least)
+        return above and value < self.below
 
 
 NUMBERS: dict[str, Domain] = {
@@ -103,11 +103,12 @@ GOOD = {
     "chunk_tokens": 2,
     "chunk_vocabulary": 3,
     "threads": 2,
+    "alpha": 0.1,
 }
 ARRAYS_OF_NUMBERS = {"normalizer", "horizon"}
 """Numbers that may also be 0-d arrays, which nothing can check."""
 
-FLAGS = {"entropy", "diagnostics", "overwrite_logits", "divide_by_std", "leave_one_out"}
+FLAGS = {"entropy", "diagnostics", "overwrite_logits", "divide_by_std", "divide_by_mean", "leave_one_out"}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": tuple(names.objectives()),
     "reduction": axes.REDUCTIONS,
@@ -121,6 +122,11 @@ ELSEWHERE = {
     "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
+    **dict.fromkeys(
+        ("proximal_log_prob", "reference_log_prob"),
+        "only a mode takes them, whose reduction is its own: tests/core/test_modes.py and tests/test_adapter_modes.py",
+    ),
+    "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
 """Parameters that are no axis here, and why."""
 
@@ -358,7 +364,11 @@ CLASSES = {
 
 
 NO_SUBJECTS = {
-    "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`"
+    **dict.fromkeys(
+        ("drpo_torch.distributed.across", "drpo_jax.distributed.across"),
+        "returns a function for the argument `across`: tests/torch/test_distributed.py and tests/jax/test_distributed.py",
+    ),
+    "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`",
 }
 """Public functions that are no subjects, and why."""
 
