@@ -226,7 +226,6 @@ def group_advantages(
     group_ids: Tensor | None = None,
     divide_by_std: bool = False,
     std_offset: float = 1e-6,
-    divide_by_mean: bool = False,
     leave_one_out: bool = False,
     **_: Any,
 ) -> Outputs:
@@ -242,7 +241,6 @@ def group_advantages(
             continue
         a = r - r.mean()
         a = a * len(r) / (len(r) - 1) if leave_one_out else a
-        a = a / r.mean() if divide_by_mean else a
         result[own] = a / (r.std() + std_offset) if divide_by_std else a
     return {"": result}
 

@@ -226,10 +226,6 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((ValueError,), "rewards", "one reward has no group"),
     ),
     (
-        lambda _, c: bool(c.get("divide_by_std")) and bool(c.get("divide_by_mean")),
-        Refusal((ValueError,), "divide_by_mean", "one or the other"),
-    ),
-    (
         lambda s, c: _named(s, "expand_advantages") and c["segment_ids"] is Given.ABSENT and len(c["shape"].leading) != 2,
         Refusal((ValueError,), "mask", "padded sequences are rows"),
     ),
