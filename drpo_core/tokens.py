@@ -272,10 +272,11 @@ def saturated(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*
     return xp.where(ell > 20.0, 20.0, ell)
 
 
-def inverse_ratio(r: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:
-    """min(1/r, e²⁰) = e^−clip(ℓ, −20, 20), without dividing by zero."""
-    # a literal, as above; r itself where it is NaN
-    return 1.0 / xp.where(r < 2.061153622438558e-09, 2.061153622438558e-09, r)
+def inverse_ratio(tokens: Tokens) -> Float[Array, "*tokens"]:
+    """min(1/r, e²⁰) = e^−clip(ℓ, −20, 20), without dividing by zero; NaN where r is."""
+    r = tokens.ratio
+    # a literal, as above
+    return 1.0 / tokens.xp.where(r < 2.061153622438558e-09, 2.061153622438558e-09, r)
 
 
 def saturated_both_ways(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "MARKERS", "colours", "line"]
 
-# Okabe and Ito's colours, then some of Tol's: colour-blind readers can tell them apart
+# Okabe and Ito's colours, then some of Tol's: colour-blind readers can tell the first fourteen apart
 COLOURS = (
     "#000000", "#999999", "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00", "#009E73",
-    "#882255", "#332288", "#999933", "#661100", "#44AA99", "#AA4499", "#117733", "#DDCC77",
-    "#88CCEE", "#CC6677", "#EE8866", "#BBCC33", "#77AADD", "#6699CC", "#997700", "#EE3377",
+    "#882255", "#332288", "#999933", "#661100", "#44AA99", "#AA4499",
+    "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#EE7733", "#0077BB", "#33BBEE", "#EE3377",
+    "#CC3311", "#009988", "#DDCC77", "#117733", "#88CCEE", "#BB5566", "#004488", "#DDAA33",
 )  # fmt: skip
 SOLID: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 BROKEN: tuple[Any, ...] = ((0, (2.5, 1.5)), (0, (2.5, 1.5, 0.8, 1.5)), (0, (0.8, 0.8)), (0, (2.5, 3)), (0, (0.8, 2.4)))
@@ -38,8 +39,8 @@ def colours(families: Iterable[str] = ()) -> dict[str, str]:
     Examples
     --------
     >>> from drpo_core.audit.palette import colours
-    >>> colours(["DRPO", "Mine"])["Mine"]
-    '#882255'
+    >>> colours(["DRPO", "Mine"])["DRPO"]
+    '#D55E00'
     """
     names = dict.fromkeys((*(family.name for family in OBJECTIVES), *families))
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}

@@ -83,8 +83,9 @@ def rows(
 ) -> list[Row]:
     """Every objective of `drpo_core.objectives.OBJECTIVES` but PG-IS, at each of the given thresholds.
 
-    A threshold is one number, or (low, high). None takes the values that the table calls typical. At δ ≥ 1 DPPO Binary-TV
-    and Mask-DRPO are the unregularised surrogate, so they get no row there; DRPO does.
+    A threshold is one number, or (low, high). None takes the values that the table calls typical, as families that no
+    argument moves always do. At δ ≥ 1 DPPO Binary-TV and Mask-DRPO are the unregularised surrogate, so they get no row
+    there; DRPO does.
 
     Parameters
     ----------
@@ -112,7 +113,7 @@ def rows(
     Examples
     --------
     >>> from drpo_core.audit import rows
-    >>> [row.label for row in rows(delta=[0.1, 2.0], delta_kl=[], eps=[(0.2, 0.28)], max_ratio=[])]
+    >>> [row.label for row in rows(delta=[0.1, 2.0], delta_kl=[], eps=[(0.2, 0.28)], max_ratio=[])][:6]
     ['PPO-clip ε=0.2/0.28', 'SPO ε=0.2/0.28', 'DPPO-TV δ=0.1', 'DRPO δ=0.1', 'DRPO δ=2', 'Mask-DRPO δ=0.1']
     """
     given = {

@@ -6,14 +6,16 @@ compiles. So a formula stays where it is written, and any objective can be compi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["BOOL", "FLOAT", "Symbol", "Trace", "UntraceableError"]
 
@@ -348,13 +350,20 @@ class Trace:
 def parametrised(thing: Any, trace: Trace) -> Any:
     """A copy of an object whose attributes that are floats are parameters of the trace, in the order of `floats_of`.
 
-    The object itself where it has none.
+    So are those of the dataclasses that it keeps. The object itself where it has none.
     """
-    attributes = _attributes(thing)
-    names = [name for name, value in attributes.items() if isinstance(value, _FLOATS)]
-    if not names:
+    return _with_parameters(thing, trace, count())
+
+
+def _with_parameters(thing: Any, trace: Trace, numbers: Iterator[int]) -> Any:
+    if not floats_of(thing):
         return thing
-    attributes |= {name: trace.parameter(f"p{number}") for number, name in enumerate(names)}
+    attributes = _attributes(thing)
+    for name, value in attributes.items():
+        if isinstance(value, _FLOATS):
+            attributes[name] = trace.parameter(f"p{next(numbers)}")
+        elif _is_nested(value):
+            attributes[name] = _with_parameters(value, trace, numbers)
     in_tuple = {name: attributes.pop(name) for name in getattr(type(thing), "_fields", ())}
     copy = thing._replace(**in_tuple) if in_tuple else object.__new__(type(thing))
     for name, value in attributes.items():
@@ -363,13 +372,24 @@ def parametrised(thing: Any, trace: Trace) -> Any:
 
 
 def floats_of(thing: Any) -> list[float]:
-    """The values of an object's attributes that are floats, NumPy's included."""
-    return [float(value) for value in _attributes(thing).values() if isinstance(value, _FLOATS)]
+    """The values of an object's attributes that are floats, NumPy's included, and of the dataclasses that it keeps."""
+    found: list[float] = []
+    for value in _attributes(thing).values():
+        found += [float(value)] if isinstance(value, _FLOATS) else floats_of(value) if _is_nested(value) else []
+    return found
 
 
 def statics_of(thing: Any) -> tuple[tuple[str, Any], ...]:
     """An object's attributes, with a float's type in the place of its value."""
-    return tuple((name, float if isinstance(value, _FLOATS) else value) for name, value in _attributes(thing).items())
+    return tuple(
+        (name, float if isinstance(value, _FLOATS) else (type(value), statics_of(value)) if _is_nested(value) else value)
+        for name, value in _attributes(thing).items()
+    )
+
+
+def _is_nested(value: object) -> bool:
+    """Whether it is a dataclass, whose numbers are parameters too."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 _FLOATS = (float, np.floating)

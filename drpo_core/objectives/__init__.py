@@ -11,19 +11,32 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from drpo_core.divergence import binary_kl_of
+from drpo_core.objectives.aspo import ASPO
 from drpo_core.objectives.cispo import CISPO
 from drpo_core.objectives.dppo import DPPO
 from drpo_core.objectives.drpo import DRPO, MaskDRPO
+from drpo_core.objectives.gppo import GPPO
 from drpo_core.objectives.icepop import IcePop
 from drpo_core.objectives.ipo import IPO
 from drpo_core.objectives.policy_gradient import PolicyGradient
 from drpo_core.objectives.ppo import PPOClip
 from drpo_core.objectives.protocol import Objective
+from drpo_core.objectives.pspo import PSPO
 from drpo_core.objectives.reinforce import Reinforce
 from drpo_core.objectives.sapo import SAPO
 from drpo_core.objectives.spo import SPO
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.tokenwise import (
+    ChiSquareBounds,
+    DCPOBounds,
+    KLBounds,
+    RIPOBounds,
+    TokenBounds,
+    TokenwiseClip,
+    TVBounds,
+)
 from drpo_core.objectives.topr import TOPR
+from drpo_core.objectives.up import UP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,23 +45,34 @@ if TYPE_CHECKING:
     from drpo_core.tokens import Tokens
 
 __all__ = [
+    "ASPO",
     "CISPO",
     "DPPO",
     "DRPO",
+    "GPPO",
     "IPO",
     "MEASURES",
     "OBJECTIVES",
+    "PSPO",
     "SAPO",
     "SPO",
     "TOPR",
+    "UP",
+    "ChiSquareBounds",
+    "DCPOBounds",
     "Family",
     "IcePop",
+    "KLBounds",
     "MaskDRPO",
     "Objective",
     "PPOClip",
     "PolicyGradient",
+    "RIPOBounds",
     "Reinforce",
+    "TVBounds",
     "Threshold",
+    "TokenBounds",
+    "TokenwiseClip",
     "VacuousTrustRegionWarning",
     "family_of",
     "is_known",
@@ -105,9 +129,17 @@ OBJECTIVES: tuple[Family, ...] = (
     Family("IcePop", IcePop, fixed={"min_ratio": 0.5, "max_ratio": 5.0}),
     Family("IPO", IPO, "delta", (0.3,), "abs(π − μ)"),
     Family("TOPR", TOPR),
+    Family("GPPO", GPPO, "eps", (0.2,)),
+    Family("UP", UP, "eps_low", (0.2,)),
+    Family("ASPO", ASPO, "eps", (0.2,), fixed={"max_ratio": 3.0, "dual_clip": 3.0}),
+    Family("PSPO", PSPO, "alpha", (0.1,)),
+    Family("RIPO", TokenwiseClip, fixed={"bounds": RIPOBounds(delta=0.05)}),
+    Family("DCPO", TokenwiseClip, fixed={"bounds": DCPOBounds(eps_low=0.16, eps_high=0.2)}),
+    Family("Band-KL", TokenwiseClip, fixed={"bounds": KLBounds(delta=0.05)}),
+    Family("Band-chi2", TokenwiseClip, fixed={"bounds": ChiSquareBounds(delta=0.05)}),
 )
 
-_SYMBOLS = {"delta": "δ", "eps": "ε", "max_ratio": "c"}
+_SYMBOLS = {"delta": "δ", "eps": "ε", "eps_low": "ε_low", "max_ratio": "c", "alpha": "α"}
 # the two parameters that are written as low/high
 _PAIRS = {
     "δ": ("delta_low", "delta_high"),

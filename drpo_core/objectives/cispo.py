@@ -80,7 +80,7 @@ class CISPO:
         capped = truncated_weight(tokens, self.max_ratio)
         if self.min_ratio is None:
             return capped
-        raised = self.min_ratio * inverse_ratio(tokens.ratio, xp=tokens.xp)
+        raised = self.min_ratio * inverse_ratio(tokens)
         return tokens.xp.where(tokens.ratio < self.min_ratio, raised, capped)
 
     def ratio_weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:

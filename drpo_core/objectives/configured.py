@@ -27,9 +27,9 @@ def families_by_name() -> dict[str, Family]:
 def at_clip_range(family: Family, low: float, high: float, *, cap: float | None = None) -> Any:
     """The family's objective at the thresholds (low, high) of a framework's clip range.
 
-    A threshold that is one number is `high`; if it bounds the ratio, 1 + `high`. A family that keeps the ratio between two
-    bounds has 1 − `low` and 1 + `high`. `cap` is what bounds the ratio besides, where the class takes that: its `max_ratio`
-    or `dual_clip`.
+    A threshold that is one number is `high`; if it bounds the ratio, 1 + `high`; UP's is `low`. A family that keeps the
+    ratio between two bounds has 1 − `low` and 1 + `high`. What is no threshold on a distance from μ, PSPO's α, is the
+    table's typical one. `cap` is what bounds the ratio besides, where the class takes that: its `max_ratio` or `dual_clip`.
 
     Examples
     --------
@@ -51,7 +51,8 @@ def at_clip_range(family: Family, low: float, high: float, *, cap: float | None 
         return capped.make()
     if f"{family.threshold}_low" in parameters:
         return capped.make((low, high))
-    return capped.make(1.0 + high if family.threshold == "max_ratio" else high)
+    one = {"max_ratio": 1.0 + high, "eps_low": low, "alpha": family.typical[0]}
+    return capped.make(one.get(family.threshold, high))
 
 
 def resolved(objective: Any, config: Any) -> Objective:

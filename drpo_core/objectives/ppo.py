@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from drpo_core._arrays import Array, Bool, Float
     from drpo_core.tokens import Tokens
 
-__all__ = ["PPOClip"]
+__all__ = ["PPOClip", "clip_keeps", "clipped_loss"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +75,28 @@ class PPOClip:
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """−A r where the gradient is kept, else −A times the ratio it is clipped to."""
-        low, high = self.region
-        bound = tokens.by_advantage(1.0 - low, 1.0 + high)
-        clipped = tokens.xp.where(kept(tokens, self.inside(tokens)), tokens.ratio, bound)
-        if self.dual_clip is not None:
-            clipped = tokens.xp.where(_beyond(tokens, self.dual_clip), self.dual_clip, clipped)
-        return -tokens.advantages * clipped
+        return clipped_loss(tokens, self.region, self.dual_clip)
 
     def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """1 where kept, else 0."""
-        keep = kept(tokens, self.inside(tokens))
-        if self.dual_clip is not None:
-            keep = keep & ~_beyond(tokens, self.dual_clip)
-        return tokens.indicator(keep)
+        return tokens.indicator(clip_keeps(tokens, self.region, self.dual_clip))
+
+
+def clipped_loss(tokens: Tokens, region: Bounds, dual_clip: float | None) -> Float[Array, "*tokens"]:
+    """−A r where the gradient is kept, else −A times the ratio it is clipped to."""
+    low, high = region
+    bound = tokens.by_advantage(1.0 - low, 1.0 + high)
+    kept_inside = kept(tokens, within(tokens.ratio_minus_one, region))
+    clipped = tokens.xp.where(kept_inside, tokens.ratio, bound)
+    if dual_clip is not None:
+        clipped = tokens.xp.where(_beyond(tokens, dual_clip), dual_clip, clipped)
+    return -tokens.advantages * clipped
+
+
+def clip_keeps(tokens: Tokens, region: Bounds, dual_clip: float | None) -> Bool[Array, "*tokens"]:
+    """True unless clipping, or dual clip, drops the token; False where anything is NaN."""
+    keep = kept(tokens, within(tokens.ratio_minus_one, region))
+    return keep if dual_clip is None else keep & ~_beyond(tokens, dual_clip)
 
 
 def _beyond(tokens: Tokens, dual_clip: float) -> Bool[Array, "*tokens"]:

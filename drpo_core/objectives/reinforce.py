@@ -46,7 +46,7 @@ class Reinforce:
 
     def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """1/r, at most e²⁰."""
-        return inverse_ratio(tokens.ratio, xp=tokens.xp)
+        return inverse_ratio(tokens)
 
     def ratio_weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """1; NaN where the ratio is."""

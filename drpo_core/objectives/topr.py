@@ -48,7 +48,7 @@ class TOPR:
 
     def weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """1/r, at most e²⁰, where A > 0, else min(1, 1/r)."""
-        inverse = inverse_ratio(tokens.ratio, xp=tokens.xp)
+        inverse = inverse_ratio(tokens)
         return tokens.xp.where(tokens.advantages > 0.0, inverse, truncated_weight(tokens, 1.0))
 
     def ratio_weight(self, tokens: Tokens) -> Float[Array, "*tokens"]:

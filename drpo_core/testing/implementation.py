@@ -20,7 +20,7 @@ import drpo_core
 from drpo_core import divergence as divergences
 from drpo_core import reduction as reductions
 from drpo_core.loss import token_loss_and_gradient
-from drpo_core.objectives import CISPO, is_known, parameters_of
+from drpo_core.objectives import CISPO, GPPO, is_known, parameters_of
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing.frameworks import Framework, Outputs, framework_named
 from drpo_core.testing.oracle import SATURATION
@@ -514,7 +514,7 @@ def _imports(objective: object, *names: str) -> str:
 
 def form_of(objective: Objective) -> str:
     """Whether the core's gradient of an objective is the derivative of its value."""
-    return "score" if isinstance(objective, CISPO) else "ratio"
+    return "score" if isinstance(objective, (CISPO, GPPO)) else "ratio"
 
 
 def describe(objective: object) -> str:

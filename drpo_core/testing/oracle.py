@@ -7,6 +7,7 @@ own rounding. Besides the values the reference states, for each, the magnitude t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,18 +16,28 @@ import mpmath
 import numpy as np
 
 from drpo_core.objectives import (
+    ASPO,
     CISPO,
     DPPO,
     DRPO,
+    GPPO,
     IPO,
+    PSPO,
     SAPO,
     SPO,
     TOPR,
+    UP,
+    ChiSquareBounds,
+    DCPOBounds,
     IcePop,
+    KLBounds,
     MaskDRPO,
     PolicyGradient,
     PPOClip,
     Reinforce,
+    RIPOBounds,
+    TokenwiseClip,
+    TVBounds,
     family_of,
 )
 
@@ -38,6 +49,7 @@ __all__ = [
     "References",
     "binary_kl",
     "binary_tv",
+    "clip_range",
     "expected_gradient",
     "full_kl",
     "full_tv",
@@ -48,13 +60,18 @@ __all__ = [
     "shift",
     "threshold_name",
     "thresholds",
+    "token_bound",
 ]
 
 _MP = mpmath.mp.clone()
 _MP.dps = 50
 
 # not the table, which may have an objective that has no case below
-_KNOWN = (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, Reinforce, SAPO, IcePop, IPO, TOPR)
+_KNOWN = (
+    *(PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO),
+    *(Reinforce, SAPO, IcePop, IPO, TOPR, GPPO, UP, ASPO, PSPO),
+)
+_KNOWN_BOUNDS = (RIPOBounds, DCPOBounds, ChiSquareBounds, TVBounds, KLBounds)
 
 SATURATION = 20  # nats: the ratio is e^min(ℓ, 20)
 
@@ -95,14 +112,16 @@ def knows(objective: object) -> bool:
     """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
     if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
+    if type(objective) is TokenwiseClip:
+        return type(objective.bounds) in _KNOWN_BOUNDS
     return type(objective) in _KNOWN
 
 
 def threshold_name(objective: object) -> str | None:
     """The parameter that bounds an objective's trust region: the table's, or ``delta`` or ``eps`` of another objective."""
     family = family_of(objective)
-    if family.measure is not None:
-        return family.threshold
+    if family.measure is not None or isinstance(objective, (GPPO, ASPO)):
+        return family.threshold if family.measure else None
     return next((name for name in ("delta", "eps") if hasattr(objective, name)), None)
 
 
@@ -113,6 +132,64 @@ def thresholds(objective: Any) -> tuple[float, float] | None:
         return None
     value = getattr(objective, name)
     return (getattr(objective, f"{name}_low"), getattr(objective, f"{name}_high")) if value is None else (value, value)
+
+
+def clip_range(objective: Any) -> tuple[float, float] | None:
+    """(ε_low, ε_high) of an objective that treats the ratio differently beyond 1 ± ε; None for any other."""
+    match objective:
+        case UP(eps_low=low):
+            return low, low
+        case PPOClip() | GPPO() | ASPO():
+            given: Any = objective
+            return (given.eps_low, given.eps_high) if given.eps is None else (given.eps, given.eps)
+    return None
+
+
+@lru_cache(maxsize=1 << 16)
+def token_bound(bounds: object, behavior_log_prob: float, *, up: bool) -> tuple[Any, Any]:
+    """The largest abs(r − 1) upwards or downwards, and how many of its own units a rounding moves it by."""
+    b = _MP.mpf(behavior_log_prob)
+    mu, one = _MP.exp(b), _MP.mpf(1)
+    match bounds:
+        case RIPOBounds(delta=delta, min_eps=low, max_eps=high):
+            return min(max(_MP.sqrt(delta / mu), low), high), one
+        case TVBounds(delta=delta):
+            return delta / mu, one
+        case ChiSquareBounds(delta=delta):
+            return _MP.sqrt(delta * -_MP.expm1(b) / mu), one
+        case DCPOBounds(eps_high=eps, max_ratio=most) if up:
+            return min((_MP.sqrt(1 + 4 * eps / mu) - 1) / 2, most - one), one
+        case DCPOBounds(eps_low=eps):
+            # √(1 − s) has no derivative where s = 1: there a rounding moves it by its own root
+            inside = 1 - 4 * eps / mu
+            return (1 - _MP.sqrt(max(inside, 0))) / 2, min(1 / _MP.sqrt(abs(inside)), 10**7) if inside > -1e-6 else one
+        case KLBounds(delta=delta):
+            return _kl_bound(b, _MP.mpf(delta), up=up)
+    msg = f"the oracle has no formula for {bounds!r}"
+    raise TypeError(msg)
+
+
+def _kl_bound(b: Any, delta: Any, *, up: bool) -> tuple[Any, Any]:
+    """The bound on the log-odds t that π has more than μ, where log(1 + μ (e^t − 1)) − μ t = δ, by bisection."""
+    mu, sign = _MP.exp(b), 1 if up else -1
+    rest = -_MP.expm1(b)
+    if rest == 0:
+        return (_MP.mpf(0) if up else -_MP.expm1(-delta)), _MP.mpf(1)
+
+    def kl(t: Any) -> Any:
+        return _MP.log(rest + mu * _MP.exp(sign * t)) - mu * sign * t
+
+    near, far = _MP.mpf(0), _MP.mpf(1)
+    while kl(far) < delta and far < 1e6:
+        near, far = far, 2 * far
+    for _ in range(80):
+        middle = (near + far) / 2
+        near, far = (middle, far) if kl(middle) < delta else (near, middle)
+    grown = _MP.expm1(sign * far)
+    # in units of eight roundings: the divergence is what v, of e^−v that one outcome shrinks by, has more than nearly itself
+    q, v = (mu, _MP.log1p(mu * grown)) if up else (rest, _MP.log1p(mu * grown) - _MP.log1p(grown))
+    x = _MP.expm1(v)
+    return abs(rest * grown / (1 + mu * grown)), max(1, v / x * (1 + q / x) / (1 - q) / 8)
 
 
 def references(
@@ -171,10 +248,12 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
     bound: Any = None if regions is None else _MP.mpf(regions[0] if a < 0 else regions[1])
     jump: Any = _MP.inf
     kept: Any = True
-    # r w and the magnitude of its terms, where the product with the saturated weight is another number
+    # r w, where the product with the saturated weight is another number
     factor: Any = None
-    factor_scale: Any = None
     weight_slope: Any = None
+    inverse = _inverse(r)
+    clip = clip_range(objective)
+    edge: Any = None if clip is None else _MP.mpf(clip[0] if a < 0 else clip[1])
 
     match objective:
         case PolicyGradient(max_ratio=c):
@@ -182,9 +261,8 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
             terms = abs(loss)
         case CISPO(max_ratio=c, min_ratio=low):
             factor = min(r, c) if low is None else max(min(r, c), low)
-            loss, weight = -factor * a * _finite(x), factor * _inverse(r) if r < (low or 0) else min(1, c / r)
+            loss, weight = -factor * a * _finite(x), factor * inverse if r < (low or 0) else min(1, c / r)
             terms = abs(loss)
-            factor_scale = factor
         case PPOClip(dual_clip=c):
             kept = sign * excess <= bound
             clipped = r if kept else 1 + sign * bound
@@ -194,6 +272,52 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
                 if r > c:
                     kept, clipped = False, _MP.mpf(c)
             loss, weight = -a * clipped, _MP.mpf(int(kept))
+            terms = abs(loss)
+        case GPPO(dual_clip=c):
+            beyond = sign * excess > edge
+            limit = 1 + sign * edge
+            factor, weight = (limit, limit * inverse) if beyond else (r, _MP.mpf(1))
+            loss = -a * factor
+            if c is not None and a < 0:
+                jump = abs(r - c) / c
+                if r > c:
+                    kept, factor, weight, loss = False, _MP.mpf(0), _MP.mpf(0), -a * c
+            terms = abs(loss)
+        case UP(dual_clip=c) if a < 0:
+            kept = -excess <= edge and (c is None or r <= c)
+            jump = abs(-excess - edge) / (1 + edge)
+            jump = jump if c is None else min(jump, abs(r - c) / c)
+            clipped = max(r, 1 - edge) if c is None else min(max(r, 1 - edge), c)
+            loss, weight = -a * clipped, _MP.mpf(int(kept))
+            terms = abs(loss)
+        case UP():
+            loss, weight, factor = -a * _finite(x), inverse, _MP.mpf(1)
+            terms = abs(loss)
+        case ASPO(max_ratio=c, dual_clip=dual):
+            kept = sign * excess <= edge
+            jump = abs(sign * excess - edge) / (1 + edge)
+            if a < 0:
+                loss, weight = _truncated(a, r, dual)
+                factor = r * weight
+                loss = loss if kept else -a * (1 - edge)
+            else:
+                loss, capped = _truncated(-a, inverse, c)
+                factor = inverse * capped
+                weight = factor * inverse
+                loss = loss if kept else a / (1 + edge)
+            if not kept:
+                factor = weight = _MP.mpf(0)
+            terms = abs(loss)
+        case TokenwiseClip(bounds=bounds):
+            most, sensitivity = token_bound(bounds, behavior_log_prob, up=bool(ell >= 0))
+            if sign * ell > 0:
+                kept = abs(excess) <= most
+                jump = abs(abs(excess) - most) / (1 + most) / sensitivity
+            clipped = r if kept else 1 + sign * most
+            loss, weight = -a * clipped, _MP.mpf(int(kept))
+            terms = size * (r if kept else max(clipped, most) * sensitivity)
+        case PSPO(alpha=alpha):
+            loss, weight = -a * ((1 - _MP.mpf(alpha)) * r + alpha), 1 - _MP.mpf(alpha)
             terms = abs(loss)
         case SPO():
             penalty = size * excess**2 / (2 * bound)
@@ -223,8 +347,8 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
             loss, weight = -a * r + outside, _MP.mpf(1) if kept else 1 - sign * d / bound
             terms = size * r + (0 if kept else size * abs(excess) * (d * d + bound * bound) / (2 * bound * abs(d)))
         case Reinforce():
-            loss, weight = -a * _finite(x), _inverse(r)
-            terms, factor, factor_scale = abs(loss), _MP.mpf(1), _MP.mpf(1)
+            loss, weight = -a * _finite(x), inverse
+            terms, factor = abs(loss), _MP.mpf(1)
         case SAPO(tau_positive=positive, tau_negative=negative):
             tau = _MP.mpf(negative if a < 0 else positive)
             sigma = 1 / (1 + _MP.exp(-tau * excess))
@@ -246,11 +370,11 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
             terms = abs(loss)
         case TOPR():
             if a > 0:
-                loss, weight, factor = -a * _finite(x), _inverse(r), _MP.mpf(1)
+                loss, weight, factor = -a * _finite(x), inverse, _MP.mpf(1)
             else:
                 loss, weight = _truncated(a, r, 1.0)
                 factor = min(r, 1)
-            terms, factor_scale = abs(loss), factor
+            terms = abs(loss)
         case _:
             msg = f"the oracle has no formula for {objective!r}"
             raise TypeError(msg)
@@ -258,9 +382,8 @@ def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads li
     # ℓ is rounded once, which moves e^ℓ by a relative u|ℓ|
     condition = 1 + abs(ell)
     weight_scale = 1 + (abs(weight - 1) if weight_slope is None else weight_slope) * condition
-    factor = r * weight if factor is None else factor
-    factor_scale = r * weight_scale if factor_scale is None else factor_scale
-    gradient = -a * factor
+    factor_scale = r * weight_scale if factor is None else factor
+    gradient = -a * (r * weight if factor is None else factor)
     return Reference(
         loss=float(loss),
         weight=float(weight),
@@ -352,6 +475,13 @@ def expected_gradient(  # noqa: C901, PLR0912 -- as above
                 slope = -advantage * _cap(c, mu / pi) if inside else _MP.mpf(0)
             case TOPR():
                 slope = -advantage * (mu / pi if advantage > 0 else min(1, mu / pi))
+            case GPPO() | UP() | ASPO():
+                slope = -advantage * _clip_weight(objective, pi / mu, advantage)
+            case PSPO(alpha=alpha):
+                slope = -advantage * (1 - _MP.mpf(alpha))
+            case TokenwiseClip(bounds=bounds):
+                most, _ = token_bound(bounds, b, up=x >= b)
+                slope = _MP.mpf(0) if away > 0 and abs(d) > most * mu else -advantage
             case _:
                 msg = f"the oracle has no formula for {objective!r}"
                 raise TypeError(msg)
@@ -377,8 +507,54 @@ def _finite(x: Any) -> Any:
     return _MP.mpf(0) if x == -_MP.inf else x
 
 
+def _clip_weight(objective: Any, r: Any, a: Any) -> Any:
+    """The weight of an objective that clips, or stops weighing, by sign of A: as its paper's table has it."""
+    low, high = clip_range(objective) or (0.0, 0.0)
+    above, below = r > 1 + _MP.mpf(high), r < 1 - _MP.mpf(low)
+    dual = objective.dual_clip
+    match objective:
+        case GPPO() if a < 0:
+            return 0 if dual is not None and r > dual else (1 - _MP.mpf(low)) / r if below else 1
+        case GPPO():
+            return (1 + _MP.mpf(high)) / r if above else 1
+        case UP() if a < 0:
+            return int(not below and (dual is None or r <= dual))
+        case UP():
+            return 1 / r
+        case ASPO() if a < 0:
+            return 0 if below else _cap(dual, 1 / r)
+        case _:
+            c = objective.max_ratio
+            return 0 if above else (1 / r if c is None else min(1 / r, c)) / r
+
+
 def _cap(c: float | None, inverse_ratio: Any) -> Any:
     return 1 if c is None else min(1, c * inverse_ratio)
+
+
+def _token_bounds(objective: Any, ell: FloatArray, behavior_log_prob: FloatArray) -> FloatArray:
+    ell, behavior_log_prob = np.broadcast_arrays(ell, behavior_log_prob)
+    found = [
+        float(token_bound(objective.bounds, b, up=step >= 0.0)[0])
+        for step, b in zip(ell.ravel().tolist(), behavior_log_prob.ravel().tolist(), strict=True)
+    ]
+    return np.reshape(found, ell.shape)
+
+
+def _kinks(objective: Any) -> list[float]:
+    """Ratios at which the loss passes from one piece to another, besides those of a trust region or clip range."""
+    least = math.exp(-SATURATION)
+    kinks: list[float | None]
+    match objective:
+        case TOPR():
+            kinks = [1.0]
+        case ASPO(max_ratio=c, dual_clip=dual):
+            kinks = [least, None if c is None else 1.0 / c, dual]
+        case GPPO() | UP():
+            kinks = [least, objective.dual_clip]
+        case _:
+            kinks = [getattr(objective, name, None) for name in ("min_ratio", "max_ratio", "dual_clip")]
+    return [kink for kink in kinks if kink is not None]
 
 
 def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray, advantages: FloatArray) -> FloatArray:
@@ -391,21 +567,18 @@ def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray
         ratio, pi, mu = np.exp(np.minimum(ell, SATURATION)), np.exp(log_prob), np.exp(behavior_log_prob)
         side = np.sign(advantages)
         number = (ell > SATURATION).astype(np.float64)
-        cap = getattr(objective, "max_ratio", None) or getattr(objective, "dual_clip", None)
-        if cap is not None:
-            number += 2.0 * (ratio > cap)
-        floor = getattr(objective, "min_ratio", None)
-        if floor is not None:
-            number += 8.0 * (ratio < floor)
-        if isinstance(objective, TOPR):
-            number += 2.0 * (ratio > 1.0)
-        region = thresholds(objective)
+        for place, kink in enumerate(_kinks(objective), start=2):
+            number += 2.0**place * (ratio > kink)
+        if isinstance(objective, TokenwiseClip):
+            bounds = _token_bounds(objective, ell, behavior_log_prob)
+            return number + 2.0 * ((side * ell > 0.0) & (np.abs(ratio - 1.0) > bounds))
+        region = clip_range(objective) or thresholds(objective)
         if region is None or isinstance(objective, (DRPO, SPO)):
             return number
         bound = np.where(advantages < 0.0, *region)
         if isinstance(objective, IPO):
             outside = (pi - mu > region[1]) | (mu - pi > region[0])
-        elif isinstance(objective, PPOClip):
+        elif clip_range(objective) is not None:
             outside = side * (ratio - 1.0) > bound
         elif isinstance(objective, DPPO) and objective.divergence == "binary_kl":
             kl = -mu * ell + (1.0 - mu) * (np.log1p(-mu) - np.log1p(-pi))
@@ -413,5 +586,5 @@ def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray
             outside = (side * ell > 0.0) & ~(kl <= bound)
         else:
             outside = side * (pi - mu) > bound
-        result: FloatArray = number + 4.0 * outside
+        result: FloatArray = number + 2.0 * outside
     return result

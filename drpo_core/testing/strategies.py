@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from hypothesis import strategies as st
 
-from drpo_core.objectives import DPPO, SPO, PPOClip
+from drpo_core.objectives import DPPO, SPO, TokenwiseClip
 from drpo_core.testing.batch import TokenBatch, Vocabulary, round_to, unit_roundoff
-from drpo_core.testing.oracle import thresholds
+from drpo_core.testing.oracle import clip_range, thresholds, token_bound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -197,7 +197,9 @@ def _log_probs(
 
 def _boundary(objective: Any, b: FloatArray, u: FloatArray, advantages: FloatArray) -> tuple[FloatArray, FloatArray]:
     """(log π, log μ) on the edge of the trust region that bounds A, NaN where no token is there."""
-    regions = thresholds(objective)
+    if isinstance(objective, TokenwiseClip):
+        return _token_boundary(objective, b, advantages)
+    regions = clip_range(objective) or thresholds(objective)
     if regions is None:
         caps = _at_ratio(getattr(objective, "max_ratio", None), b)
         floors = _at_ratio(getattr(objective, "min_ratio", None), b)
@@ -207,7 +209,7 @@ def _boundary(objective: Any, b: FloatArray, u: FloatArray, advantages: FloatArr
     bound = np.where(down, regions[0], regions[1])
     side = np.where(down, -1.0, 1.0)
     with np.errstate(all="ignore"):
-        if isinstance(objective, (PPOClip, SPO)):
+        if isinstance(objective, SPO) or clip_range(objective) is not None:
             step = np.log1p(side * bound)
             b = np.minimum(b, -step)
             x = b + step
@@ -222,6 +224,15 @@ def _boundary(objective: Any, b: FloatArray, u: FloatArray, advantages: FloatArr
             b = np.log(mu)
             x = np.log(mu + side * bound)
     return np.where(np.isfinite(x) & np.isfinite(b) & (b <= 0.0) & (x <= 0.0), x, np.nan), b
+
+
+def _token_boundary(objective: TokenwiseClip, b: FloatArray, advantages: FloatArray) -> tuple[FloatArray, FloatArray]:
+    up = advantages >= 0.0
+    values = zip(b.ravel().tolist(), np.broadcast_to(up, b.shape).ravel().tolist(), strict=True)
+    most = np.reshape([float(token_bound(objective.bounds, value, up=side)[0]) for value, side in values], b.shape)
+    with np.errstate(all="ignore"):
+        x = b + np.log1p(np.where(up, most, -most))
+    return np.where(np.isfinite(x) & (x <= 0.0), x, np.nan), b
 
 
 def _at_ratio(cap: float | None, b: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -270,7 +270,9 @@ def _token(objective: Any, x: float, b: float, a: float, divergence: float | Non
         return (*_surrogate(objective, x, b, a), True)  # where π = 0, r log π has the limit 0
     known = digits.reference(objective, x, b, a)[:3]
     loss, weight, gradient = known
-    if kind in {"PPOClip", "SPO"}:
+    if kind == "TokenwiseClip":
+        inside = abs(math.expm1(min(x - b, SATURATION))) <= digits.token_bound(objective.bounds, b, up=x >= b)[0]
+    elif kind in {"PPOClip", "SPO"}:
         inside = -low <= math.expm1(min(x - b, SATURATION)) <= high
     elif kind == "IcePop":
         inside = objective.min_ratio <= math.exp(min(x - b, SATURATION)) <= objective.max_ratio

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ class Domain(NamedTuple):
 
     above: float | None = None
     at_least: float | None = None
+    below: float = math.inf
     whole: bool = False
     default: float | None = None
 
@@ -59,7 +61,8 @@ class Domain(NamedTuple):
         """Whether a finite number is in the domain."""
         if self.whole and value != int(value):
             return False
-        return (self.above is None or value > self.above) and (self.at_least is None or value >= self.at_least)
+        low_enough = value < self.below
+        return low_enough and (self.above is None or value > self.above) and (self.at_least is None or value >= self.at_least)
 
 
 NUMBERS: dict[str, Domain] = {
@@ -85,6 +88,7 @@ NUMBERS: dict[str, Domain] = {
     "tau_positive": Domain(above=0.0),
     "tau_negative": Domain(above=0.0),
     "dual_clip": Domain(above=1.0),
+    "alpha": Domain(above=0.0, below=1.0),
 }
 """Numbers, and which of them a parameter takes."""
 

@@ -34,6 +34,7 @@ class Parameter(NamedTuple):
     name: str
     above: float | None = None
     at_least: float | None = None
+    below: float = math.inf
     whole: bool = False
     optional: bool = False
     arrays: bool = False
@@ -52,7 +53,7 @@ def give(parameter, value):
 def of_objectives():
     """Every field of an objective that is a number, with what else its class needs."""
     for family in {family.objective: family for family in OBJECTIVES}.values():
-        needed = family.threshold if family.measure else None
+        needed = family.threshold
         for field in dataclasses.fields(family.objective):
             if "float" not in str(field.type):
                 continue
@@ -64,8 +65,11 @@ def of_objectives():
                 others = {f"{needed}_low": 0.5, f"{needed}_high": 0.5}
                 del others[field.name]
             optional = field.default is None and not field.name.startswith(str(needed))
-            above = 1.0 if field.name == "dual_clip" else 0.0
-            yield Parameter(partial(family.objective, **others), field.name, above=above, optional=optional)
+            cap = field.name == "dual_clip" or (field.name, family.name) == ("max_ratio", "ASPO")
+            below = 1.0 if field.name == "alpha" else math.inf
+            yield Parameter(
+                partial(family.objective, **others), field.name, above=1.0 if cap else 0.0, below=below, optional=optional
+            )
 
 
 REDUCTIONS = (drpo_core.token_mean, drpo_core.sequence_mean_token_mean, drpo_core.sequence_mean_token_sum)
@@ -174,6 +178,7 @@ def test_a_number_out_of_its_range_is_refused_by_name(parameter, kind):
     low = parameter.above if parameter.at_least is None else parameter.at_least
     finite = not isinstance(value, int) or abs(value) < 10**300
     inside = finite and math.isfinite(value) and (value > low if parameter.at_least is None else value >= low)
+    inside = inside and value < parameter.below
     if parameter.whole and not isinstance(value, int):
         with pytest.raises(TypeError, match=rf"^{parameter.name}: expected a whole number, got "):
             give(parameter, value)
@@ -192,6 +197,10 @@ def test_a_number_out_of_its_range_is_refused_by_name(parameter, kind):
     ids=lambda kind: kind.__name__,
 )
 def test_any_real_number_of_any_type_is_one(parameter, kind):
+    if parameter.below <= 2:  # a share: no whole number is in its range
+        for half in (Fraction(1, 2), np.float32(0.5), np.array(0.5)):
+            assert str(give(parameter, half)) == str(give(parameter, 0.5))
+        return
     value = kind(2)
     if parameter.whole and not isinstance(value, int | np.integer):
         value = 2

@@ -125,9 +125,10 @@ def test_a_docstring_without_parameters_would_be_seen():
 
 
 def test_every_objective_of_the_table_is_public():
-    assert {name for name, symbol in CLASSES.items() if dataclasses.is_dataclass(symbol)} <= set(OBJECTIVES)
-    assert set(OBJECTIVES) <= set(objectives.__all__)
-    assert all(getattr(objectives, name) is kind for name, kind in OBJECTIVES.items())
+    """All in `drpo_core.objectives`; in `drpo_core`, those that were there before the table grew."""
+    assert all(getattr(objectives, name) is kind and name in objectives.__all__ for name, kind in OBJECTIVES.items())
+    public = {name: symbol for name, symbol in CLASSES.items() if dataclasses.is_dataclass(symbol)}
+    assert public == {name: OBJECTIVES[name] for name in public}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

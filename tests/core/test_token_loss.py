@@ -39,6 +39,14 @@ OBJECTIVES = [
     families.IcePop(min_ratio=0.6, max_ratio=1.6),
     families.IPO(delta=0.28, max_ratio=1.2),
     families.TOPR(),
+    families.GPPO(eps=0.2),
+    families.UP(eps_low=0.2, dual_clip=1.4),
+    families.ASPO(eps=0.2, max_ratio=1.6, dual_clip=1.4),
+    families.PSPO(alpha=0.1),
+    families.TokenwiseClip(bounds=families.RIPOBounds(delta=0.05, min_eps=0.3)),
+    families.TokenwiseClip(bounds=families.DCPOBounds(eps_low=0.1, eps_high=0.2)),
+    families.TokenwiseClip(bounds=families.ChiSquareBounds(delta=0.05)),
+    families.TokenwiseClip(bounds=families.KLBounds(delta=0.05)),
 ]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 
@@ -65,6 +73,11 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
             families.SAPO(tau_positive=2.0, tau_negative=4.0),
             [-2.0 / math.cosh(1) ** 2, -1.0, 0.5 / math.cosh(1) ** 2, 3.0 / math.cosh(1) ** 2],
         ),
+        (families.GPPO(eps=0.2), [-1.2, -1.0, 0.8, 3.0]),
+        (families.UP(eps_low=0.6), [-1.0, -1.0, 0.5, 3.0]),
+        (families.UP(eps_low=0.2, dual_clip=1.4), [-1.0, -1.0, 0.0, 0.0]),
+        (families.ASPO(eps=1.2, max_ratio=1.6, dual_clip=1.4), [-0.5, -1.0, 0.5, 2 * 1.4]),
+        (families.PSPO(alpha=0.1), [-1.8, -0.9, 0.45, 2.7]),
     ],
     ids=repr,
 )
@@ -74,10 +87,10 @@ def test_gradient_by_hand(backend, objective, expected):
 
 
 def test_the_gradient_is_the_derivative_of_the_loss():
-    """Central differences, away from every boundary; CISPO's loss is not a function with that derivative."""
+    """Central differences, away from every boundary; the losses of CISPO and GPPO are not functions with that derivative."""
     h = 1e-6
     for objective in OBJECTIVES:
-        if not isinstance(objective, CISPO):
+        if not isinstance(objective, (CISPO, families.GPPO)):
             up, down = (token_loss_and_gradient(objective, LOG_PROB + s, BEHAVIOR, ADVANTAGES).loss for s in (h, -h))
             gradient = token_loss_and_gradient(objective, LOG_PROB, BEHAVIOR, ADVANTAGES).gradient
             np.testing.assert_allclose((up - down) / (2 * h), gradient, rtol=1e-8, atol=1e-8, err_msg=repr(objective))
@@ -104,7 +117,9 @@ def test_every_class_of_the_table_is_here():
 @each_objective
 def test_on_policy_every_gradient_is_minus_the_advantage(backend, objective):
     result = backend.run(token_loss_and_gradient, objective, BEHAVIOR, BEHAVIOR, ADVANTAGES)
-    np.testing.assert_array_equal(result.gradient, -ADVANTAGES)
+    # all of PSPO's gradient is scaled
+    scale = 1.0 - getattr(objective, "alpha", 0.0)
+    np.testing.assert_array_equal(result.gradient, -ADVANTAGES * scale)
 
 
 @each_objective

@@ -71,6 +71,7 @@ def symbolic(kind: type, **fields: Any) -> Any:
 # --- real numbers, in z3 ---------------------------------------------------------------------------------------------
 
 z3_xp = SimpleNamespace(
+    inf=z3.Real("infinity"),
     where=z3.If,
     abs=lambda x: z3.If(x >= 0, x, -x),
     ones_like=lambda _: z3.RealVal(1),
@@ -150,6 +151,7 @@ sympy_xp = SimpleNamespace(
     log=_lifted(sympy.log),
     expm1=_lifted(lambda x: sympy.exp(x) - 1),
     log1p=_lifted(lambda x: sympy.log(1 + x)),
+    sqrt=_lifted(sympy.sqrt),
 )
 r, mu, c, delta_low, delta_high = sympy.symbols("r mu c delta_low delta_high", positive=True)
 A, ell = sympy.symbols("A ell", real=True)

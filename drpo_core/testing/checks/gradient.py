@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drpo_core.objectives import CISPO
+from drpo_core.objectives import ASPO, CISPO, GPPO, PSPO
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import unit_roundoff
 from drpo_core.testing.checks._base import (
@@ -93,7 +93,7 @@ def check_gradient_matches_the_formula(implementation: Implementation, batch: To
 
 
 def _needs_loss_formula(implementation: Implementation) -> str | None:
-    if implementation.form == "ratio" or isinstance(implementation.objective, CISPO):
+    if implementation.form == "ratio" or isinstance(implementation.objective, (CISPO, GPPO)):
         return None
     return "score form: its value is a matter of convention"
 
@@ -185,7 +185,10 @@ def _steppable(evaluation: Evaluation, exact: oracle.References) -> BoolArray:
     batch, objective = evaluation.batch, evaluation.implementation.objective
     decided = exact.jump > JUMP * unit_roundoff(evaluation.dtype)
     below_one = batch.log_prob <= -2.0 * STEP
-    return decided & below_one & smooth(objective, batch, 3.0 * STEP) & (batch.log_ratio < oracle.SATURATION - 1.0)
+    unsaturated = batch.log_ratio < oracle.SATURATION - 1.0
+    if isinstance(objective, ASPO):
+        unsaturated &= batch.log_ratio > 1.0 - oracle.SATURATION
+    return decided & below_one & smooth(objective, batch, 3.0 * STEP) & unsaturated
 
 
 def _slope(function: Callable[[FloatArray], FloatArray], x: FloatArray, direction: FloatArray) -> FloatArray:
@@ -201,6 +204,8 @@ def _difference_limit(implementation: Implementation) -> float:
 
 
 def _capped_below_one(implementation: Implementation) -> str | None:
+    if isinstance(implementation.objective, PSPO):
+        return "it scales every gradient by 1 − α"
     low, high = (getattr(implementation.objective, name, None) for name in ("min_ratio", "max_ratio"))
     if low is not None and low >= 1.0:
         return "its lower bound on the ratio is at least 1, so r = 1 is raised"

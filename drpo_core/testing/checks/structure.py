@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drpo_core.objectives import DPPO, IPO, IcePop, PPOClip, Reinforce
+from drpo_core.objectives import ASPO, DPPO, IPO, UP, IcePop, PPOClip, Reinforce, TokenwiseClip
 from drpo_core.testing.checks._base import (
     PropertyViolated,
     blur,
@@ -86,7 +86,7 @@ def check_nan_at_a_valid_token_is_not_hidden(implementation: Implementation, bat
     is certainty. A mask fails closed, with a gradient of exactly 0; anything else must be loud.
     """
     objective = implementation.objective
-    may_drop = objective is None or isinstance(objective, (PPOClip, DPPO, IcePop, IPO))
+    may_drop = objective is None or isinstance(objective, (PPOClip, DPPO, IcePop, IPO, UP, ASPO, TokenwiseClip))
     # REINFORCE, or a loss of no declared objective, may ignore log μ
     names = ("log_prob", "advantages") if objective is None or isinstance(objective, Reinforce) else INPUTS
     first = np.zeros(batch.shape, dtype=bool)

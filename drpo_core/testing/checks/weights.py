@@ -13,19 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from drpo_core.objectives import (
+    ASPO,
     CISPO,
     DPPO,
     DRPO,
+    GPPO,
     IPO,
     OBJECTIVES,
+    PSPO,
     SAPO,
     SPO,
     TOPR,
+    UP,
     IcePop,
     MaskDRPO,
     PolicyGradient,
     PPOClip,
     Reinforce,
+    TokenwiseClip,
     family_of,
 )
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
@@ -456,7 +461,7 @@ def check_weight_is_continuous(implementation: Implementation, batch: TokenBatch
     )
 
 
-@check("P19", needs=[needs_objective, needs_local, needs_instance(PPOClip, DPPO, IcePop, IPO)])
+@check("P19", needs=[needs_objective, needs_local, needs_instance(PPOClip, DPPO, IcePop, IPO, TokenwiseClip)])
 def check_clip_weight_is_an_indicator(implementation: Implementation, batch: TokenBatch) -> None:
     """The weight of a clip or mask is 0 or 1 (or min(1, c/r) with a cap): M² = M, and M is not differentiated.
 
@@ -493,13 +498,15 @@ def _tight_bounds(  # noqa: PLR0911 -- one case an objective
             return np.minimum(1.0, c / largest_ratio), one
         case CISPO(max_ratio=c, min_ratio=lowest):
             return np.minimum(1.0, c / largest_ratio), np.maximum(1.0, lowest * np.exp(SATURATION) * one)
-        case SAPO():
-            return zero, one
-        case PPOClip() | DPPO() | IcePop() | IPO():
+        case PPOClip() | DPPO() | SAPO() | IcePop() | IPO() | TokenwiseClip():
             return zero, one
         case Reinforce() | TOPR():
             untruncated = isinstance(objective, Reinforce) | (a > 0.0)
             return 1.0 / largest_ratio, np.where(untruncated, np.exp(SATURATION), 1.0)
+        case PSPO(alpha=alpha):
+            return (1.0 - alpha) * one, (1.0 - alpha) * one
+        case GPPO() | UP() | ASPO():
+            return _bounds_beyond_clip(objective, a, largest_ratio)
     bound = bounds_of(objective, a)
     # how far the shift or r − 1 can go in the direction of A, and against it
     if isinstance(objective, SPO):
@@ -510,6 +517,23 @@ def _tight_bounds(  # noqa: PLR0911 -- one case an objective
     if isinstance(objective, MaskDRPO):
         low, high = np.minimum(low, 1.0), one
     return np.where(a == 0.0, 1.0, low), np.where(a == 0.0, 1.0, high)
+
+
+def _bounds_beyond_clip(objective: Any, a: FloatArray, largest_ratio: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Of objectives whose weight has r in its denominator; 1/r is at most e²⁰."""
+    one, most, (low, high) = np.ones(a.shape), np.exp(SATURATION), oracle.clip_range(objective) or (0.0, 0.0)
+    zero = 0.0 * one
+    match objective:
+        case GPPO(dual_clip=dual):
+            down = zero if dual is not None else one
+            return (
+                np.where(a > 0.0, np.minimum(1.0, (1.0 + high) / largest_ratio), np.where(a < 0.0, down, 1.0)),
+                np.where(a < 0.0, max(1.0, (1.0 - low) * most), 1.0),
+            )
+        case UP():
+            return np.where(a < 0.0, 0.0, 1.0 / largest_ratio), np.where(a < 0.0, 1.0, most)
+    cap = min(objective.max_ratio or most, most)
+    return zero, np.where(a < 0.0, 1.0, cap * most)
 
 
 def _quietly(make: Callable[[], Any]) -> Any:

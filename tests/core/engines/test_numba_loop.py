@@ -261,12 +261,12 @@ def schedules():
     for family in OBJECTIVES:
         for name in numeric_fields(family.objective):
             base = dict(family.fixed)
-            if family.measure is not None and not name.startswith(family.threshold):
+            if family.threshold is not None and not name.startswith(family.threshold):
                 base[family.threshold] = 0.3
             low, high = f"{family.threshold}_low", f"{family.threshold}_high"
             if name in {low, high}:
                 base |= {low: 0.3, high: 0.4}
-            values = [1.1 + 0.2 * step if name == "dual_clip" else 0.05 + 0.11 * step for step in range(8)]
+            values = [1.1 + 0.2 * step if name in {"dual_clip", "max_ratio"} else 0.05 + 0.11 * step for step in range(8)]
             yield pytest.param([(family.objective, base | {name: value}) for value in values], id=f"{family.name}-{name}")
 
 

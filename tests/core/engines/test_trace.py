@@ -29,6 +29,11 @@ OBJECTIVES = [
     objectives.IcePop(min_ratio=0.5, max_ratio=5.0),
     objectives.IPO(delta=0.1, max_ratio=2.0),
     objectives.TOPR(),
+    objectives.GPPO(eps_low=0.2, eps_high=0.28, dual_clip=3.0),
+    objectives.UP(eps_low=0.2),
+    objectives.ASPO(eps=0.2, max_ratio=3.0, dual_clip=3.0),
+    objectives.PSPO(alpha=0.1),
+    *(family.make() for family in objectives.OBJECTIVES if family.objective is objectives.TokenwiseClip),
 ]
 
 
@@ -76,7 +81,7 @@ def test_fx_traces_the_gradient(objective):
 
     log_prob, *constants = batch(100, 2)
     expected = symbolic_trace(gradient)(log_prob, *constants)
-    if isinstance(objective, CISPO):  # its value has no stop-gradient, see `drpo_core.CISPO`
+    if isinstance(objective, (CISPO, objectives.GPPO)):  # their values have no stop-gradient, see `drpo_core.CISPO`
         torch.testing.assert_close(expected, gradient(log_prob, *constants))
         return
     log_prob.requires_grad_()

@@ -25,7 +25,23 @@ from drpo_core import (
     probability_shift,
     token_loss_and_gradient,
 )
-from drpo_core.objectives import IPO, OBJECTIVES, SAPO, TOPR, IcePop, Reinforce
+from drpo_core.objectives import (
+    ASPO,
+    GPPO,
+    IPO,
+    OBJECTIVES,
+    PSPO,
+    SAPO,
+    TOPR,
+    UP,
+    ChiSquareBounds,
+    DCPOBounds,
+    IcePop,
+    Reinforce,
+    RIPOBounds,
+    TokenwiseClip,
+    TVBounds,
+)
 from drpo_core.objectives.protocol import inside_of
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
@@ -177,6 +193,75 @@ CASES = {
             [1 - 0.25 / 0.2, 1, 1 - 0.3 / 0.4, 1 + 0.3 / 0.4, 1 + 0.3 / 0.2, 1],
         ),
     ],
+    GPPO: [
+        Case(
+            GPPO(eps=0.2),
+            [-1.2, -1.0, 1 - 0.2, 2 * 1.5, -0.5 * 0.25, 0.0],
+            [1.2 / 2, 1, 0.8 / 0.5, 1, 1, 1],
+        ),
+        Case(
+            GPPO(eps_low=0.6, eps_high=0.2, dual_clip=1.4),
+            [-1.2, -1.0, 0.5, 2 * 1.4, -0.5 * 0.25, 0.0],
+            [1.2 / 2, 1, 1, 0, 1, 1],
+        ),
+    ],
+    UP: [
+        Case(
+            UP(eps_low=0.2),
+            [-log(0.5), -log(0.2), 1 - 0.2, 2 * 1.5, -0.5 * log(0.1), 0.0],
+            [1 / 2, 1, 0, 1, 4, 1 / 2],
+        ),
+        Case(
+            UP(eps_low=0.6, dual_clip=1.4),
+            [-log(0.5), -log(0.2), 0.5, 2 * 1.4, -0.5 * log(0.1), 0.0],
+            [1 / 2, 1, 1, 0, 4, 1 / 2],
+        ),
+    ],
+    ASPO: [
+        Case(
+            ASPO(eps=0.2),
+            [1 / 1.2, 1.0, 1 - 0.2, 2 * 1.5, 0.5 * 4, 0.0],
+            [0, 1, 0, 1, 4 * 4, 1 / 2 / 2],
+        ),
+        Case(
+            ASPO(eps_low=0.6, eps_high=1.2, max_ratio=3.0, dual_clip=1.4),
+            [1 / 2, 1.0, 0.5, 2 * 1.4 * (1 + log(1.5 / 1.4)), 0.5 * 3 * (1 + log(4 / 3)), 0.0],
+            [1 / 2 / 2, 1, 1, 1.4 / 1.5, 3 * 4, 1 / 2 / 2],
+        ),
+    ],
+    PSPO: [
+        Case(
+            PSPO(alpha=0.1),
+            [-1.9, -1.0, 0.55, 2 * 1.45, -0.5 * (0.225 + 0.1), 0.0],
+            [0.9] * 6,
+        ),
+    ],
+    TokenwiseClip: [
+        Case(
+            # bounds of δ/μ: 0.8, 1, 1/3, 1/3, 1/2, 0.8
+            TokenwiseClip(bounds=TVBounds(delta=0.2)),
+            [-1.8, -1.0, 1 - 1 / 3, 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 0, 1, 1, 1],
+        ),
+        Case(
+            # √(0.2/0.25) = 0.894, √(0.2/0.6) = 0.577
+            TokenwiseClip(bounds=RIPOBounds(delta=0.2, min_eps=0.1)),
+            [-1 - math.sqrt(0.8), -1.0, 0.5, 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 1, 1, 1, 1],
+        ),
+        Case(
+            # √(0.12 · 3) = 0.6, √(0.12 · 2/3) = 0.283
+            TokenwiseClip(bounds=ChiSquareBounds(delta=0.12)),
+            [-1.6, -1.0, 1 - math.sqrt(0.08), 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 0, 1, 1, 1],
+        ),
+        Case(
+            # ½ + ½ √(1 + 0.8 · 4 ) = 1.525 and ½ + ½ √(1 − 0.4/0.6) = 0.789
+            TokenwiseClip(bounds=DCPOBounds(eps_low=0.1, eps_high=0.2)),
+            [-0.5 - 0.5 * math.sqrt(4.2), -1.0, 0.5 + 0.5 * math.sqrt(1 / 3), 2 * 1.5, -0.5 * 0.25, 0.0],
+            [0, 1, 0, 1, 1, 1],
+        ),
+    ],
     MaskDRPO: [
         Case(
             MaskDRPO(delta=0.2),
@@ -306,6 +391,9 @@ INSIDE = [
     (DPPO(delta_low=0.35, delta_high=0.2), [0, 1, 1, 0, 1, 0]),  # π − μ in [−0.35, 0.2]
     (DRPO(delta_low=0.35, delta_high=0.2), [0, 1, 1, 0, 1, 0]),
     (MaskDRPO(delta_low=0.2, delta_high=0.35), [1, 1, 0, 1, 0, 1]),
+    # abs(r − 1) of 1, 0, ½, ½, ¾, 1 within δ/μ of 0.8, 1, 1/3, 1/3, 1/2, 0.8
+    (TokenwiseClip(bounds=TVBounds(delta=0.2)), [0, 1, 0, 0, 0, 0]),
+    *((made, [1, 1, 1, 1, 1, 1]) for made in (GPPO(eps=0.2), UP(eps_low=0.2), ASPO(eps=0.2), PSPO(alpha=0.1))),
     # KL_bin 0.131, 0, 0.192, 0.311, 0.311 − …: token 4 is 0.4 log 4 + 0.6 log(0.6/0.9)
     (DPPO(delta_low=0.2, delta_high=0.1, divergence="binary_kl"), [0, 1, 1, 0, 0, 0]),
 ]
@@ -323,8 +411,8 @@ def test_inside_is_the_region_whatever_the_advantage(backend, made, inside):
 
 def test_every_class_has_a_region_here_and_those_without_a_measure_have_no_method():
     assert {type(made) for made, _ in INSIDE} == set(CLASSES)
-    # IcePop's region has two bounds, neither of them a threshold to sweep
-    assert {kind for kind in CLASSES if hasattr(kind, "inside")} == {*THRESHOLDS, IcePop}
+    # regions that are not one threshold to sweep
+    assert {kind for kind in CLASSES if hasattr(kind, "inside")} == {*THRESHOLDS, IcePop, TokenwiseClip}
 
 
 def test_nan_is_outside_every_region(backend):
@@ -343,11 +431,32 @@ def test_nan_at_a_valid_token_is_dropped_by_masks_and_shown_by_smooth_weights(ba
     arrays = [np.array([-1.0, -1.0]), np.array([-1.1, -1.1]), np.array([1.0, -1.0])]
     arrays[which] = np.full(2, np.nan)
     masks = (DPPO(delta=0.2), IPO(delta=0.2, max_ratio=9.0), IcePop(min_ratio=0.5, max_ratio=5.0))
-    for objective in (PPOClip(eps=0.2), DPPO(delta=0.2, divergence="binary_kl"), *masks):
+    for objective in (PPOClip(eps=0.2), DPPO(delta=0.2, divergence="binary_kl"), ASPO(eps=0.2), *masks):
         assert (weight(backend, objective, *arrays) == 0.0).all()
     assert all((loss(backend, objective, *arrays) == 0.0).all() for objective in masks)
     for objective in (DRPO(delta=0.2), MaskDRPO(delta=0.2), SPO(eps=0.2)):
         assert np.isnan(weight(backend, objective, *arrays)).all()
+    assert np.isnan(run(backend, GPPO(eps=0.2), *arrays).gradient).all()
+    # of A > 0, where UP is no mask
+    assert np.isnan(run(backend, UP(eps_low=0.2), *arrays).gradient[0])
+    assert np.isnan(run(backend, PSPO(alpha=0.1), *arrays).gradient).all()
+
+
+def test_a_gradient_whose_ratio_underflows_is_that_of_its_limit(backend):
+    """The ratio e⁻⁹⁰⁰ is 0 in float64 and 1/r infinite; the gradient is −A f of a finite f = r w, and w saturates at e²⁰."""
+    x, b = np.full(2, -900.0), np.zeros(2)
+    a = np.array([1.0, -1.0])
+    for objective, products in (
+        (GPPO(eps=0.2), [0.0, 0.8]),
+        (UP(eps_low=0.2), [1.0, 0.0]),
+        (ASPO(eps=0.2, max_ratio=3.0), [3.0, 0.0]),
+        (ASPO(eps=0.2), [math.exp(20), 0.0]),
+    ):
+        for log_prob in (x, np.full(2, -np.inf)):
+            result = run(backend, objective, log_prob, b, a)
+            np.testing.assert_allclose(result.gradient, -a * products, rtol=1e-14)
+            assert np.isfinite(result.weight).all()
+            assert np.isfinite(result.loss).all()
 
 
 def test_a_nan_divergence_drops_its_token(backend):
@@ -542,6 +651,9 @@ def test_a_threshold_is_missing_or_doubled(kind, name, given, message):
             "^min_ratio: expected a number of at most max_ratio = 1, got 2$",
         ),
         (lambda: PPOClip(eps=0.2, dual_clip=1.0), ValueError, "dual_clip: expected a finite number greater than 1, got 1.0"),
+        (lambda: ASPO(eps=0.2, max_ratio=1.0), ValueError, "max_ratio: expected a finite number greater than 1, got 1.0"),
+        (lambda: PSPO(alpha=1.0), ValueError, "alpha: expected a finite number between 0 and 1, got 1.0"),
+        (UP, TypeError, "eps_low"),
         (
             lambda: DPPO(delta=0.1, divergence="tv"),
             ValueError,

@@ -8,14 +8,21 @@ import pytest
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Tokens, VacuousTrustRegionWarning
 from drpo_core.objectives import (
+    ASPO,
+    GPPO,
     IPO,
     MEASURES,
     OBJECTIVES,
+    PSPO,
     SAPO,
     TOPR,
+    UP,
     Family,
     IcePop,
+    KLBounds,
     Reinforce,
+    TokenwiseClip,
+    TVBounds,
     family_of,
     is_known,
     label,
@@ -49,7 +56,7 @@ def test_names_are_told_apart():
     assert len({family.name for family in OBJECTIVES}) == len(OBJECTIVES)
     assert [family.name for family in OBJECTIVES] == [
         "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "REINFORCE", "SAPO",
-        "IcePop", "IPO", "TOPR",
+        "IcePop", "IPO", "TOPR", "GPPO", "UP", "ASPO", "PSPO", "RIPO", "DCPO", "Band-KL", "Band-chi2",
     ]  # fmt: skip
 
 
@@ -129,6 +136,12 @@ def test_a_threshold_that_is_missing(family):
         (IcePop(min_ratio=0.5, max_ratio=5.0), "IcePop c=0.5/5"),
         (IPO(delta=0.3, max_ratio=1e4), "IPO δ=0.3 c=1e+04"),
         (TOPR(), "TOPR"),
+        (GPPO(eps_low=0.2, eps_high=0.28), "GPPO ε=0.2/0.28"),
+        (UP(eps_low=0.2), "UP ε_low=0.2"),
+        (ASPO(eps=0.2, max_ratio=3.0, dual_clip=3.0), "ASPO ε=0.2 c=3 dual_clip=3"),
+        (PSPO(alpha=0.1), "PSPO α=0.1"),
+        (TokenwiseClip(bounds=KLBounds(delta=0.05)), "Band-KL"),
+        (TokenwiseClip(bounds=TVBounds(delta=0.2)), "TokenwiseClip bounds=TVBounds(delta=0.2)"),
     ],
     ids=repr,
 )

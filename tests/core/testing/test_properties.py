@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, VacuousTrustRegionWarning
-from drpo_core.objectives import IPO, SAPO, TOPR, IcePop, Reinforce
+from drpo_core.objectives import (
+    ASPO,
+    GPPO,
+    IPO,
+    PSPO,
+    SAPO,
+    TOPR,
+    UP,
+    DCPOBounds,
+    IcePop,
+    KLBounds,
+    Reinforce,
+    TokenwiseClip,
+)
 from drpo_core.testing import CHECKS, TokenBatch, Vocabulary, from_adapter, from_core, parametrize_with_checks
 
 PROFILE = os.environ.get("DRPO_PROFILE", "ci")
@@ -46,6 +59,12 @@ EVERY_OBJECTIVE = [
     IPO(delta=0.3),
     IPO(delta_low=0.1, delta_high=0.3, max_ratio=1.5),
     TOPR(),
+    GPPO(eps_low=0.2, eps_high=0.28, dual_clip=3.0),
+    UP(eps_low=0.2),
+    ASPO(eps=0.2, max_ratio=3.0, dual_clip=3.0),
+    PSPO(alpha=0.1),
+    TokenwiseClip(bounds=DCPOBounds(eps_low=0.16, eps_high=0.2)),
+    TokenwiseClip(bounds=KLBounds(delta=0.05)),
 ]
 ASYMMETRIC_DRPO = DRPO(delta_low=0.3, delta_high=0.1)
 TYPICAL = [ASYMMETRIC_DRPO, DPPO(delta_low=0.1, delta_high=0.3), PPOClip(eps_low=0.2, eps_high=0.28, dual_clip=3.0)]
