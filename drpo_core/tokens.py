@@ -18,7 +18,8 @@ __all__ = ["Tokens", "importance_ratio", "log_ratio", "probability_shift"]
 class Tokens(NamedTuple):
     """What every objective is a function of, per token: arrays of one shape and one dtype.
 
-    ======================  ========================================================
+    ======================  =================================================
+
     `log_prob`              log π of the sampled token, nats
     `behavior_log_prob`     log μ of the sampled token, nats
     `advantages`            A
@@ -28,7 +29,8 @@ class Tokens(NamedTuple):
     `shift`                 d = π − μ, a difference of probabilities in [−1, 1]
     `divergence`            a per-token divergence the caller measured, or None
     `xp`                    the namespace of the arrays
-    ======================  ========================================================
+    ======================  =================================================
+
 
     Build it with `Tokens.checked`; objectives read it (see `drpo_core.Objective`).
     """
@@ -268,6 +270,12 @@ def saturated(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*
     """min(ℓ, 20): the log of the importance ratio, which saturates at e²⁰ ≈ 4.85e8."""
     # a literal: torch.compile(dynamic=True) turns a global float into a graph input
     return xp.where(ell > 20.0, 20.0, ell)
+
+
+def inverse_ratio(r: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:
+    """min(1/r, e²⁰) = e^−clip(ℓ, −20, 20), without dividing by zero."""
+    # a literal, as above; r itself where it is NaN
+    return 1.0 / xp.where(r < 2.061153622438558e-09, 2.061153622438558e-09, r)
 
 
 def saturated_both_ways(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:

@@ -14,11 +14,16 @@ from drpo_core.divergence import binary_kl_of
 from drpo_core.objectives.cispo import CISPO
 from drpo_core.objectives.dppo import DPPO
 from drpo_core.objectives.drpo import DRPO, MaskDRPO
+from drpo_core.objectives.icepop import IcePop
+from drpo_core.objectives.ipo import IPO
 from drpo_core.objectives.policy_gradient import PolicyGradient
 from drpo_core.objectives.ppo import PPOClip
 from drpo_core.objectives.protocol import Objective
+from drpo_core.objectives.reinforce import Reinforce
+from drpo_core.objectives.sapo import SAPO
 from drpo_core.objectives.spo import SPO
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
+from drpo_core.objectives.topr import TOPR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,14 +35,19 @@ __all__ = [
     "CISPO",
     "DPPO",
     "DRPO",
+    "IPO",
     "MEASURES",
     "OBJECTIVES",
+    "SAPO",
     "SPO",
+    "TOPR",
     "Family",
+    "IcePop",
     "MaskDRPO",
     "Objective",
     "PPOClip",
     "PolicyGradient",
+    "Reinforce",
     "Threshold",
     "VacuousTrustRegionWarning",
     "family_of",
@@ -90,9 +100,21 @@ OBJECTIVES: tuple[Family, ...] = (
     Family("DPPO-KL", DPPO, "delta", (0.05,), "Binary KL", {"divergence": "binary_kl"}),
     Family("DRPO", DRPO, "delta", (0.15, 12.5), "abs(π − μ)"),
     Family("Mask-DRPO", MaskDRPO, "delta", (0.15,), "abs(π − μ)"),
+    Family("REINFORCE", Reinforce),
+    Family("SAPO", SAPO, fixed={"tau_positive": 1.0, "tau_negative": 1.05}),
+    Family("IcePop", IcePop, fixed={"min_ratio": 0.5, "max_ratio": 5.0}),
+    Family("IPO", IPO, "delta", (0.3,), "abs(π − μ)"),
+    Family("TOPR", TOPR),
 )
 
 _SYMBOLS = {"delta": "δ", "eps": "ε", "max_ratio": "c"}
+# the two parameters that are written as low/high
+_PAIRS = {
+    "δ": ("delta_low", "delta_high"),
+    "ε": ("eps_low", "eps_high"),
+    "c": ("min_ratio", "max_ratio"),
+    "τ": ("tau_negative", "tau_positive"),
+}
 
 
 def is_known(objective: object) -> bool:
@@ -119,11 +141,12 @@ def label(objective: object) -> str:
     ('PPO-clip ε=0.2/0.28', 'DPPO-KL δ=0.05')
     """
     family = family_of(objective)
-    numbers = {name: value for name, value in parameters_of(objective).items() if name not in family.fixed}
-    for name in ("delta", "eps"):
-        if f"{name}_low" in numbers and f"{name}_high" in numbers:
-            low, high = numbers.pop(f"{name}_low"), numbers.pop(f"{name}_high")
-            numbers = {name: f"{low:.4g}/{high:.4g}", **numbers}
+    given = parameters_of(objective)
+    numbers = {name: value for name, value in given.items() if name not in family.fixed or isinstance(value, float)}
+    for symbol, pair in _PAIRS.items():
+        if all(side in numbers for side in pair):
+            low, high = (numbers.pop(side) for side in pair)
+            numbers = {symbol: f"{low:.4g}/{high:.4g}", **numbers}
     parts = [
         f"{_SYMBOLS.get(name, name)}={value:.4g}" if isinstance(value, float) else f"{_SYMBOLS.get(name, name)}={value}"
         for name, value in numbers.items()

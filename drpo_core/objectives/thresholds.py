@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from drpo_core._arrays import Array, Bool, Float
     from drpo_core.tokens import Tokens
 
-__all__ = ["Bounds", "VacuousTrustRegionWarning", "kept", "set_number", "set_thresholds", "sides", "warn_if_vacuous", "within"]
+__all__ = [
+    "Bounds",
+    "VacuousTrustRegionWarning",
+    "check_order",
+    "kept",
+    "set_number",
+    "set_thresholds",
+    "sides",
+    "warn_if_vacuous",
+    "within",
+]
 
 
 class VacuousTrustRegionWarning(UserWarning):
@@ -46,6 +56,13 @@ def set_thresholds(objective: object, name: str) -> None:
 def set_number(objective: object, name: str, *, above: float = 0.0) -> None:
     """Check that a hyper-parameter is a finite number greater than `above`, and keep it as a Python float."""
     object.__setattr__(objective, name, check_number(name, getattr(objective, name), above=above))
+
+
+def check_order(low_name: str, low: float, high_name: str, high: float) -> None:
+    """Check that a lower bound does not exceed the upper one."""
+    if low > high:
+        msg = f"{low_name}: expected a number of at most {high_name} = {high:g}, got {low:g}"
+        raise ValueError(msg)
 
 
 def sides(value: float | None, low: float | None, high: float | None) -> Bounds:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+import drpo_core
 from drpo_core import divergence as divergences
 from drpo_core import reduction as reductions
 from drpo_core.loss import token_loss_and_gradient
-from drpo_core.objectives import CISPO, parameters_of
+from drpo_core.objectives import CISPO, is_known, parameters_of
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing.frameworks import Framework, Outputs, framework_named
 from drpo_core.testing.oracle import SATURATION
@@ -422,10 +423,7 @@ def from_core(
             returns_gradient=not autodiff,
             transform=transform,
             name=f"core[{label}]-{made}",
-            call_source=(
-                "from functools import partial\n\n"
-                f"from drpo_core import {type(objective).__name__}, {names}\n\nfunction = {call}"
-            ),
+            call_source=(f"from functools import partial\n\n{_imports(objective, names)}\n\nfunction = {call}"),
             **{"objective": objective, "form": form_of(objective), "family": build} | claimed,  # type: ignore[arg-type]
         )
 
@@ -469,7 +467,7 @@ def from_adapter(
 
     @cache
     def build(objective: Objective) -> Implementation:
-        names = ", ".join([type(objective).__name__, *([reduction] if reduction != "none" else [])])
+        imports = _imports(objective, *([reduction] if reduction != "none" else []))
         call = (
             f"partial(token_loss, {describe(objective)})"
             if reduction == "none"
@@ -495,12 +493,23 @@ def from_adapter(
             name=f"{adapter.__name__}{f'[{label}]' if label else ''}-{describe(objective)}",
             call_source=(
                 "from functools import partial\n\n"
-                f"from drpo_core import {names}\nfrom {adapter.__name__} import policy_loss, token_loss\n\nfunction = {call}"
+                f"{imports}\nfrom {adapter.__name__} import policy_loss, token_loss\n\nfunction = {call}"
             ),
             **declared | claims,
         )
 
     return build(objective)  # type: ignore[arg-type]  # the Protocol can't say hashable
+
+
+def _imports(objective: object, *names: str) -> str:
+    """Source that imports the objective's class, and other names of the core."""
+    kind = type(objective)
+    if kind.__name__ in drpo_core.__all__:
+        return f"from drpo_core import {', '.join((kind.__name__, *names))}"
+    lines = [f"from drpo_core import {', '.join(names)}"] if names else []
+    return "\n".join(
+        (*lines, f"from {'drpo_core.objectives' if is_known(objective) else kind.__module__} import {kind.__name__}")
+    )
 
 
 def form_of(objective: Objective) -> str:

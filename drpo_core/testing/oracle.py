@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mpmath
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives import (
+    CISPO,
+    DPPO,
+    DRPO,
+    IPO,
+    SAPO,
+    SPO,
+    TOPR,
+    IcePop,
+    MaskDRPO,
+    PolicyGradient,
+    PPOClip,
+    Reinforce,
+    family_of,
+)
 
 if TYPE_CHECKING:
     from drpo_core.testing.batch import BoolArray, FloatArray
@@ -38,6 +52,9 @@ __all__ = [
 
 _MP = mpmath.mp.clone()
 _MP.dps = 50
+
+# not the table, which may have an objective that has no case below
+_KNOWN = (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO, Reinforce, SAPO, IcePop, IPO, TOPR)
 
 SATURATION = 20  # nats: the ratio is e^min(ℓ, 20)
 
@@ -78,7 +95,7 @@ def knows(objective: object) -> bool:
     """Whether the oracle has a formula for an objective; not for a subclass, which may have another."""
     if type(objective) is DPPO:
         return objective.divergence in ("binary_tv", "binary_kl")
-    return type(objective) in (PolicyGradient, PPOClip, CISPO, SPO, DRPO, MaskDRPO)
+    return type(objective) in _KNOWN
 
 
 def threshold_name(objective: object) -> str | None:
@@ -114,7 +131,7 @@ def references(
 
 
 @lru_cache(maxsize=1 << 18)
-def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the table of the papers
+def reference(  # noqa: C901, PLR0912, PLR0915 -- one case an objective reads like the table of the papers
     objective: object, log_prob: float, behavior_log_prob: float, advantage: float
 ) -> Reference:
     """One token under one objective.
@@ -154,15 +171,20 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
     bound: Any = None if regions is None else _MP.mpf(regions[0] if a < 0 else regions[1])
     jump: Any = _MP.inf
     kept: Any = True
+    # r w and the magnitude of its terms, where the product with the saturated weight is another number
+    factor: Any = None
+    factor_scale: Any = None
+    weight_slope: Any = None
 
     match objective:
         case PolicyGradient(max_ratio=c):
             loss, weight = _truncated(a, r, c)
             terms = abs(loss)
-        case CISPO(max_ratio=c):
-            capped = min(r, c)
-            loss, weight = -capped * a * x, capped / r
+        case CISPO(max_ratio=c, min_ratio=low):
+            factor = min(r, c) if low is None else max(min(r, c), low)
+            loss, weight = -factor * a * _finite(x), factor * _inverse(r) if r < (low or 0) else min(1, c / r)
             terms = abs(loss)
+            factor_scale = factor
         case PPOClip(dual_clip=c):
             kept = sign * excess <= bound
             clipped = r if kept else 1 + sign * bound
@@ -200,21 +222,52 @@ def reference(  # noqa: C901, PLR0915 -- one case an objective reads like the ta
             outside = 0 if kept else size * abs(excess) * (d * d - bound * bound) / (2 * bound * abs(d))
             loss, weight = -a * r + outside, _MP.mpf(1) if kept else 1 - sign * d / bound
             terms = size * r + (0 if kept else size * abs(excess) * (d * d + bound * bound) / (2 * bound * abs(d)))
+        case Reinforce():
+            loss, weight = -a * _finite(x), _inverse(r)
+            terms, factor, factor_scale = abs(loss), _MP.mpf(1), _MP.mpf(1)
+        case SAPO(tau_positive=positive, tau_negative=negative):
+            tau = _MP.mpf(negative if a < 0 else positive)
+            sigma = 1 / (1 + _MP.exp(-tau * excess))
+            loss, weight = -a * 4 / tau * sigma, 4 * sigma * _MP.exp(-tau * excess) * sigma
+            terms = abs(loss) + size * weight * (r + abs(excess))
+            # ∂w/∂ℓ is not of the size of w − 1
+            weight_slope = weight * (1 + tau * (r + abs(excess)))
+        case IcePop(min_ratio=low, max_ratio=high):
+            kept = low <= r <= high
+            jump = min(abs(r - low) / low, abs(r - high) / high)
+            loss, weight = (-a * r, _MP.mpf(1)) if kept else (_MP.mpf(0), _MP.mpf(0))
+            terms = abs(loss)
+        case IPO(max_ratio=c):
+            # the bound on the side of the shift, not of the advantage
+            own = _MP.mpf(regions[1] if d > 0 else regions[0])  # type: ignore[index]
+            kept = abs(d) <= own
+            jump = abs(abs(d) - own) / max(pi, mu, own)
+            loss, weight = _truncated(a, r, c) if kept else (_MP.mpf(0), _MP.mpf(0))
+            terms = abs(loss)
+        case TOPR():
+            if a > 0:
+                loss, weight, factor = -a * _finite(x), _inverse(r), _MP.mpf(1)
+            else:
+                loss, weight = _truncated(a, r, 1.0)
+                factor = min(r, 1)
+            terms, factor_scale = abs(loss), factor
         case _:
             msg = f"the oracle has no formula for {objective!r}"
             raise TypeError(msg)
 
-    gradient = -a * r * weight
     # ℓ is rounded once, which moves e^ℓ by a relative u|ℓ|
     condition = 1 + abs(ell)
-    weight_scale = 1 + abs(weight - 1) * condition
+    weight_scale = 1 + (abs(weight - 1) if weight_slope is None else weight_slope) * condition
+    factor = r * weight if factor is None else factor
+    factor_scale = r * weight_scale if factor_scale is None else factor_scale
+    gradient = -a * factor
     return Reference(
         loss=float(loss),
         weight=float(weight),
         gradient=float(gradient),
         loss_scale=float(terms * condition),
         weight_scale=float(weight_scale),
-        gradient_scale=float(size * r * condition * weight_scale) if weight != 0 else 0.0,
+        gradient_scale=float(size * condition * factor_scale) if weight != 0 else 0.0,
         kept=bool(kept),
         jump=float(jump),
     )
@@ -255,7 +308,7 @@ def full_kl(log_prob: FloatArray, behavior_log_prob: FloatArray) -> float:
     return float(total)
 
 
-def expected_gradient(
+def expected_gradient(  # noqa: C901, PLR0912 -- as above
     objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray, advantages: FloatArray
 ) -> FloatArray:
     """Gradient of the expected objective in the logits of π, for one state, in its population form.
@@ -284,8 +337,21 @@ def expected_gradient(
             case DPPO(divergence=kind, max_ratio=c):
                 measured = abs(d) if kind == "binary_tv" else binary_kl(x, b)
                 slope = _MP.mpf(0) if away > 0 and measured > bound else -advantage * _cap(c, mu / pi)
-            case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c):
+            case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c, min_ratio=None):
                 slope = -advantage * _cap(c, mu / pi)
+            case CISPO(max_ratio=c, min_ratio=low):
+                slope = -advantage * max(_cap(c, mu / pi), low * mu / pi)
+            case SAPO(tau_positive=positive, tau_negative=negative):
+                slope = -advantage * _MP.sech((negative if a < 0 else positive) * d / (2 * mu)) ** 2
+            case Reinforce():
+                slope = -advantage * mu / pi
+            case IcePop(min_ratio=low, max_ratio=high):
+                slope = -advantage if low * mu <= pi <= high * mu else _MP.mpf(0)
+            case IPO(max_ratio=c):
+                inside = -regions[0] <= d <= regions[1]  # type: ignore[index]
+                slope = -advantage * _cap(c, mu / pi) if inside else _MP.mpf(0)
+            case TOPR():
+                slope = -advantage * (mu / pi if advantage > 0 else min(1, mu / pi))
             case _:
                 msg = f"the oracle has no formula for {objective!r}"
                 raise TypeError(msg)
@@ -299,6 +365,16 @@ def _truncated(a: Any, r: Any, c: float | None) -> tuple[Any, Any]:
     if c is None or r <= c:
         return -a * r, _MP.mpf(1)
     return -a * c * (1 + _MP.log(r / c)), c / r
+
+
+def _inverse(r: Any) -> Any:
+    """min(1/r, e²⁰)."""
+    return 1 / max(r, _MP.exp(-SATURATION))
+
+
+def _finite(x: Any) -> Any:
+    """Log π, and 0 where π = 0."""
+    return _MP.mpf(0) if x == -_MP.inf else x
 
 
 def _cap(c: float | None, inverse_ratio: Any) -> Any:
@@ -318,11 +394,18 @@ def piece(objective: object, log_prob: FloatArray, behavior_log_prob: FloatArray
         cap = getattr(objective, "max_ratio", None) or getattr(objective, "dual_clip", None)
         if cap is not None:
             number += 2.0 * (ratio > cap)
+        floor = getattr(objective, "min_ratio", None)
+        if floor is not None:
+            number += 8.0 * (ratio < floor)
+        if isinstance(objective, TOPR):
+            number += 2.0 * (ratio > 1.0)
         region = thresholds(objective)
         if region is None or isinstance(objective, (DRPO, SPO)):
             return number
         bound = np.where(advantages < 0.0, *region)
-        if isinstance(objective, PPOClip):
+        if isinstance(objective, IPO):
+            outside = (pi - mu > region[1]) | (mu - pi > region[0])
+        elif isinstance(objective, PPOClip):
             outside = side * (ratio - 1.0) > bound
         elif isinstance(objective, DPPO) and objective.divergence == "binary_kl":
             kl = -mu * ell + (1.0 - mu) * (np.log1p(-mu) - np.log1p(-pi))

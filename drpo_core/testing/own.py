@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drpo_core.objectives.protocol import loss_of, weight_of
+from drpo_core.objectives.protocol import loss_of, ratio_weight_of, weight_of
 from drpo_core.testing.oracle import References
 from drpo_core.tokens import Tokens
 
@@ -38,13 +38,16 @@ def references(
     loss, weight = _evaluate(objective, x, b, a)
     ell, size = np.abs(x - b), np.abs(a) * np.exp(np.minimum(x - b, 20.0))
     weight_scale = 1.0 + np.abs(weight - 1.0) * (1.0 + ell)
+    factor = _ratio_weight(objective, x, b, a)
+    moved = size * weight if factor is None else np.abs(a) * factor
+    scale = size * weight_scale if factor is None else np.abs(moved)
     return References(
         loss=np.where(mask, loss, 0.0),
         weight=np.where(mask, weight, 0.0),
-        gradient=np.where(mask, -np.sign(a) * size * weight, 0.0),
-        loss_scale=np.where(mask, (np.abs(loss) + size * np.abs(weight)) * (1.0 + ell), 0.0),
+        gradient=np.where(mask, -np.sign(a) * moved, 0.0),
+        loss_scale=np.where(mask, (np.abs(loss) + np.abs(moved)) * (1.0 + ell), 0.0),
         weight_scale=np.where(mask, weight_scale, 0.0),
-        gradient_scale=np.where(mask & (weight != 0.0), size * (1.0 + ell) * weight_scale, 0.0),
+        gradient_scale=np.where(mask & (weight != 0.0), scale * (1.0 + ell), 0.0),
         kept=~mask | (weight >= 0.0),
         jump=np.where(mask, _jump(objective, x, b, a), np.inf),
     )
@@ -54,6 +57,11 @@ def _evaluate(objective: Any, x: FloatArray, b: FloatArray, a: FloatArray) -> tu
     with np.errstate(all="ignore"):
         tokens = Tokens.checked(x, b, a)
         return loss_of(objective, tokens), weight_of(objective, tokens)
+
+
+def _ratio_weight(objective: Any, x: FloatArray, b: FloatArray, a: FloatArray) -> FloatArray | None:
+    with np.errstate(all="ignore"):
+        return ratio_weight_of(objective, Tokens.checked(x, b, a))
 
 
 def _jump(objective: object, x: FloatArray, b: FloatArray, a: FloatArray) -> FloatArray:

@@ -199,7 +199,10 @@ def _boundary(objective: Any, b: FloatArray, u: FloatArray, advantages: FloatArr
     """(log π, log μ) on the edge of the trust region that bounds A, NaN where no token is there."""
     regions = thresholds(objective)
     if regions is None:
-        return _at_ratio(getattr(objective, "max_ratio", None), b)
+        caps = _at_ratio(getattr(objective, "max_ratio", None), b)
+        floors = _at_ratio(getattr(objective, "min_ratio", None), b)
+        use = (u > 0.5) & np.isfinite(floors[0])
+        return np.where(use, floors[0], caps[0]), np.where(use, floors[1], caps[1])
     down = advantages < 0.0
     bound = np.where(down, regions[0], regions[1])
     side = np.where(down, -1.0, 1.0)

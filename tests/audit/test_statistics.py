@@ -24,6 +24,10 @@ from drpo_core import (
 )
 from drpo_core.audit import CHUNK_TOKENS, RolloutError, audit, open_rollouts, rows, statistics
 from drpo_core.audit.statistics import DATA_FIGURES
+from drpo_core.objectives import OBJECTIVES, label
+
+# labels of the families without a threshold, which no flag leaves out
+UNSWEPT = [label(family.make()) for family in OBJECTIVES if family.threshold is None and family.name != "PG-IS"]
 
 
 def off_policy(shape, seed=3):
@@ -55,7 +59,7 @@ def figures(report, snapshot="log_prob"):
 def test_figures_are_the_core_diagnostics_whatever_the_chunks(npz):
     data = off_policy((30, 11))
     report = audit(npz(chunk_tokens=17, **data))
-    assert len(report.snapshots["log_prob"].objectives) == 11
+    assert len(report.snapshots["log_prob"].objectives) == 1 + len(rows())
     for item in report.snapshots["log_prob"].objectives:
         wanted = summarize(token_diagnostics(item.row.objective, *(data[name] for name in list(data)[:3]), mask=data["mask"]))
         merged = {**{name: report.snapshots["log_prob"].health[name] for name in DATA_FIGURES}, **item.figures}
@@ -138,7 +142,7 @@ def test_no_active_token_gives_null(npz):
     data = off_policy((6, 9))
     report = audit(npz(**{**data, "advantages": np.zeros(6)}), quantiles=[0.5])
     assert report.snapshots["log_prob"].health["diverging_tokens"] == 0
-    assert len(report.snapshots["log_prob"].objectives) == 11
+    assert len(report.snapshots["log_prob"].objectives) == 1 + len(rows())
     assert len(report.snapshots["log_prob"].warnings) == 3
     found = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert found["snapshots"]["log_prob"]["objectives"][0]["weight_min"] is None
@@ -163,13 +167,16 @@ def test_at_quantile_drops_that_share_of_the_diverging_tokens(npz, q):
     for item in report.snapshots["log_prob"].objectives:
         if item.row.quantile != q:
             continue
-        outside = {"PPOClip": "dropped", "DPPO": "dropped"}.get(type(item.row.objective).__name__, "corrective")
-        lost = round(item.figures[f"{outside}_fraction"] * active)
+        # IPO drops converging tokens besides
+        either = ("outside_positive_diverging", "outside_negative_diverging")
+        outside = {"PPOClip": ["dropped"], "DPPO": ["dropped"], "IPO": either}
+        names = outside.get(type(item.row.objective).__name__, ["corrective"])
+        lost = round(sum(item.figures[f"{name}_fraction"] for name in names) * active)
         assert abs(lost / n - q) <= 1 / n
         # not one token fewer than asked for, but the one at the threshold
         assert lost == min(round(q * n), n - 1)
         checked.append(item.row.family)
-    assert checked == ["PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO"]
+    assert checked == ["PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "IPO"]
 
 
 def test_at_quantile_thresholds_are_those_of_a_sort(npz):
@@ -207,7 +214,7 @@ def test_rows_note_a_vacuous_region_without_a_python_warning():
 def test_default_rows():
     assert [row.label for row in rows()] == [
         "CISPO c=5", "PPO-clip ε=0.2", "PPO-clip ε=0.2/0.28", "SPO ε=0.2", "SPO ε=0.2/0.28", "DPPO-TV δ=0.15",
-        "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15",
+        "DPPO-KL δ=0.05", "DRPO δ=0.15", "DRPO δ=12.5", "Mask-DRPO δ=0.15", *UNSWEPT[:-1], "IPO δ=0.3", *UNSWEPT[-1:],
     ]  # fmt: skip
 
 
@@ -246,7 +253,8 @@ def test_objectives_of_the_users_own(npz):
     report = audit(npz(**data), [Mine(), *rows(delta=[0.2], delta_kl=[], eps=[], max_ratio=[]), DRPO(delta=0.1)])
     found = report.snapshots["log_prob"].objectives
     assert [item.row.label for item in found] == [
-        "PG-IS", "Mine tau=0.5 table={}", "DPPO-TV δ=0.2", "DRPO δ=0.2", "Mask-DRPO δ=0.2", "DRPO δ=0.1",
+        "PG-IS", "Mine tau=0.5 table={}", "DPPO-TV δ=0.2", "DRPO δ=0.2", "Mask-DRPO δ=0.2",
+        *UNSWEPT[:-1], "IPO δ=0.2", *UNSWEPT[-1:], "DRPO δ=0.1",
     ]  # fmt: skip
     wanted = summarize(token_diagnostics(Mine(), *(data[name] for name in list(data)[:3]), mask=data["mask"]))
     assert {name: found[1].figures[name] for name in found[1].figures} == pytest.approx(

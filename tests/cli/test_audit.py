@@ -12,8 +12,8 @@ import pytest
 from matplotlib.image import imread
 
 from drpo_core import cli
-from drpo_core.audit import plots
-from drpo_core.objectives import DPPO, DRPO
+from drpo_core.audit import plots, rows
+from drpo_core.objectives import DPPO, DRPO, OBJECTIVES
 
 KNOWN = {
     "step0": ("0.00259", "0.00", "0.614", "1.216"),
@@ -84,7 +84,8 @@ def test_the_json_schema(drpo):
         "infinite", "ratio_mean", "ratio_max", "log_ratio_abs_mean", "k1_mean", "k3_mean", "binary_tv_mean",
         "binary_tv_max", "invalid_fraction", "active_fraction", "diverging_fraction", "rare_fraction",
     ]  # fmt: skip
-    assert len(snapshot["objectives"]) == 17
+    typical, measured = 1 + len(rows()), sum(family.measure is not None for family in OBJECTIVES)
+    assert len(snapshot["objectives"]) == typical + measured
     for item in snapshot["objectives"]:
         assert list(item) == [
             "name", "objective", "parameters", "quantile", "warning", "outside_fraction",
@@ -95,7 +96,7 @@ def test_the_json_schema(drpo):
         ]  # fmt: skip
     vacuous = [item["name"] for item in snapshot["objectives"] if item["warning"]]
     assert vacuous == ["DRPO(delta=12.5)"]
-    assert [item["quantile"] for item in snapshot["objectives"]] == [None] * 11 + [0.02] * 6
+    assert [item["quantile"] for item in snapshot["objectives"]] == [None] * typical + [0.02] * measured
 
 
 def test_the_table(drpo):
@@ -119,7 +120,9 @@ def test_thresholds_are_lists(drpo, tmp_path):
         "PolicyGradient()", "CISPO(max_ratio=2.0)", "CISPO(max_ratio=3.0)", "PPOClip(eps=0.3)", "SPO(eps=0.3)",
         "DPPO(delta=0.1, divergence='binary_tv')", "DPPO(delta_low=0.2, delta_high=0.3, divergence='binary_tv')",
         "DPPO(delta=0.01, divergence='binary_kl')", "DRPO(delta=0.1)", "DRPO(delta_low=0.2, delta_high=0.3)",
-        "MaskDRPO(delta=0.1)", "MaskDRPO(delta_low=0.2, delta_high=0.3)",
+        "MaskDRPO(delta=0.1)", "MaskDRPO(delta_low=0.2, delta_high=0.3)", "Reinforce()",
+        "SAPO(tau_positive=1.0, tau_negative=1.05)", "IcePop(min_ratio=0.5, max_ratio=5.0)", "IPO(delta=0.1)",
+        "IPO(delta_low=0.2, delta_high=0.3)", "TOPR()",
     ]  # fmt: skip
 
 
@@ -216,7 +219,7 @@ def test_an_objective_of_ones_own(drpo, own, text, label):
     assert code == 0
     assert "print" not in out
     assert set(err.splitlines()) <= {"a user's print"}
-    last = out.splitlines()[[i for i, line in enumerate(out.splitlines()) if "Mask-DRPO" in line][-1] + 1]
+    last = out.splitlines()[[i for i, line in enumerate(out.splitlines()) if OBJECTIVES[-1].name in line][-1] + 1]
     assert last.strip().startswith(label)
     assert label.partition(" [")[0] in (own / "a.html").read_text("utf-8")
 
@@ -224,7 +227,7 @@ def test_an_objective_of_ones_own(drpo, own, text, label):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Mine()", "expected one of CISPO, DPPO, DRPO, MaskDRPO, PPOClip, PolicyGradient, SPO, got 'Mine'"),
+        ("Mine()", "expected one of CISPO, DPPO, DRPO, IPO, IcePop, MaskDRPO, PPOClip, PolicyGradient, Reinforce,"),
         ("DRPO", "with its hyper-parameters, such as \"DRPO(delta=0.15)\", or module:NAME, got 'DRPO'"),
         ("DRPO(delta=0)", "DRPO(delta=0): delta: expected a finite number greater than 0"),
         ("DPPO(delta=0.1, divergence='per_token')", "loss raised TypeError: divergence: expected an array, because this"),
@@ -254,7 +257,7 @@ def test_what_is_no_objective_is_one_line(drpo, own, text, message):
 
 def test_help_shows_whose_thresholds_a_flag_sets_and_the_defaults(drpo):
     shown = re.sub(r"[│\s]+", " ", drpo("audit", "--help")[1])
-    assert "δ of DPPO-TV, DRPO, Mask-DRPO (default: 0.15,12.5)" in shown
+    assert "δ of DPPO-TV, DRPO, Mask-DRPO, IPO (default: 0.15,12.5,0.3)" in shown
     assert "ε of PPO-clip, SPO (default: 0.2,0.2/0.28)" in shown
     assert "c of CISPO (default: 5)" in shown
 

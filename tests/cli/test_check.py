@@ -414,7 +414,7 @@ STUBS = """
 """
 USAGE = {
     ("good", "--objective", "DRPO"): "--objective: expected one of",
-    ("good", "--objective", "Drpo(delta=1)"): "--objective: expected one of CISPO, DPPO, DRPO, MaskDRPO, PPOClip,",
+    ("good", "--objective", "Drpo(delta=1)"): "--objective: expected one of CISPO, DPPO, DRPO, IPO, IcePop, MaskDRPO,",
     ("good", "--objective", "DRPO(0.15)"): "--objective: hyper-parameters are given by name",
     ("good", "--objective", "DRPO(**{'delta': 1})"): "--objective: hyper-parameters are given by name",
     ("good", "--objective", "DRPO(delta=open('x'))"): "--objective: expected a Python literal such as 0.2,",

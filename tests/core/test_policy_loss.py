@@ -44,6 +44,12 @@ OBJECTIVES = [
     DPPO(delta_low=0.02, delta_high=0.2, divergence="binary_kl", max_ratio=3.0),
     DELTA,
     MaskDRPO(delta_low=0.1, delta_high=0.3),
+    objectives.Reinforce(),
+    CISPO(min_ratio=0.8, max_ratio=1.2),
+    objectives.SAPO(tau_positive=1.0, tau_negative=1.05),
+    objectives.IcePop(min_ratio=0.5, max_ratio=5.0),
+    objectives.IPO(delta=0.1, max_ratio=2.0),
+    objectives.TOPR(),
 ]
 ENGINES = ["arrays", "compiled"]
 

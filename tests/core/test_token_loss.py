@@ -33,6 +33,12 @@ OBJECTIVES = [
     DPPO(delta=0.15, divergence="binary_kl"),
     DRPO(delta=0.2),
     MaskDRPO(delta=0.2),
+    families.Reinforce(),
+    CISPO(min_ratio=0.8, max_ratio=1.2),
+    families.SAPO(tau_positive=2.0, tau_negative=4.0),
+    families.IcePop(min_ratio=0.6, max_ratio=1.6),
+    families.IPO(delta=0.28, max_ratio=1.2),
+    families.TOPR(),
 ]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 
@@ -50,6 +56,15 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
         (DPPO(delta=0.15, divergence="binary_kl"), [-2.0, -1.0, 0.0, 3.0]),
         (DRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0 * (1 + 0.3 / 0.2)]),
         (MaskDRPO(delta=0.2), [-2.0 * (1 - 0.25 / 0.2), -1.0, 0.5 * (1 - 0.3 / 0.2), 3.0]),
+        (families.Reinforce(), [-1.0, -1.0, 1.0, 2.0]),
+        (families.IcePop(min_ratio=0.6, max_ratio=1.6), [0.0, -1.0, 0.0, 3.0]),
+        (families.IPO(delta=0.28, max_ratio=1.2), [-1.2, -1.0, 0.0, 0.0]),
+        (families.TOPR(), [-1.0, -1.0, 0.5, 2.0]),
+        (CISPO(min_ratio=0.8, max_ratio=1.2), [-1.2, -1.0, 0.8, 2 * 1.2]),
+        (
+            families.SAPO(tau_positive=2.0, tau_negative=4.0),
+            [-2.0 / math.cosh(1) ** 2, -1.0, 0.5 / math.cosh(1) ** 2, 3.0 / math.cosh(1) ** 2],
+        ),
     ],
     ids=repr,
 )

@@ -8,7 +8,7 @@ import z3
 from provers import A, c, mu, prove, r, real_bounds, real_tokens, symbolic, sympy_tokens
 
 from drpo_core import CISPO, DPPO, PolicyGradient, PPOClip
-from drpo_core.objectives import OBJECTIVES
+from drpo_core.objectives import OBJECTIVES, SAPO, IcePop, Reinforce
 
 CAP = z3.Real("c")
 VARIANTS = {
@@ -17,8 +17,8 @@ VARIANTS = {
     "DPPO D": lambda bounds: symbolic(DPPO, delta=bounds, divergence="per_token"),
     "DPPO D, truncated": lambda bounds: symbolic(DPPO, delta=bounds, divergence="per_token", max_ratio=CAP),
 }
-NOT_IN_Z3 = {"DPPO-KL"}  # whose D is a logarithm: DPPO D is it, for any D
-LOGARITHMIC = {"CISPO", "truncated", "DPPO D, truncated"}  # losses
+NOT_IN_Z3 = {"DPPO-KL", "SAPO"}  # whose D is a logarithm: DPPO D is it, for any D; whose w is exponential: see test_sapo.py
+LOGARITHMIC = {"CISPO", "REINFORCE", "TOPR", "truncated", "DPPO D, truncated"}  # losses
 NAMES = [*(family.name for family in OBJECTIVES if family.name not in NOT_IN_Z3), *VARIANTS]
 
 
@@ -27,6 +27,8 @@ def objective(name, bounds):
     if name in VARIANTS:
         return VARIANTS[name](bounds)
     (family,) = (family for family in OBJECTIVES if family.name == name)
+    if family.objective is IcePop:
+        return symbolic(IcePop, min_ratio=1 / CAP, max_ratio=CAP)
     thresholds = {family.threshold: CAP if family.threshold == "max_ratio" else bounds} if family.threshold else {}
     return symbolic(family.objective, **thresholds, **family.fixed)
 
@@ -56,11 +58,21 @@ def test_homogeneous(name):
     prove(made.loss(tokens) == 0, *given, tokens.advantages == 0)
 
 
-@pytest.mark.parametrize("kind", [PolicyGradient, CISPO])
-def test_homogeneous_with_logarithm(kind):
-    """SymPy: the truncated and the CISPO loss are linear in A."""
+LINEAR = {
+    "truncated": symbolic(PolicyGradient, max_ratio=c),
+    "CISPO": symbolic(CISPO, max_ratio=c),
+    "REINFORCE": Reinforce(),
+    "SAPO": symbolic(SAPO, tau_positive=c, tau_negative=c),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_homogeneous_with_logarithm(name):
+    """SymPy: a loss with a logarithm or an exponential is linear in A; on-policy w = 1."""
     for ratio in (1, 3):
         tokens = sympy_tokens(at={r: ratio, c: 2, mu: sympy.Rational(1, 4)})
-        piece = symbolic(kind, max_ratio=c).loss(tokens).e
+        piece = LINEAR[name].loss(tokens).e
         assert sympy.simplify(piece - A * sympy.diff(piece, A)) == 0
         assert A not in sympy.diff(piece, A).free_symbols
+    on_policy = sympy_tokens(at={r: 1, c: 2, mu: sympy.Rational(1, 4)})
+    assert LINEAR[name].weight(on_policy).e.subs(r, 1) - 1 == 0

@@ -201,8 +201,10 @@ def _difference_limit(implementation: Implementation) -> float:
 
 
 def _capped_below_one(implementation: Implementation) -> str | None:
-    cap = getattr(implementation.objective, "max_ratio", None)
-    return None if cap is None or cap > 1.0 else "its cap on the ratio is at most 1, so r = 1 is capped"
+    low, high = (getattr(implementation.objective, name, None) for name in ("min_ratio", "max_ratio"))
+    if low is not None and low >= 1.0:
+        return "its lower bound on the ratio is at least 1, so r = 1 is raised"
+    return None if high is None or high > 1.0 else "its cap on the ratio is at most 1, so r = 1 is capped"
 
 
 @check("P9", needs=[_capped_below_one], cases=tokens(regimes=["on_policy", "head", "tail", "near_certain"]))

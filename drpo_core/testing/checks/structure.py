@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drpo_core.objectives import DPPO, PPOClip
+from drpo_core.objectives import DPPO, IPO, IcePop, PPOClip, Reinforce
 from drpo_core.testing.checks._base import (
     PropertyViolated,
     blur,
@@ -86,9 +86,9 @@ def check_nan_at_a_valid_token_is_not_hidden(implementation: Implementation, bat
     is certainty. A mask fails closed, with a gradient of exactly 0; anything else must be loud.
     """
     objective = implementation.objective
-    may_drop = objective is None or isinstance(objective, (PPOClip, DPPO))
-    # a loss of no declared objective may ignore log μ, as REINFORCE does
-    names = ("log_prob", "advantages") if objective is None else INPUTS
+    may_drop = objective is None or isinstance(objective, (PPOClip, DPPO, IcePop, IPO))
+    # REINFORCE, or a loss of no declared objective, may ignore log μ
+    names = ("log_prob", "advantages") if objective is None or isinstance(objective, Reinforce) else INPUTS
     first = np.zeros(batch.shape, dtype=bool)
     first[(0,) * first.ndim] = True
     for name in names:

@@ -12,7 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drpo_core.objectives import CISPO, DPPO, DRPO, OBJECTIVES, SPO, MaskDRPO, PolicyGradient, PPOClip, family_of
+from drpo_core.objectives import (
+    CISPO,
+    DPPO,
+    DRPO,
+    IPO,
+    OBJECTIVES,
+    SAPO,
+    SPO,
+    TOPR,
+    IcePop,
+    MaskDRPO,
+    PolicyGradient,
+    PPOClip,
+    Reinforce,
+    family_of,
+)
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing import oracle
 from drpo_core.testing.batch import BoolArray, TokenBatch, unit_roundoff
@@ -59,6 +74,8 @@ __all__ = [
 ]
 
 _THRESHOLDED = tuple({family.objective: None for family in OBJECTIVES if family.measure is not None})
+_BY_ADVANTAGE = tuple(kind for kind in _THRESHOLDED if kind is not IPO)
+"""Whose threshold bounds diverging tokens alone."""
 
 
 def _weighed(evaluation: Evaluation) -> BoolArray:
@@ -81,7 +98,7 @@ def check_weight_bounds(implementation: Implementation, batch: TokenBatch) -> No
         expect(result, "weight", relation, limit, bound=bound, where=_weighed(result), because=because)
 
 
-@check("P11", needs=[needs_objective, needs_local, needs_instance(*_THRESHOLDED)], cases=tokens(max_ulp=4096))
+@check("P11", needs=[needs_objective, needs_local, needs_instance(*_THRESHOLDED, IcePop)], cases=tokens(max_ulp=4096))
 def check_weight_sign_is_the_trust_region(implementation: Implementation, batch: TokenBatch) -> None:
     """Tokens with w ≥ 0 (w > 0 where the weight is a mask) are exactly those that the trust region keeps.
 
@@ -164,6 +181,8 @@ def _at_exact_boundary(implementation: Implementation) -> Implementation | None:
         return implementation.of(PPOClip(eps_low=0.5, eps_high=1.0))
     if isinstance(objective, DPPO):
         return implementation.of(DPPO(delta_low=0.25, delta_high=0.5, max_ratio=objective.max_ratio))
+    if isinstance(objective, IPO):
+        return implementation.of(IPO(delta_low=0.25, delta_high=0.5, max_ratio=objective.max_ratio))
     return implementation.of(MaskDRPO(delta_low=0.25, delta_high=0.5))
 
 
@@ -180,7 +199,7 @@ def _needs_representable_boundary(implementation: Implementation) -> str | None:
 
 @check(
     "P11",
-    needs=[needs_instance(PPOClip, DPPO, MaskDRPO), needs_exact_gradient, needs_local, _needs_representable_boundary],
+    needs=[needs_instance(PPOClip, DPPO, MaskDRPO, IPO), needs_exact_gradient, needs_local, _needs_representable_boundary],
     cases=tokens(regimes=["head"], layouts=["full"]),
 )
 def check_boundary_is_kept(implementation: Implementation, batch: TokenBatch) -> None:
@@ -208,7 +227,7 @@ def check_boundary_is_kept(implementation: Implementation, batch: TokenBatch) ->
     expect(result, "gradient", "close", expected, bound=bound, where=on_edge, because=because)
 
 
-@check("P12", needs=[needs_objective, needs_local, needs_instance(PolicyGradient, *_THRESHOLDED, unless_capped=True)])
+@check("P12", needs=[needs_objective, needs_local, needs_instance(PolicyGradient, *_BY_ADVANTAGE, unless_capped=True)])
 def check_converging_and_diverging_weights(implementation: Implementation, batch: TokenBatch) -> None:
     """Converging tokens have w ≥ 1; diverging ones w ≤ 1, and strictly less where the weight is smooth.
 
@@ -260,7 +279,7 @@ def _needs_asymmetric(implementation: Implementation) -> str | None:
 
 @check(
     "P13",
-    needs=[needs_objective, needs_local, needs_instance(*_THRESHOLDED), _needs_asymmetric, needs_exact_gradient],
+    needs=[needs_objective, needs_local, needs_instance(*_BY_ADVANTAGE), _needs_asymmetric, needs_exact_gradient],
     cases=tokens(regimes=["near_boundary", "head"], objective=lambda i: _between(i.objective)),
 )
 def check_thresholds_follow_the_sign_of_the_advantage(implementation: Implementation, batch: TokenBatch) -> None:
@@ -352,8 +371,7 @@ def _at_threshold(objective: Any, value: float) -> Objective:
     changes: dict[str, Any] = {name: value}
     if oracle.threshold_name(objective) is not None:
         changes |= {f"{name}_low": None, f"{name}_high": None}
-    if hasattr(objective, "dual_clip"):
-        changes["dual_clip"] = None
+    changes |= {other: None for other in ("dual_clip", "min_ratio") if hasattr(objective, other)}
     limited: Objective = _quietly(lambda: replace(objective, **changes))
     return limited
 
@@ -391,6 +409,8 @@ def check_limits_in_the_threshold(implementation: Implementation, batch: TokenBa
         penalty_alone = -batch.advantages * np.minimum(_MINUTE, np.exp(np.minimum(batch.log_ratio, 20.0)))
     elif isinstance(objective, (PPOClip, DPPO)):
         penalty_alone = np.where(batch.advantages * batch.log_ratio > 0.0, 0.0, unlimited.gradient)
+    elif isinstance(objective, IPO):
+        penalty_alone = np.zeros(batch.shape)
     else:
         penalty_alone = exact.gradient
     where = decided & (np.exp(batch.behavior_log_prob) > 1e-6) & (np.exp(batch.log_prob) > 1e-6)
@@ -436,7 +456,7 @@ def check_weight_is_continuous(implementation: Implementation, batch: TokenBatch
     )
 
 
-@check("P19", needs=[needs_objective, needs_local, needs_instance(PPOClip, DPPO)])
+@check("P19", needs=[needs_objective, needs_local, needs_instance(PPOClip, DPPO, IcePop, IPO)])
 def check_clip_weight_is_an_indicator(implementation: Implementation, batch: TokenBatch) -> None:
     """The weight of a clip or mask is 0 or 1 (or min(1, c/r) with a cap): M² = M, and M is not differentiated.
 
@@ -444,7 +464,7 @@ def check_clip_weight_is_an_indicator(implementation: Implementation, batch: Tok
     """
     result = implementation(batch)
     objective = implementation.objective
-    cap = getattr(objective, "max_ratio", None) or np.inf
+    cap = np.inf if isinstance(objective, IcePop) else getattr(objective, "max_ratio", None) or np.inf
     ratio = np.exp(np.minimum(batch.log_ratio, SATURATION))
     kept = np.minimum(1.0, cap / ratio)
     # at a tie autodiff may halve the gradient
@@ -459,7 +479,9 @@ def check_clip_weight_is_an_indicator(implementation: Implementation, batch: Tok
         expect(result, "gradient", "equal", 0.0, where=dropped, because=because)
 
 
-def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatArray]:
+def _tight_bounds(  # noqa: PLR0911 -- one case an objective
+    objective: Any, batch: TokenBatch
+) -> tuple[FloatArray, FloatArray]:
     """Infimum and supremum of w over π, for the token's μ and sign of A."""
     mu, a = np.exp(batch.behavior_log_prob), batch.advantages
     largest_ratio = np.minimum(1.0 / mu, np.exp(SATURATION))
@@ -467,10 +489,17 @@ def _tight_bounds(objective: Any, batch: TokenBatch) -> tuple[FloatArray, FloatA
     match objective:
         case PolicyGradient(max_ratio=None):
             return one, one
-        case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c):
+        case PolicyGradient(max_ratio=c) | CISPO(max_ratio=c, min_ratio=None):
             return np.minimum(1.0, c / largest_ratio), one
-        case PPOClip() | DPPO():
+        case CISPO(max_ratio=c, min_ratio=lowest):
+            return np.minimum(1.0, c / largest_ratio), np.maximum(1.0, lowest * np.exp(SATURATION) * one)
+        case SAPO():
             return zero, one
+        case PPOClip() | DPPO() | IcePop() | IPO():
+            return zero, one
+        case Reinforce() | TOPR():
+            untruncated = isinstance(objective, Reinforce) | (a > 0.0)
+            return 1.0 / largest_ratio, np.where(untruncated, np.exp(SATURATION), 1.0)
     bound = bounds_of(objective, a)
     # how far the shift or r − 1 can go in the direction of A, and against it
     if isinstance(objective, SPO):

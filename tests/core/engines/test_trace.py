@@ -23,10 +23,17 @@ OBJECTIVES = [
     DRPO(delta=0.15),
     DRPO(delta_low=0.1, delta_high=0.2),
     MaskDRPO(delta=0.15),
+    objectives.Reinforce(),
+    CISPO(min_ratio=0.8, max_ratio=1.2),
+    objectives.SAPO(tau_positive=1.0, tau_negative=1.05),
+    objectives.IcePop(min_ratio=0.5, max_ratio=5.0),
+    objectives.IPO(delta=0.1, max_ratio=2.0),
+    objectives.TOPR(),
 ]
 
 
 DTYPE = torch.float32
+METHODS = ("loss", "weight", "inside", "ratio_weight")
 
 
 def test_every_class_of_the_table_is_here():
@@ -42,7 +49,7 @@ def batch(size, seed):
 
 @pytest.mark.parametrize(
     ("objective", "method"),
-    [(objective, method) for objective in OBJECTIVES for method in ("loss", "weight", "inside") if hasattr(objective, method)],
+    [(objective, method) for objective in OBJECTIVES for method in METHODS if hasattr(objective, method)],
     ids=str,
 )
 def test_fx_traces_an_objective_once_for_any_batch(objective, method):

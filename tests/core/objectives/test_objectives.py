@@ -25,7 +25,7 @@ from drpo_core import (
     probability_shift,
     token_loss_and_gradient,
 )
-from drpo_core.objectives import OBJECTIVES
+from drpo_core.objectives import IPO, OBJECTIVES, SAPO, TOPR, IcePop, Reinforce
 from drpo_core.objectives.protocol import inside_of
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
@@ -42,6 +42,10 @@ TOKENS = (LOG_PROB, BEHAVIOR, ADVANTAGES)
 PG = [-1 * 2.0, -1 * 1.0, 1 * 0.5, 2 * 1.5, -0.5 * 0.25, 0.0]  # −A r
 KL_0 = 0.25 * log(0.25 / 0.5) + 0.75 * log(0.75 / 0.5)  # 0.131
 KL_2 = 0.6 * log(0.6 / 0.3) + 0.4 * log(0.4 / 0.7)  # 0.192
+
+
+def logistic(x):
+    return 1 / (1 + math.exp(-x))
 
 
 class Case(NamedTuple):
@@ -94,6 +98,11 @@ CASES = {
             CISPO(max_ratio=1.2),
             [-1.2 * log(0.5), -1.0 * log(0.2), 0.5 * log(0.3), 2 * 1.2 * log(0.9), -0.5 * 0.25 * log(0.1), 0.0],
             [1.2 / 2, 1, 1, 1.2 / 1.5, 1, 1.2 / 2],
+        ),
+        Case(
+            CISPO(min_ratio=0.8, max_ratio=1.2),
+            [-1.2 * log(0.5), -1.0 * log(0.2), 0.8 * log(0.3), 2 * 1.2 * log(0.9), -0.5 * 0.8 * log(0.1), 0.0],
+            [1.2 / 2, 1, 0.8 / 0.5, 1.2 / 1.5, 0.8 / 0.25, 1.2 / 2],
         ),
     ],
     SPO: [
@@ -187,6 +196,58 @@ CASES = {
             [1 - 0.25 / 0.2, 1, 1, 1, 1, 1],
         ),
     ],
+    Reinforce: [
+        Case(
+            Reinforce(),
+            [-log(0.5), -log(0.2), log(0.3), 2 * log(0.9), -0.5 * log(0.1), 0.0],
+            [1 / 2, 1, 2, 2 / 3, 4, 1 / 2],
+        ),
+    ],
+    SAPO: [
+        Case(
+            SAPO(tau_positive=2.0, tau_negative=4.0),
+            # −A (4/τ) σ(τ(r − 1)); τ = 2 where A ≥ 0
+            [-2 * logistic(2), -1.0, 1 * logistic(-2), 2 * logistic(2), -0.5 * 2 * logistic(-1.5), 0.0],
+            [1 / math.cosh(x) ** 2 for x in (1, 0, 1, 1, 0.75, 1)],
+        ),
+    ],
+    IcePop: [
+        Case(
+            IcePop(min_ratio=0.4, max_ratio=1.6),
+            [0.0, -1.0, 0.5, 3.0, 0.0, 0.0],
+            [0, 1, 1, 1, 0, 0],
+        ),
+        Case(
+            IcePop(min_ratio=0.6, max_ratio=2.5),
+            [-2.0, -1.0, 0.0, 3.0, 0.0, 0.0],
+            [1, 1, 0, 1, 0, 1],
+        ),
+    ],
+    IPO: [
+        Case(
+            IPO(delta=0.28),
+            # |π − μ| is 0.25, 0, 0.3, 0.3, 0.3, 0.25
+            [-2.0, -1.0, 0.0, 0.0, 0.0, 0.0],
+            [1, 1, 0, 0, 0, 1],
+        ),
+        Case(
+            IPO(delta_low=0.4, delta_high=0.28),
+            [-2.0, -1.0, 0.5, 0.0, -0.125, 0.0],
+            [1, 1, 1, 0, 1, 1],
+        ),
+        Case(
+            IPO(delta_low=0.2, delta_high=0.4, max_ratio=1.2),
+            [-1.2 * (1 + log(2 / 1.2)), -1.0, 0.0, 2 * 1.2 * (1 + log(1.5 / 1.2)), 0.0, 0.0],
+            [1.2 / 2, 1, 0, 1.2 / 1.5, 0, 1.2 / 2],
+        ),
+    ],
+    TOPR: [
+        Case(
+            TOPR(),
+            [-log(0.5), -log(0.2), 0.5, 2 * (1 + log(1.5)), -0.5 * log(0.1), 0.0],
+            [1 / 2, 1, 1, 2 / 3, 4, 1 / 2],
+        ),
+    ],
 }
 
 
@@ -234,6 +295,11 @@ def test_the_methods_are_what_is_returned(case):
 
 INSIDE = [
     (PolicyGradient(), [1, 1, 1, 1, 1, 1]),
+    (Reinforce(), [1, 1, 1, 1, 1, 1]),
+    (SAPO(tau_positive=1.0, tau_negative=1.05), [1, 1, 1, 1, 1, 1]),
+    (TOPR(), [1, 1, 1, 1, 1, 1]),
+    (IcePop(min_ratio=0.4, max_ratio=1.8), [0, 1, 1, 1, 0, 0]),
+    (IPO(delta_low=0.35, delta_high=0.2), [0, 1, 1, 0, 1, 0]),
     (CISPO(max_ratio=1.2), [1, 1, 1, 1, 1, 1]),
     (PPOClip(eps_low=0.6, eps_high=0.8), [0, 1, 1, 1, 0, 0]),  # r of 2, 1, ½, 3/2, ¼, 2 in [0.4, 1.8]
     (SPO(eps_low=0.4, eps_high=1.1), [1, 1, 0, 1, 0, 1]),  # in [0.6, 2.1]
@@ -257,7 +323,8 @@ def test_inside_is_the_region_whatever_the_advantage(backend, made, inside):
 
 def test_every_class_has_a_region_here_and_those_without_a_measure_have_no_method():
     assert {type(made) for made, _ in INSIDE} == set(CLASSES)
-    assert {kind for kind in CLASSES if hasattr(kind, "inside")} == set(THRESHOLDS)
+    # IcePop's region has two bounds, neither of them a threshold to sweep
+    assert {kind for kind in CLASSES if hasattr(kind, "inside")} == {*THRESHOLDS, IcePop}
 
 
 def test_nan_is_outside_every_region(backend):
@@ -275,9 +342,10 @@ def test_nan_is_outside_every_region(backend):
 def test_nan_at_a_valid_token_is_dropped_by_masks_and_shown_by_smooth_weights(backend, which):
     arrays = [np.array([-1.0, -1.0]), np.array([-1.1, -1.1]), np.array([1.0, -1.0])]
     arrays[which] = np.full(2, np.nan)
-    for objective in (PPOClip(eps=0.2), DPPO(delta=0.2), DPPO(delta=0.2, divergence="binary_kl")):
+    masks = (DPPO(delta=0.2), IPO(delta=0.2, max_ratio=9.0), IcePop(min_ratio=0.5, max_ratio=5.0))
+    for objective in (PPOClip(eps=0.2), DPPO(delta=0.2, divergence="binary_kl"), *masks):
         assert (weight(backend, objective, *arrays) == 0.0).all()
-    assert (loss(backend, DPPO(delta=0.2), *arrays) == 0.0).all()
+    assert all((loss(backend, objective, *arrays) == 0.0).all() for objective in masks)
     for objective in (DRPO(delta=0.2), MaskDRPO(delta=0.2), SPO(eps=0.2)):
         assert np.isnan(weight(backend, objective, *arrays)).all()
 
@@ -295,6 +363,9 @@ def test_the_boundary_is_kept(backend, sign):
     a = np.array([sign])
     delta = abs(float(backend.run(probability_shift, x, b)[0]))
     assert weight(backend, DPPO(delta=delta), x, b, a) == 1.0
+    for either in (a, -a):
+        assert weight(backend, IPO(delta=delta), x, b, either) == 1.0
+        assert weight(backend, IPO(delta=math.nextafter(delta, 0.0)), x, b, either) == 0.0
     assert weight(backend, DRPO(delta=delta), x, b, a) == 0.0
     assert weight(backend, MaskDRPO(delta=delta), x, b, a) == 1.0
     below = math.nextafter(delta, 0.0)
@@ -319,6 +390,9 @@ def test_the_boundary_of_the_ratio_and_of_the_kl_is_kept(backend):
         assert weight(backend, at, pi, mu, advantage) == 1.0
         assert weight(backend, below, pi, mu, advantage) == 0.0
     ratio = float(backend.run(importance_ratio, x, b)[0])
+    assert weight(backend, IcePop(min_ratio=ratio, max_ratio=ratio), x, b, a) == 1.0
+    assert weight(backend, IcePop(min_ratio=0.5, max_ratio=math.nextafter(ratio, 0.0)), x, b, a) == 0.0
+    assert weight(backend, IcePop(min_ratio=math.nextafter(ratio, 9.0), max_ratio=9.0), x, b, a) == 0.0
     assert weight(backend, PPOClip(eps=0.2, dual_clip=ratio), x, b, -a) == 1.0
     assert weight(backend, PPOClip(eps=0.2, dual_clip=math.nextafter(ratio, 0.0)), x, b, -a) == 0.0
 
@@ -344,6 +418,38 @@ def test_cispo_of_an_impossible_token_is_0(backend):
     impossible = np.array([-np.inf, -np.inf])
     result = loss(backend, CISPO(max_ratio=2.0), impossible, np.array([-1.0, -np.inf]), np.ones(2))
     np.testing.assert_array_equal(result, 0.0)
+
+
+IMPOSSIBLE, CERTAIN = np.array([-np.inf]), np.array([0.0])
+ABSENT_RATIO = [
+    # objective, −A r w at π = 0 and at μ = 0, for A = 1 and A = −1
+    (Reinforce(), {0: (-1.0, 1.0), math.inf: (-1.0, 1.0)}),
+    (CISPO(min_ratio=0.8, max_ratio=1.2), {0: (-0.8, 0.8), math.inf: (-1.2, 1.2)}),
+    (CISPO(max_ratio=5.0), {0: (0.0, 0.0), math.inf: (-5.0, 5.0)}),
+    (SAPO(tau_positive=1.0, tau_negative=1.05), {0: (0.0, 0.0), math.inf: (0.0, 0.0)}),
+    (TOPR(), {0: (-1.0, 0.0), math.inf: (-1.0, 1.0)}),
+]
+
+
+@pytest.mark.parametrize(("made", "gradients"), ABSENT_RATIO, ids=repr)
+def test_where_the_ratio_underflows_or_overflows_the_gradient_is_r_w(backend, made, gradients):
+    """The weight saturates at e²⁰, so the product r w would be another number."""
+    arrays = {0: [(IMPOSSIBLE, CERTAIN), (CERTAIN - 800.0, CERTAIN)], math.inf: [(CERTAIN, IMPOSSIBLE)]}
+    for ratio, (positive, negative) in gradients.items():
+        for x, b in arrays[ratio]:
+            for a, gradient in ((1.0, positive), (-1.0, negative), (0.0, 0.0)):
+                result = run(backend, made, x, b, np.array([a]))
+                np.testing.assert_allclose(result.gradient, gradient, rtol=1e-14, atol=1e-300)
+                assert np.isfinite(result.loss).all()
+                assert np.isfinite(result.weight).all()
+                assert a != 0.0 or result.loss == 0.0
+
+
+@pytest.mark.parametrize("made", [made for made, _ in ABSENT_RATIO], ids=repr)
+def test_a_nan_shows_in_an_own_ratio_weight(backend, made):
+    nan, x = np.array([np.nan]), np.array([-1.0])
+    for arrays in ((nan, x, -x), (x, nan, -x), (x, x, nan)):
+        assert np.isnan(run(backend, made, *arrays).gradient).all()
 
 
 def test_any_shape_is_kept(backend):
@@ -424,6 +530,17 @@ def test_a_threshold_is_missing_or_doubled(kind, name, given, message):
     [
         (lambda: CISPO(max_ratio=None), TypeError, "max_ratio: expected a real number, got NoneType"),
         (CISPO, TypeError, "max_ratio"),
+        (
+            lambda: CISPO(min_ratio=1.3, max_ratio=1.2),
+            ValueError,
+            "^min_ratio: expected a number of at most max_ratio = 1.2, got 1.3$",
+        ),
+        (lambda: SAPO(tau_positive=1.0), TypeError, "tau_negative"),
+        (
+            lambda: IcePop(min_ratio=2.0, max_ratio=1.0),
+            ValueError,
+            "^min_ratio: expected a number of at most max_ratio = 1, got 2$",
+        ),
         (lambda: PPOClip(eps=0.2, dual_clip=1.0), ValueError, "dual_clip: expected a finite number greater than 1, got 1.0"),
         (
             lambda: DPPO(delta=0.1, divergence="tv"),
@@ -454,6 +571,7 @@ VACUOUS = {
     "DRPO": lambda d: DRPO(delta=d),
     "MaskDRPO": lambda d: MaskDRPO(delta=d),
     "DPPO": lambda d: DPPO(delta=d),
+    "IPO": lambda d: IPO(delta=d),
     "DRPO, high": lambda d: DRPO(delta_low=0.1, delta_high=d),
     "MaskDRPO, low": lambda d: MaskDRPO(delta_low=d, delta_high=0.1),
     "DPPO, low": lambda d: DPPO(delta_low=d, delta_high=0.1),
@@ -509,9 +627,9 @@ def test_dataclasses_are_frozen_slotted_hashable_values(case):
     assert twin == made
     assert hash(twin) == hash(made)
     assert not hasattr(made, "__dict__")
-    name = dataclasses.fields(made)[0].name
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(made, name, 1.0)
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, 1.0)
     assert all(field.kw_only for field in dataclasses.fields(made))
 
 

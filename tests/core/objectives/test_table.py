@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 
 from drpo_core import CISPO, DPPO, DRPO, SPO, MaskDRPO, PolicyGradient, PPOClip, Tokens, VacuousTrustRegionWarning
-from drpo_core.objectives import MEASURES, OBJECTIVES, Family, family_of, is_known, label, parameters_of
+from drpo_core.objectives import (
+    IPO,
+    MEASURES,
+    OBJECTIVES,
+    SAPO,
+    TOPR,
+    Family,
+    IcePop,
+    Reinforce,
+    family_of,
+    is_known,
+    label,
+    parameters_of,
+)
 
 each_family = pytest.mark.parametrize("family", OBJECTIVES, ids=lambda family: family.name)
 
@@ -35,7 +48,8 @@ def random_tokens(n=2000):
 def test_names_are_told_apart():
     assert len({family.name for family in OBJECTIVES}) == len(OBJECTIVES)
     assert [family.name for family in OBJECTIVES] == [
-        "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO",
+        "PG-IS", "CISPO", "PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "REINFORCE", "SAPO",
+        "IcePop", "IPO", "TOPR",
     ]  # fmt: skip
 
 
@@ -64,7 +78,8 @@ def test_parameters_are_fields(family):
     assert {family.threshold, *family.fixed} - {None} <= fields
     assert family.typical or family.threshold is None
     assert family.measure is None or family.measure in MEASURES
-    assert (family.measure is not None) == hasattr(family.objective, "inside")
+    if family.threshold is not None:
+        assert (family.measure is not None) == hasattr(family.objective, "inside")
 
 
 @each_family
@@ -107,6 +122,13 @@ def test_a_threshold_that_is_missing(family):
         (DPPO(delta=0.1, divergence="per_token"), "DPPO δ=0.1 divergence=per_token"),
         (DRPO(delta=0.15), "DRPO δ=0.15"),
         (MaskDRPO(delta_low=0.1, delta_high=0.3), "Mask-DRPO δ=0.1/0.3"),
+        (Reinforce(), "REINFORCE"),
+        (CISPO(min_ratio=0.8, max_ratio=1.2), "CISPO c=0.8/1.2"),
+        (SAPO(tau_positive=1.0, tau_negative=1.05), "SAPO τ=1.05/1"),
+        (SAPO(tau_positive=2.0, tau_negative=3.0), "SAPO τ=3/2"),
+        (IcePop(min_ratio=0.5, max_ratio=5.0), "IcePop c=0.5/5"),
+        (IPO(delta=0.3, max_ratio=1e4), "IPO δ=0.3 c=1e+04"),
+        (TOPR(), "TOPR"),
     ],
     ids=repr,
 )
