@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from drpo_core.anchors import Policies
 
 __all__ = [
+    "ClippedGeometricRatio",
     "Correction",
     "DivergenceMask",
     "Edge",
@@ -523,6 +524,55 @@ class OutwardMask(_OnEdge):
         """0 where the token is outward beyond ε."""
         ell, a = evidence.log_ratio(self.edge), evidence.advantages
         return _indicator(~(((a > 0.0) & (ell > self.eps_high)) | ((a < 0.0) & (ell < -self.eps_low))), evidence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClippedGeometricRatio(_OnEdge):
+    """K = exp of the sequence's mean of ℓ̃, where ℓ̃ = min(ℓ, ε_high) if A > 0, max(ℓ, −ε_low) if A < 0, 0 if A = 0: GMPO.
+
+    GMPO's gradient is −A K at the tokens that `OutwardMask` keeps: ``Reinforce()`` with both corrections.
+
+    Parameters
+    ----------
+    edge
+        Which ratio.
+    eps_low, eps_high
+        > 0, nats.
+
+    References
+    ----------
+    arXiv:2507.20673 (GMPO), eq. 4.
+
+    Examples
+    --------
+    >>> from drpo_core.corrections import ClippedGeometricRatio
+    >>> ClippedGeometricRatio(eps_low=0.4, eps_high=0.4)
+    ClippedGeometricRatio(edge='policy/proximal', eps_low=0.4, eps_high=0.4)
+    """
+
+    edge: Edge = "policy/proximal"
+    eps_low: float
+    eps_high: float
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        _set_number(self, "eps_low")
+        _set_number(self, "eps_high")
+
+    @property
+    def counts(self) -> str | None:
+        """Its edge."""
+        return self.edge
+
+    def factor(self, evidence: Evidence) -> Float[Array, "..."]:
+        """exp(mean ℓ̃)."""
+        policies, a = evidence.policies, evidence.advantages
+        xp, ell = policies.xp, evidence.log_ratio(self.edge)
+        of_positive = xp.where(ell > self.eps_high, self.eps_high, ell)
+        of_negative = xp.where(ell < -self.eps_low, -self.eps_low, ell)
+        clipped = xp.where(a > 0.0, of_positive, xp.where(a < 0.0, of_negative, 0.0))
+        return xp.exp(saturated_both_ways(policies.sequences.mean(clipped), xp=xp))
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,13 +59,15 @@ class Penalty:
         Which value and gradient: see `drpo_core.penalties`.
     to
         The other policy q: ``"reference"``, ``"behavior"`` (the sampler) or ``"proximal"``.
+    ratio
+        What r is taken against in ``"r·k1"`` and ``"r·k3"``: ``"behavior"``, r = π/μ, or ``"proximal"``, r = π/π_old.
 
     Raises
     ------
     TypeError
         If the coefficient is not a real number.
     ValueError
-        If it is not finite and positive, or the estimator or the policy is unknown.
+        If it is not finite and positive, or the estimator or a policy is unknown.
 
     References
     ----------
@@ -86,11 +88,13 @@ class Penalty:
     coefficient: float
     estimator: Estimator = "k3"
     to: Literal["reference", "behavior", "proximal"] = "reference"
+    ratio: Literal["behavior", "proximal"] = "behavior"
 
     def __post_init__(self) -> None:
         """Check the hyper-parameters and keep the coefficient as a Python float."""
         object.__setattr__(self, "coefficient", check_number("coefficient", self.coefficient, above=0.0))
-        for name, known in (("estimator", _ESTIMATORS), ("to", _POLICIES)):
+        known_of = {"estimator": tuple(_ESTIMATORS), "to": tuple(_POLICIES), "ratio": ("behavior", "proximal")}
+        for name, known in known_of.items():
             if getattr(self, name) not in known:
                 msg = f"{name}: expected one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}"
                 raise ValueError(msg)
@@ -98,13 +102,15 @@ class Penalty:
     @property
     def arguments(self) -> tuple[str, ...]:
         """The log-probs that it needs, by the names of the arguments."""
-        return (_POLICIES[self.to], *(("behavior_log_prob",) if self.estimator.startswith("r·") else ()))
+        return (_POLICIES[self.to], *((_POLICIES[self.ratio],) if self.estimator.startswith("r·") else ()))
 
     def value_and_gradient(self, policies: Policies) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
         """β times the estimator, and its gradient in log π, per token."""
         xp, x = policies.xp, policies.log_prob
         ell = x - getattr(policies, _POLICIES[self.to])
-        ratio = _power(x - policies.behavior_log_prob, xp) if self.estimator.startswith("r·") else xp.ones_like(ell)
+        ratio = (
+            _power(x - getattr(policies, _POLICIES[self.ratio]), xp) if self.estimator.startswith("r·") else xp.ones_like(ell)
+        )
         value, gradient = _ESTIMATORS[self.estimator](ell, ratio, xp)
         return self.coefficient * value, self.coefficient * gradient
 

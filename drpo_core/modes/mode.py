@@ -60,7 +60,7 @@ class Mode:
         See `drpo_core.penalties`.
     reduction
         Name of a reduction of `drpo_core.reduction`: ``"token_mean"``, ``"sequence_mean_token_mean"`` or
-        ``"sequence_mean_token_sum"``.
+        ``"sequence_mean_token_sum"``; or ``"token_sum"``, the sum over valid tokens.
     horizon
         H of ``"sequence_mean_token_sum"``; None: 1.
     count_masked
@@ -192,6 +192,7 @@ REDUCTIONS: Mapping[str, Any] = {
     "token_mean": reductions.token_mean,
     "sequence_mean_token_mean": reductions.sequence_mean_token_mean,
     "sequence_mean_token_sum": reductions.sequence_mean_token_sum,
+    "token_sum": partial(reductions.token_mean, normalizer=1.0),
 }
 
 

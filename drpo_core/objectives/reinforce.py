@@ -38,6 +38,8 @@ class Reinforce:
     (array([ 0.693147,  1.609438, -1.203973]), array([-1., -1.,  1.]), array([0.5, 1. , 2. ]))
     """
 
+    counts_ratio = False
+
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """−A log π; NaN where anything is."""
         return -tokens.advantages * self.ratio_weight(tokens) * finite_log_prob(tokens)

@@ -1,0 +1,105 @@
+"""The keys of a framework's configuration, as the makers of modes read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from drpo_core._checks import check_number
+from drpo_core.objectives import CISPO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from drpo_core.modes.mode import Mode
+
+__all__ = ["ONE_RATIO", "Keys", "chosen", "cispo", "made"]
+
+T = TypeVar("T")
+
+ONE_RATIO = "the ratio of a sequence is differentiated as one there, so its tokens share the mean of their weights"
+"""Why weights of tokens on the ratio of a sequence are no mode, where a framework does not detach the mean."""
+
+
+class Keys:
+    """What a call gives, over a framework's defaults. Keys that nothing has read were given in vain: `check_all_read`."""
+
+    def __init__(self, framework: str, name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        if unknown := given.keys() - defaults.keys():
+            msg = f"{', '.join(sorted(unknown))}: expected keys of {framework} among {', '.join(defaults)}"
+            raise ValueError(msg)
+        self._framework, self._name = framework, name
+        self._values = {**defaults, **given}
+        self._given = given.keys()
+        self.read: dict[str, Any] = {}
+        """The keys that were read, with their values."""
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key."""
+        self.read[key] = self._values[key]
+        return self._values[key]
+
+    def number(self, key: str, *, above: float | None = None, at_least: float | None = None) -> float:
+        """The value, a number within its bound."""
+        return check_number(key, self[key], above=above, at_least=at_least)
+
+    def optional(self, key: str, *, above: float | None = None, at_least: float | None = None) -> float | None:
+        """The value, a number within its bound or None."""
+        return None if self[key] is None else self.number(key, above=above, at_least=at_least)
+
+    def flag(self, key: str) -> bool:
+        """The value, True or False."""
+        if not isinstance(self[key], bool):
+            msg = f"{key}: expected True or False, got {self[key]!r}"
+            raise TypeError(msg)
+        return bool(self[key])
+
+    def choice(self, key: str, known: Mapping[Any, T]) -> T:
+        """What the value stands for."""
+        return chosen(key, self[key], known)
+
+    def ignore(self, *keys: str) -> None:
+        """Accept keys that the framework ignores too."""
+        for key in keys:
+            self[key]
+
+    def refuse(self, key: str, reason: str) -> None:
+        """Raise, because a mode can't do what a value asks for."""
+        msg = f"{key}: {self._framework}'s {self._name!r} with {self._values[key]!r} is no Mode: {reason}"
+        raise ValueError(msg)
+
+    def check_all_read(self) -> None:
+        """Raise if a key was given that these settings do not use."""
+        if unused := [key for key in self._given if key not in self.read]:
+            used = ", ".join(self.read) or "none"
+            msg = f"{', '.join(unused)}: {self._framework}'s {self._name!r} with these settings reads {used} only"
+            raise ValueError(msg)
+
+
+def chosen(key: str, value: Any, known: Mapping[Any, T]) -> T:
+    """What a value stands for, or an error that lists the known ones."""
+    try:
+        return known[value]
+    except (KeyError, TypeError):
+        msg = f"{key}: expected {', '.join(map(repr, known))}, got {value!r}"
+        raise ValueError(msg) from None
+
+
+def made(
+    framework: str,
+    argument: str,
+    losses: Mapping[str, Callable[[Keys], Mode]],
+    defaults: Mapping[str, Any],
+    name: str,
+    given: Mapping[str, Any],
+) -> Mode:
+    """The mode of a framework's loss; `argument` is the framework's word for the name of a loss."""
+    loss = chosen(argument, name, losses)
+    keys = Keys(framework, name, defaults, given)
+    mode = loss(keys)
+    keys.check_all_read()
+    return mode
+
+
+def cispo(eps_low: float, eps_high: float) -> CISPO:
+    """CISPO with the ratio clipped to [1 − ε_low, 1 + ε_high]; ε_low ≥ 1 is no lower bound."""
+    return CISPO(max_ratio=1.0 + eps_high, min_ratio=1.0 - eps_low if eps_low < 1.0 else None)
