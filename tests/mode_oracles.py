@@ -274,7 +274,7 @@ def anchor_log_prob(anchor, row):
 def penalty(p, t):
     """Value and gradient of a penalty at a token, without saturation."""
     x = t.policy - {"reference": t.reference, "behavior": t.behavior, "proximal": t.proximal}[p.to]
-    ratio = MP.exp(t.policy - t.behavior)
+    ratio = MP.exp(t.policy - {"behavior": t.behavior, "proximal": t.proximal}[p.ratio])
     k1, k2, k3 = x, x * x / 2, MP.exp(-x) - 1 + x
     value, gradient = {
         "k1": (k1, 1),
