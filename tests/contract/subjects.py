@@ -121,6 +121,11 @@ ELSEWHERE = {
     "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
+    **dict.fromkeys(
+        ("proximal_log_prob", "reference_log_prob"),
+        "only a mode takes them, whose reduction is its own: tests/core/test_modes.py and tests/test_adapter_modes.py",
+    ),
+    "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
 """Parameters that are no axis here, and why."""
 
@@ -358,7 +363,11 @@ CLASSES = {
 
 
 NO_SUBJECTS = {
-    "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`"
+    **dict.fromkeys(
+        ("drpo_torch.distributed.across", "drpo_jax.distributed.across"),
+        "returns a function for the argument `across`: tests/torch/test_distributed.py and tests/jax/test_distributed.py",
+    ),
+    "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`",
 }
 """Public functions that are no subjects, and why."""
 
