@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from drpo_core._checks import check_number
-from drpo_core.objectives import CISPO
+from drpo_core.objectives import CISPO, PPOClip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from drpo_core.modes.mode import Mode
 
-__all__ = ["ONE_RATIO", "Keys", "chosen", "cispo", "made"]
+__all__ = ["ONE_RATIO", "Keys", "chosen", "cispo", "clip", "made"]
 
 T = TypeVar("T")
 
@@ -103,3 +103,8 @@ def made(
 def cispo(eps_low: float, eps_high: float) -> CISPO:
     """CISPO with the ratio clipped to [1 − ε_low, 1 + ε_high]; ε_low ≥ 1 is no lower bound."""
     return CISPO(max_ratio=1.0 + eps_high, min_ratio=1.0 - eps_low if eps_low < 1.0 else None)
+
+
+def clip(low: float, high: float) -> PPOClip:
+    """The clip to ratios within [low, high], whose offsets from 1 are not to print as 0.19999999999999996."""
+    return PPOClip(eps_low=round(1.0 - low, 12), eps_high=round(high - 1.0, 12))
