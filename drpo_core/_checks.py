@@ -16,7 +16,17 @@ from array_api_compat import array_namespace
 if TYPE_CHECKING:
     from drpo_core._arrays import Array, Namespace
 
-__all__ = ["check_arrays", "check_dtype", "check_mask", "check_number", "check_segment_ids", "check_shape", "compute_dtype"]
+__all__ = [
+    "check_arrays",
+    "check_dtype",
+    "check_flag",
+    "check_mask",
+    "check_number",
+    "check_part",
+    "check_segment_ids",
+    "check_shape",
+    "compute_dtype",
+]
 
 
 def check_arrays(*, xp: Namespace | None = None, kind: str = "real floating", **arrays: Array) -> Namespace:
@@ -102,6 +112,21 @@ def check_number(
         msg = f"{name}: expected a finite number{bound}, got {_short(value)}"
         raise ValueError(msg)
     return number
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `TypeError` unless the value is True or False."""
+    if not isinstance(value, bool):
+        msg = f"{name}: expected True or False, got {value!r}"
+        raise TypeError(msg)
+
+
+def check_part(name: str, part: object, method: str, expected: str) -> None:
+    """Raise `TypeError` unless the part of a mode is an instance with this method."""
+    if isinstance(part, type) or not callable(getattr(part, method, None)):
+        got = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+        msg = f"{name}: expected {expected}, got {got}"
+        raise TypeError(msg)
 
 
 def compute_dtype(*arrays: Array, xp: Namespace) -> Any:

@@ -115,32 +115,39 @@ class Sequences:
         """Mean over the valid tokens of each sequence; 0 where there is none."""
         return self.total(x) / self.length(x)
 
+    def total_of_all(self, x: Float[Array, "*tokens"]) -> Float[Array, ""]:
+        """Sum over the valid tokens of all sequences."""
+        total = self.xp.sum(self.xp.where(self.mask, x, 0.0))
+        return total if self._across is None else self._across(total, "sum")
+
     def largest(self, x: Float[Array, "*tokens"]) -> Float[Array, "..."]:
         """The largest among the valid tokens of each sequence; −inf where there is none."""
         x = self.xp.where(self.mask, x, -self.xp.inf)
         if self._segments is not None:
             return self._segments.whole(x, self.xp.maximum)
         if x.shape[-1] == 0:
-            return self.xp.sum(x, axis=-1, keepdims=True) - self.xp.inf
-        largest = self.xp.max(x, axis=-1, keepdims=True)
+            largest = self.xp.sum(x, axis=-1, keepdims=True) - self.xp.inf
+        else:
+            largest = self.xp.max(x, axis=-1, keepdims=True)
+        # a rank without a column takes part too, or the others would wait for it
         return largest if self._across is None else self._across(largest, "max")
 
     def running_total(self, x: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """Sum over the valid tokens of each sequence up to each token, itself included."""
-        self._need_whole_sequences()
+        self.need_whole_sequences()
         x = self.xp.where(self.mask, x, 0.0)
         return self._scanned(x, 0.0, lambda x, earlier, _: x + earlier)
 
     def smallest_before(self, x: Float[Array, "*tokens"], *, nothing: float) -> Float[Array, "*tokens"]:
         """The smallest among the valid tokens before each token; `nothing` where there is none."""
-        self._need_whole_sequences()
+        self.need_whole_sequences()
         x = self.xp.where(self.mask, x, self.xp.inf)
         smallest = self._scanned(x, self.xp.inf, lambda x, earlier, _: self.xp.minimum(x, earlier), shift=1)
         return self.xp.where(smallest == self.xp.inf, nothing, smallest)
 
     def discounted_future(self, x: Float[Array, "*tokens"], discount: float) -> Float[Array, "*tokens"]:
         """Sum of x_k γ^(k − t) over the valid tokens k ≥ t of each sequence, where k − t counts all positions."""
-        self._need_whole_sequences()
+        self.need_whole_sequences()
         x = self.xp.where(self.mask, x, 0.0)
         return self._scanned(x, 0.0, lambda x, later, distance: x + discount**distance * later, forward=False)
 
@@ -166,14 +173,15 @@ class Sequences:
             kept = xp.where(self._segments.same(distance), kept, fill)
         return xp.concat((edge, kept) if forward else (kept, edge), axis=-1)
 
-    def _need_whole_sequences(self) -> None:
+    def need_whole_sequences(self) -> None:
+        """Raise if ranks hold parts of sequences."""
         if self._across is not None:
-            msg = "across: what depends on the order of tokens needs the whole of each sequence on one rank"
+            msg = "across: what depends on an order of the tokens needs the whole of each sequence on one rank"
             raise ValueError(msg)
 
     def first_of_each(self) -> Bool[Array, "..."]:
         """True at one element of each sequence that has a valid token, of the shape of `total`: to count sequences by."""
         if self._segments is None:
-            return self.xp.any(self.mask, axis=-1, keepdims=True)
+            return self.largest(self.xp.astype(self.mask, self.xp.float32)) > 0.0
         ones = self.xp.astype(self.mask, self.xp.float32)
         return self.mask & (self.running_total(ones) == 1)

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from array_api_compat import is_numpy_namespace
 
 from drpo_core._arrays import in_one_piece
-from drpo_core._checks import check_arrays, check_dtype, check_number, check_segment_ids, check_shape, compute_dtype
-from drpo_core._sequences import Segments
+from drpo_core._checks import (
+    check_arrays,
+    check_dtype,
+    check_mask,
+    check_number,
+    check_segment_ids,
+    check_shape,
+    compute_dtype,
+)
+from drpo_core._sequences import Segments, distances
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from drpo_core._arrays import Array, Bool, Float, Int, Namespace
 
-__all__ = ["expand_advantages", "group_advantages"]
+__all__ = [
+    "KeptGroups",
+    "expand_advantages",
+    "generalized_advantages",
+    "group_advantages",
+    "informative_groups",
+    "length_weighted_advantages",
+    "whitened_advantages",
+]
 
 
 def group_advantages(
@@ -24,10 +40,11 @@ def group_advantages(
     group_ids: Int[Array, " sequences"] | None = None,
     divide_by_std: bool = False,
     std_offset: float = 1e-6,
+    divide_by_mean: bool = False,
     leave_one_out: bool = False,
     xp: Namespace | None = None,
 ) -> Float[Array, "*sequences"]:
-    """Group-relative advantages A = R − mean(R of its group), optionally divided by the group's standard deviation.
+    """Group-relative advantages A = R − mean(R of its group), optionally divided by the group's deviation or its mean.
 
     Parameters
     ----------
@@ -39,6 +56,8 @@ def group_advantages(
         A = (R − mean) / (std + `std_offset`), with the sample standard deviation (n − 1).
     std_offset
         Added to the standard deviation, in units of the reward; 0 or more.
+    divide_by_mean
+        A = (R − mean) / mean, for rewards that are 0 or more (MaxRL).
     leave_one_out
         Use the mean of the *other* sequences of the group: A = n/(n − 1)·(R − mean).
     xp
@@ -55,12 +74,13 @@ def group_advantages(
     TypeError
         If a dtype is wrong.
     ValueError
-        If the shapes differ, `rewards` with `group_ids` is not 1-D, or `std_offset` is negative or not finite.
+        If the shapes differ, `rewards` with `group_ids` is not 1-D, `std_offset` is negative or not finite, both divisions
+        are asked for, or a reward of a NumPy array is NaN; elsewhere, a NaN stays in its own group.
 
     References
     ----------
     arXiv:2402.03300 (GRPO), section 4.1.1; without the division: arXiv:2503.20783 (Dr. GRPO); leave-one-out:
-    arXiv:2402.14740 (RLOO).
+    arXiv:2402.14740 (RLOO); divided by the mean: arXiv:2602.02710 (MaxRL).
 
     Examples
     --------
@@ -74,19 +94,13 @@ def group_advantages(
     """
     xp = check_arrays(xp=xp, rewards=rewards)
     std_offset = check_number("std_offset", std_offset, at_least=0.0)
-    if rewards.ndim == 0:
-        msg = "rewards: expected at least one axis, got a 0-d array"
+    if divide_by_std and divide_by_mean:
+        msg = "divide_by_mean: expected False with divide_by_std, got True"
         raise ValueError(msg)
-    if group_ids is not None:
-        check_dtype("group_ids", group_ids, "integral", xp=xp)
-        check_shape("group_ids", group_ids, "rewards", rewards)
-        if rewards.ndim != 1:
-            msg = f"rewards: expected 1-D with group_ids, got shape {tuple(rewards.shape)}"
-            raise ValueError(msg)
+    over_group = _groups("rewards", rewards, group_ids, xp=xp)
     if 0 in rewards.shape:
         return rewards
     r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
-    over_group = _over_rows(xp) if group_ids is None else _over_ids(group_ids, xp)
     n = over_group(xp.ones_like(r), xp.sum, xp.add)
     centred = r - over_group(r, xp.sum, xp.add) / n
     others = xp.where(n > 1.0, n - 1.0, 1.0)
@@ -96,7 +110,291 @@ def group_advantages(
     if divide_by_std:
         squares = over_group(centred * centred, xp.sum, xp.add)
         advantages = advantages / xp.where(constant, 1.0, xp.sqrt(squares / others) + std_offset)
+    if divide_by_mean:
+        mean = over_group(r, xp.sum, xp.add) / n
+        advantages = advantages / xp.where(constant, 1.0, mean)
     return xp.astype(xp.where(constant, 0.0, advantages), rewards.dtype, copy=False)
+
+
+def length_weighted_advantages(
+    rewards: Float[Array, "*sequences"],
+    lengths: Int[Array, "*sequences"],
+    *,
+    group_ids: Int[Array, " sequences"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, "*sequences"]:
+    """Advantages A = R − Σ T R / Σ T over its group: the baseline of least variance if a sequence's gradient grows with T.
+
+    Parameters
+    ----------
+    rewards
+        R per sequence: (…, samples) with one group a row, or (sequences,) with `group_ids`.
+    lengths
+        T, tokens of each sequence; of the shape of `rewards`.
+    group_ids
+        Which group each sequence belongs to; any integers, in any order.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        A per sequence, of the shape and dtype of `rewards`, computed in float32 at least; R − 0 in a group of no token.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or a reward of a NumPy array is NaN.
+
+    References
+    ----------
+    arXiv:2505.23585 (OPO), eq. 8.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core.advantages import length_weighted_advantages
+    >>> length_weighted_advantages(np.array([[1.0, 0.0]]), np.array([[30, 10]]))
+    array([[ 0.25, -0.75]])
+    """
+    xp = check_arrays(xp=xp, rewards=rewards)
+    check_dtype("lengths", lengths, "integral", xp=xp)
+    check_shape("lengths", lengths, "rewards", rewards)
+    over_group = _groups("rewards", rewards, group_ids, xp=xp)
+    if 0 in rewards.shape:
+        return rewards
+    r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
+    t = xp.astype(lengths, r.dtype)
+    total = over_group(t, xp.sum, xp.add)
+    baseline = over_group(t * r, xp.sum, xp.add) / xp.where(total == 0.0, 1.0, total)
+    return xp.astype(r - baseline, rewards.dtype, copy=False)
+
+
+def whitened_advantages(
+    advantages: Float[Array, "*tokens"], mask: Bool[Array, "*tokens"], *, std_offset: float = 1e-8, xp: Namespace | None = None
+) -> Float[Array, "*tokens"]:
+    """Advantages with mean 0 and standard deviation 1 over the valid tokens of the batch: A' = (A − mean) / (std + offset).
+
+    Parameters
+    ----------
+    advantages
+        A per token, any shape; anything where the mask is False.
+    mask
+        True at tokens that count.
+    std_offset
+        Added to the standard deviation (with n − 1), in units of A; 0 or more.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        A' per token, 0 where the mask is False and where all valid ones are equal; of the dtype of `advantages`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or `std_offset` is negative or not finite.
+
+    References
+    ----------
+    arXiv:2501.03262 (REINFORCE++), section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core.advantages import whitened_advantages
+    >>> whitened_advantages(np.array([1.0, 2.0, 3.0, np.nan]), np.array([True, True, True, False])).round(6)
+    array([-1.,  0.,  1.,  0.])
+    """
+    xp = check_arrays(xp=xp, advantages=advantages)
+    check_mask(mask, "advantages", advantages, xp=xp)
+    std_offset = check_number("std_offset", std_offset, at_least=0.0)
+    if 0 in advantages.shape:
+        return advantages
+    a = xp.astype(xp.where(mask, advantages, 0.0), compute_dtype(advantages, xp=xp), copy=False)
+    n = xp.astype(xp.count_nonzero(mask), a.dtype)
+    mean = xp.sum(a) / xp.where(n == 0.0, 1.0, n)
+    centred = xp.where(mask, a - mean, 0.0)
+    std = xp.sqrt(xp.sum(centred * centred) / xp.where(n > 1.0, n - 1.0, 1.0))
+    constant = xp.max(xp.where(mask, a, -xp.inf)) <= xp.min(xp.where(mask, a, xp.inf))
+    whitened = centred / xp.where(constant, 1.0, std + std_offset)
+    return xp.astype(xp.where(constant, 0.0, whitened), advantages.dtype, copy=False)
+
+
+def generalized_advantages(
+    rewards: Float[Array, "*sequences tokens"],
+    values: Float[Array, "*sequences tokens"],
+    mask: Bool[Array, "*sequences tokens"],
+    *,
+    discount: float = 1.0,
+    trace_decay: float | Array = 0.95,
+    xp: Namespace | None = None,
+) -> Float[Array, "*sequences tokens"]:
+    """Generalised advantage estimates A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = R_t + γ V_{t+1} − V_t, over valid tokens.
+
+    Tokens that the mask leaves out are skipped, as if the valid ones of a row stood side by side (a tool's answer between
+    a model's turns, say). After the last one the value is 0.
+
+    Parameters
+    ----------
+    rewards, values
+        R and V per token, (…, tokens); anything where the mask is False.
+    mask
+        True at tokens that count.
+    discount
+        γ in [0, 1].
+    trace_decay
+        λ in [0, 1]: a number, or one a row, (…, 1): λ = 1 − 1/(α T) for sequences of T tokens (VAPO).
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        A per token, 0 where the mask is False; of the dtype of `rewards`, computed in float32 at least. A + V is the return
+        that a value function is fitted to.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or a number is out of its range.
+
+    References
+    ----------
+    arXiv:1506.02438 (GAE), eq. 16; length-adaptive λ: arXiv:2504.05118 (VAPO), section 4.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core.advantages import generalized_advantages
+    >>> rewards, values = np.array([[0.0, 9.0, 1.0]]), np.array([[0.5, 9.0, 0.25]])
+    >>> generalized_advantages(rewards, values, np.array([[True, False, True]]), trace_decay=1.0)
+    array([[0.5 , 0.  , 0.75]])
+    """
+    xp = check_arrays(xp=xp, rewards=rewards, values=values)
+    check_mask(mask, "rewards", rewards, xp=xp)
+    discount = check_number("discount", discount, at_least=0.0)
+    if not hasattr(trace_decay, "shape") or not trace_decay.shape:
+        trace_decay = check_number("trace_decay", trace_decay, at_least=0.0)
+    dtype = compute_dtype(rewards, values, xp=xp)
+    r, v = (xp.astype(xp.where(mask, array, 0.0), dtype, copy=False) for array in (rewards, values))
+    keep = xp.astype(mask, dtype)
+    # A_t = δ_t + γλ A_{t+1} and V_{t+1}, each through (a, b): x_t = b_t + a_t x_{t+1}, composed over 1, 2, 4 … tokens
+    following = _recurrence(v, 1.0 - keep, shift=1, xp=xp)
+    delta = xp.where(mask, r + discount * following - v, 0.0)
+    estimate = _recurrence(delta, xp.where(mask, discount * trace_decay, xp.ones_like(delta)), shift=0, xp=xp)
+    return xp.astype(xp.where(mask, estimate, 0.0), rewards.dtype, copy=False)
+
+
+def _recurrence(b: Array, a: Array, *, shift: int, xp: Namespace) -> Array:
+    """x_t = b_t + a_t x_{t+1} along the last axis, with x = 0 after the end; x_{t+1} with ``shift=1``."""
+
+    def moved(array: Array, distance: int, fill: float) -> Array:
+        if array.shape[-1] <= distance:
+            return xp.full_like(array, fill)
+        return xp.concat((array[..., distance:], xp.full_like(array[..., :distance], fill)), axis=-1)
+
+    a = xp.broadcast_to(a, b.shape)
+    for distance in distances(b.shape[-1]):
+        a, b = a * moved(a, distance, 1.0), b + a * moved(b, distance, 0.0)
+    return moved(b, 1, 0.0) if shift else b
+
+
+class KeptGroups(NamedTuple):
+    """Which sequences a filter keeps, and counts of groups: 0-d integer arrays."""
+
+    kept: Array
+    groups_kept: Array
+    groups_removed: Array
+
+
+def informative_groups(
+    rewards: Float[Array, "groups samples"],
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    xp: Namespace | None = None,
+) -> KeptGroups:
+    """Groups from which something can be learnt: not all rewards equal, and a mean within (low, high) if bounds are given.
+
+    Parameters
+    ----------
+    rewards
+        R, one group a row.
+    low, high
+        Exclusive bounds of a group's mean reward; None for none.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    KeptGroups
+        `kept` per sequence, boolean; how many groups were kept and removed.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If `rewards` is not 2-D, or a reward of a NumPy array is NaN; elsewhere, a group with a NaN is removed.
+
+    References
+    ----------
+    arXiv:2503.14476 (DAPO), dynamic sampling.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core.advantages import informative_groups
+    >>> found = informative_groups(np.array([[1.0, 0.0], [1.0, 1.0]]))
+    >>> found.kept.tolist(), int(found.groups_removed)
+    ([[True, True], [False, False]], 1)
+    """
+    xp = check_arrays(xp=xp, rewards=rewards)
+    if rewards.ndim != 2:
+        msg = f"rewards: expected (groups, samples), got shape {tuple(rewards.shape)}"
+        raise ValueError(msg)
+    _check_no_nan("rewards", rewards, xp=xp)
+    if 0 in rewards.shape:
+        none = xp.count_nonzero(rewards > xp.inf)
+        return KeptGroups(rewards > xp.inf, none, none + rewards.shape[0])
+    r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
+    mean = xp.mean(r, axis=-1, keepdims=True)
+    kept = xp.max(r, axis=-1, keepdims=True) > xp.min(r, axis=-1, keepdims=True)
+    kept = kept if low is None else kept & (mean > check_number("low", low))
+    kept = kept if high is None else kept & (mean < check_number("high", high))
+    count = xp.count_nonzero(kept)
+    return KeptGroups(xp.broadcast_to(kept, r.shape), count, r.shape[0] - count)
+
+
+def _check_no_nan(name: str, array: Array, *, xp: Namespace) -> None:
+    """Raise for a NaN in a NumPy array, by its place; values of other arrays may be on a device, or unknown."""
+    if is_numpy_namespace(xp) and bool(xp.any(array != array)):
+        place = tuple(int(i) for i in xp.argwhere(array != array)[0])
+        msg = f"{name}: expected numbers, got nan at index {place if len(place) > 1 else place[0]}"
+        raise ValueError(msg)
+
+
+def _groups(name: str, rewards: Array, group_ids: Array | None, *, xp: Namespace) -> Callable[..., Array]:
+    """A reduction over groups, after checking the arrays."""
+    if rewards.ndim == 0:
+        msg = f"{name}: expected at least one axis, got a 0-d array"
+        raise ValueError(msg)
+    if group_ids is not None:
+        check_dtype("group_ids", group_ids, "integral", xp=xp)
+        check_shape("group_ids", group_ids, name, rewards)
+        if rewards.ndim != 1:
+            msg = f"{name}: expected 1-D with group_ids, got shape {tuple(rewards.shape)}"
+            raise ValueError(msg)
+    _check_no_nan(name, rewards, xp=xp)
+    return _over_rows(xp) if group_ids is None or 0 in rewards.shape else _over_ids(group_ids, xp)
 
 
 def _over_rows(xp: Namespace) -> Callable[..., Array]:

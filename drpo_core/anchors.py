@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from drpo_core._checks import check_part
+from drpo_core.tokens import saturated_both_ways
+
 if TYPE_CHECKING:
     from drpo_core._arrays import Array, Float, Namespace
     from drpo_core._sequences import Sequences
@@ -42,19 +45,22 @@ class Anchor(Protocol):
         ...
 
     def log_prob(self, policies: Policies) -> Float[Array, "*tokens"]:
-        """Log a per token, nats."""
+        """Log a per token, nats, a constant."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Behavior:
-    """The behaviour policy μ that sampled the tokens: R = π/μ.
+    """The behaviour policy μ that sampled the tokens: R = π/μ, the default of a mode.
 
     Examples
     --------
-    >>> from drpo_core.anchors import Behavior, Sequence
-    >>> Sequence(Behavior())
-    Sequence(of=Behavior())
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.modes import Mode
+    >>> tokens = np.log([0.5, 0.2]), np.log([0.25, 0.2]), np.ones(2)
+    >>> token_loss_and_gradient(Mode(PPOClip(eps=0.2)), *tokens).weight
+    array([0., 1.])
     """
 
     arguments = ("behavior_log_prob",)
@@ -69,9 +75,23 @@ class Behavior:
 class Proximal:
     """The proximal policy π_old, the trainer's own at the start of the update: R = π/π_old.
 
+    What π_old and μ disagree on is then left to corrections, as in the decoupled objective.
+
     References
     ----------
-    arXiv:2110.00641 (Hilton et al., Batch size-invariance for policy optimization): the decoupled objective.
+    arXiv:2110.00641 (batch size-invariance for policy optimisation), the decoupled objective; for language models
+    arXiv:2505.24298 (AReaL).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.2), anchor=Proximal())
+    >>> tokens = np.log([0.5, 0.2]), np.log([0.25, 0.2]), np.ones(2)
+    >>> token_loss_and_gradient(mode, *tokens, proximal_log_prob=np.log([0.5, 0.1])).weight
+    array([1., 0.])
     """
 
     arguments = ("proximal_log_prob",)
@@ -82,64 +102,102 @@ class Proximal:
         return policies.proximal_log_prob
 
 
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """One ratio for a sequence: R = exp of the mean of log π − a over its valid tokens, the geometric mean of the ratios.
+class _OfAnother:
+    """An anchor made of another one, `of`."""
 
-    The mean is held constant; a token's own log π carries the gradient, so that ∂R/∂log π = R at each token.
+    __slots__ = ()
+    of: Anchor
+
+    def __post_init__(self) -> None:
+        """Check the inner anchor."""
+        check_part("of", self.of, "log_prob", "an anchor such as Proximal()")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Those of the inner anchor."""
+        return self.of.arguments
+
+    @property
+    def policy(self) -> str:
+        """That of the inner anchor."""
+        return self.of.policy
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence(_OfAnother):
+    """One ratio for a sequence of T valid tokens: R = exp((1/T) Σ_t (log π_t − log a_t)), the geometric mean of its ratios.
+
+    log a becomes log π − (1/T) Σ_t (log π_t − log a_t), held constant. A token's own log π carries the gradient, so that
+    ∂R/∂log π = R at each token. The mean is kept within ±20 nats. The anchor is no log-probability and may exceed 0:
+    objectives of π − μ, which are made for probabilities (DRPO, DPPO), are better left on tokens.
 
     Parameters
     ----------
     of
         The anchor a whose ratios are averaged.
+
+    Raises
+    ------
+    TypeError
+        If `of` is no anchor.
 
     References
     ----------
     arXiv:2507.18071 (GSPO), eq. 7 and section 4.3 (GSPO-token).
+
+    Examples
+    --------
+    Ratios 2 and 8, whose geometric mean is 4:
+
+    >>> import numpy as np
+    >>> from drpo_core import PolicyGradient, token_loss_and_gradient
+    >>> from drpo_core.anchors import Behavior, Sequence
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PolicyGradient(), anchor=Sequence(Behavior()))
+    >>> tokens = np.log([[0.5, 0.8]]), np.log([[0.25, 0.1]]), np.ones((1, 2))
+    >>> token_loss_and_gradient(mode, *tokens).gradient.round(6)
+    array([[-4., -4.]])
     """
 
     of: Anchor
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Those of the inner anchor."""
-        return self.of.arguments
-
-    @property
-    def policy(self) -> str:
-        """That of the inner anchor."""
-        return self.of.policy
-
     def log_prob(self, policies: Policies) -> Float[Array, "*tokens"]:
-        """Log π − mean(log π − a)."""
-        return policies.log_prob - policies.sequences.mean(policies.log_prob - self.of.log_prob(policies))
+        """Log π − mean(log π − log a)."""
+        x, sequences, xp = policies.log_prob, policies.sequences, policies.xp
+        return x - saturated_both_ways(sequences.mean(x - self.of.log_prob(policies)), xp=xp)
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
-    """The causal counterpart of `Sequence`: R = exp of the mean of log π − a over the sequence's valid tokens so far.
+class Prefix(_OfAnother):
+    """The causal counterpart of `Sequence`: R_t = exp((1/t) Σ_{i≤t} (log π_i − log a_i)) over the valid tokens so far.
 
     Parameters
     ----------
     of
         The anchor a whose ratios are averaged.
+
+    Raises
+    ------
+    TypeError
+        If `of` is no anchor.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PolicyGradient, token_loss_and_gradient
+    >>> from drpo_core.anchors import Behavior, Prefix
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PolicyGradient(), anchor=Prefix(Behavior()))
+    >>> tokens = np.log([[0.5, 0.8]]), np.log([[0.25, 0.1]]), np.ones((1, 2))
+    >>> token_loss_and_gradient(mode, *tokens).gradient.round(6)
+    array([[-2., -4.]])
     """
 
     of: Anchor
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Those of the inner anchor."""
-        return self.of.arguments
-
-    @property
-    def policy(self) -> str:
-        """That of the inner anchor."""
-        return self.of.policy
-
     def log_prob(self, policies: Policies) -> Float[Array, "*tokens"]:
-        """Log π − the mean of log π − a over the tokens up to each one."""
+        """Log π − the mean of log π − log a over the tokens up to each one."""
         x, sequences, xp = policies.log_prob, policies.sequences, policies.xp
         total = sequences.running_total(x - self.of.log_prob(policies))
         count = sequences.running_total(xp.ones_like(x))
-        return x - total / xp.where(count == 0.0, 1.0, count)
+        return x - saturated_both_ways(total / xp.where(count == 0.0, 1.0, count), xp=xp)

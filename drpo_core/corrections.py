@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
-from drpo_core._checks import check_number
+from drpo_core._checks import check_flag, check_number
 from drpo_core.divergence import binary_kl_of, k3_of
-from drpo_core.tokens import Tokens
+from drpo_core.tokens import Tokens, saturated_both_ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,7 +71,7 @@ class Evidence(NamedTuple):
         ell, sequences = self.log_ratio(edge), self.policies.sequences
         if level != "token":
             ell = sequences.total(ell) if level == "sequence" else sequences.mean(ell)
-        return _saturated(ell, self.policies)
+        return saturated_both_ways(ell, xp=self.policies.xp)
 
 
 class Correction(Protocol):
@@ -84,7 +84,7 @@ class Correction(Protocol):
 
     @property
     def counts(self) -> str | None:
-        """The edge whose ratio multiplies the gradient, for a weight; None for a mask."""
+        """The edge whose ratio, of the token or its sequence, multiplies the gradient; None for masks and other factors."""
         ...
 
     def factor(self, evidence: Evidence) -> Float[Array, "..."]:
@@ -124,18 +124,32 @@ class ImportanceWeight(_OnEdge):
     outside
         ``"clamp"`` or ``"zero"``: what happens to a ratio outside its bounds.
     normalize
-        Divide by the mean of K over the valid tokens of this call (over its sequences, at their level).
+        Divide by the mean of K over the valid tokens of this call (over its sequences, at their level). Micro-batches
+        then have means of their own.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
 
     References
     ----------
-    Truncated importance sampling of the mismatch of trainer and sampler: verl's and TRL's documentation of rollout
-    correction; zeroing, as IcePop does: arXiv:2510.18855.
+    Truncated importance sampling of what trainer and sampler disagree on: verl's and TRL's documentation of
+    rollout correction; zeroing, as IcePop does: arXiv:2510.18855.
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
     >>> from drpo_core.corrections import ImportanceWeight
-    >>> ImportanceWeight(high=2.0)
-    ImportanceWeight(edge='proximal/behavior', level='token', low=None, high=2.0, outside='clamp', normalize=False)
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(ImportanceWeight(high=2.0),))
+    >>> pi, old, mu = np.log([0.5, 0.1, 0.3]), np.log([0.5, 0.1, 0.3]), np.log([0.5, 0.2, 0.1])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([1.0, 1.0, 1.0]), proximal_log_prob=old).weight.round(4)
+    array([1. , 0.5, 2. ])
     """
 
     edge: Edge = "proximal/behavior"
@@ -150,6 +164,7 @@ class ImportanceWeight(_OnEdge):
         _check_choice("edge", self.edge, EDGES)
         _check_choice("level", self.level, LEVELS)
         _check_choice("outside", self.outside, ("clamp", "zero"))
+        check_flag("normalize", self.normalize)
         _check_bounds(self)
 
     @property
@@ -169,8 +184,12 @@ class ImportanceWeight(_OnEdge):
             ratio = ratio if self.high is None else xp.where(ratio > self.high, self.high, ratio)
         if not self.normalize:
             return ratio
-        counted = policies.sequences.mask if self.level == "token" else policies.sequences.first_of_each()
-        total, count = xp.sum(xp.where(counted, ratio, 0.0)), xp.sum(xp.where(counted, xp.ones_like(ratio), 0.0))
+        sequences, one = policies.sequences, xp.ones_like(ratio)
+        if self.level == "token":
+            total, count = sequences.total_of_all(ratio), sequences.total_of_all(one)
+        else:
+            first = sequences.first_of_each()
+            total, count = xp.sum(xp.where(first, ratio, 0.0)), xp.sum(xp.where(first, one, 0.0))
         mean = total / xp.where(count == 0.0, 1.0, count)
         return ratio / xp.where(mean == 0.0, 1.0, mean)
 
@@ -186,9 +205,29 @@ class RatioMask(_OnEdge):
     low, high
         Bounds, ratios; None for none.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     arXiv:2510.18855 (IcePop) at the level of tokens; verl's ``rollout_rs`` by k1, whose bounds are ratios too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import RatioMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(RatioMask(level="geometric", low=0.9, high=1.1),))
+    >>> pi, old, mu = np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
@@ -235,9 +274,30 @@ class DivergenceMask(_OnEdge):
     high
         Largest D that is kept, in nats (TV: a probability); > 0.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     verl's ``rollout_rs``; the largest of a sequence: arXiv:2512.23075 (TRM); both directions: arXiv:2606.15079 (KPop).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import DivergenceMask
+    >>> from drpo_core.modes import Mode
+    >>> correction = DivergenceMask(estimator="binary_tv", over="max", high=0.05)
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(correction,))
+    >>> pi, old, mu = np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
@@ -271,9 +331,29 @@ class Veto(_OnEdge):
     low, high
         Bounds, ratios: what no numerical noise explains.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     verl's documentation of rollout correction (token veto); prime-rl's ``token_mask``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import Veto
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(Veto(),))
+    >>> pi, old, mu = np.log([[0.5, 0.2], [0.5, 1e-6]]), np.log([[0.5, 0.2], [0.5, 1e-6]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
@@ -304,9 +384,29 @@ class NegativeSequenceMask(_OnEdge):
     delta
         δ > 0, nats.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     TRL's ``off_policy_mask_threshold`` and slime's OPSM, after DeepSeek-V3.2 (arXiv:2512.02556).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import NegativeSequenceMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(NegativeSequenceMask(delta=0.1),))
+    >>> pi, old, mu = np.log([[0.5, 0.1], [0.5, 0.1]]), np.log([[0.5, 0.1], [0.5, 0.1]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1.],
+           [0., 0.]])
     """
 
     edge: Edge = "policy/behavior"
@@ -333,6 +433,30 @@ class SequenceTrustMask(_OnEdge):
         Which ratio.
     delta
         δ > 0, dimensionless.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2603.01365 (VACO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import SequenceTrustMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(SequenceTrustMask(delta=0.2),))
+    >>> pi, old, mu = np.log([[0.5, 0.3], [0.5, 0.3]]), np.log([[0.5, 0.3], [0.5, 0.3]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 0.],
+           [1., 1.]])
     """
 
     edge: Edge = "policy/behavior"
@@ -361,9 +485,29 @@ class OutwardMask(_OnEdge):
     eps_low, eps_high
         > 0, nats.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     arXiv:2507.20673 (GMPO), section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import OutwardMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(OutwardMask(eps_low=0.1, eps_high=0.1),))
+    >>> pi, old, mu = np.log([[0.5, 0.25], [0.5, 0.25]]), np.log([[0.5, 0.2], [0.5, 0.2]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 0.],
+           [1., 1.]])
     """
 
     edge: Edge = "policy/proximal"
@@ -428,7 +572,7 @@ class ClippedGeometricRatio(_OnEdge):
         of_positive = xp.where(ell > self.eps_high, self.eps_high, ell)
         of_negative = xp.where(ell < -self.eps_low, -self.eps_low, ell)
         clipped = xp.where(a > 0.0, of_positive, xp.where(a < 0.0, of_negative, 0.0))
-        return xp.exp(_saturated(policies.sequences.mean(clipped), policies))
+        return xp.exp(saturated_both_ways(policies.sequences.mean(clipped), xp=xp))
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,6 +582,18 @@ class LengthScale:
     References
     ----------
     arXiv:2602.05261 (LUSPO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import LengthScale
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(LengthScale(),))
+    >>> pi, old, mu = np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[3., 3., 3.]])
     """
 
     arguments = ()
@@ -459,9 +615,29 @@ class VariationalWeight(_OnEdge):
     positive, negative
         (k, λ) where A ≥ 0 and where A < 0; positive numbers.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
-    VESPO, as TRL implements it.
+    arXiv:2602.10693 (VESPO), with the numbers (k, λ) of TRL's ``loss_type="vespo"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import VariationalWeight
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(VariationalWeight(edge="proximal/behavior"),))
+    >>> pi, mu = np.log([[0.5, 0.2], [0.5, 0.25]]), np.log([[0.5, 0.2], [0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0], [-1.0, -1.0]]), proximal_log_prob=pi).weight.round(4)
+    array([[1.    , 1.    ],
+           [1.1846, 1.1846]])
     """
 
     edge: Edge = "policy/behavior"
@@ -472,8 +648,11 @@ class VariationalWeight(_OnEdge):
         """Check the hyper-parameters and keep them as Python floats."""
         _check_choice("edge", self.edge, EDGES)
         for name in ("positive", "negative"):
-            k, rate = (check_number(name, number, above=0.0) for number in getattr(self, name))
-            object.__setattr__(self, name, (k, rate))
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                msg = f"{name}: expected two numbers (k, λ), got {pair!r}"
+                raise TypeError(msg)
+            object.__setattr__(self, name, tuple(check_number(name, number, above=0.0) for number in pair))
 
     @property
     def counts(self) -> str | None:
@@ -500,6 +679,29 @@ class MinimumPrefixRatio(_OnEdge):
     ----------
     edge
         Which ratio.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2601.22718 (MinPRO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import MinimumPrefixRatio
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(MinimumPrefixRatio(),))
+    >>> pi, old, mu = np.log([[0.4, 0.24, 0.1]]), np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1. , 0.8, 0.8]])
     """
 
     edge: Edge = "policy/behavior"
@@ -512,7 +714,8 @@ class MinimumPrefixRatio(_OnEdge):
         """The smallest ratio before each token."""
         sequences, xp = evidence.policies.sequences, evidence.policies.xp
         # at the first token there is none before it
-        return xp.exp(_saturated(sequences.smallest_before(evidence.log_ratio(self.edge), nothing=0.0), evidence.policies))
+        smallest = sequences.smallest_before(evidence.log_ratio(self.edge), nothing=0.0)
+        return xp.exp(saturated_both_ways(smallest, xp=xp))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -526,9 +729,32 @@ class FutureRatio(_OnEdge):
     delta
         δ > 0, a ratio: tokens beyond it count nothing.
     half_life
-        Tokens after which γ has halved: γ = 2^(−1/half_life).
+        Tokens after which γ has halved, > 0: γ = 2^(−1/half_life). The distance k − t counts masked tokens too.
     low, high
-        Bounds of the weight.
+        Bounds of the weight, 0 < low < high.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2603.19835 (FIPO), whose ratio is π/π_old. Its code also bounds K to 1 where A < 0 and ρ > 10, which is not here.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import FutureRatio
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(FutureRatio(delta=3.0, half_life=1.0),))
+    >>> pi, old, mu = np.log([[0.5, 0.22, 0.11]]), np.log([[0.5, 0.2, 0.1]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1.0741, 1.1537, 1.1   ]])
     """
 
     edge: Edge = "policy/behavior"
@@ -542,13 +768,14 @@ class FutureRatio(_OnEdge):
         _check_choice("edge", self.edge, EDGES)
         for name in ("delta", "half_life", "low", "high"):
             _set_number(self, name)
+        _check_order(self.low, self.high)
 
     def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
         """clip(exp of the discounted sum, low, high)."""
         sequences, xp = evidence.policies.sequences, evidence.policies.xp
-        ell = _saturated(evidence.log_ratio(self.edge), evidence.policies)
+        ell = evidence.at_level(self.edge, "token")
         ahead = sequences.discounted_future(xp.where(xp.exp(ell) <= self.delta, ell, 0.0), 2.0 ** (-1.0 / self.half_life))
-        weight = xp.exp(_saturated(ahead, evidence.policies))
+        weight = xp.exp(saturated_both_ways(ahead, xp=xp))
         weight = xp.where(weight < self.low, self.low, weight)
         return xp.where(weight > self.high, self.high, weight)
 
@@ -557,7 +784,7 @@ class FutureRatio(_OnEdge):
 class SecondMomentMask(_OnEdge):
     """K = 0 at the tokens of largest ℓ², as many as it takes for the mean ℓ² of the rest to be below τ (M2PO).
 
-    A batch-level mask: it depends on all valid tokens of the call.
+    Tokens of equal ℓ² go or stay together. A batch-level mask: it depends on all valid tokens of the call.
 
     Parameters
     ----------
@@ -566,9 +793,28 @@ class SecondMomentMask(_OnEdge):
     tau
         τ > 0, nats².
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     arXiv:2510.01161 (M2PO).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from drpo_core import PPOClip, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.corrections import SecondMomentMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PPOClip(eps=0.5), anchor=Proximal(), corrections=(SecondMomentMask(tau=0.04),))
+    >>> pi, old, mu = np.log([[0.5, 0.22, 0.2]]), np.log([[0.5, 0.22, 0.2]]), np.log([[0.5, 0.2, 0.1]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.array([[1.0, 1.0, 1.0]]), proximal_log_prob=old).weight.round(4)
+    array([[1., 1., 0.]])
     """
 
     edge: Edge = "proximal/behavior"
@@ -580,18 +826,18 @@ class SecondMomentMask(_OnEdge):
         _set_number(self, "tau")
 
     def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
-        """0 where ℓ² is beyond the largest that can be kept."""
+        """1 where ℓ² is below the smallest that must go."""
         xp, mask = evidence.policies.xp, evidence.policies.sequences.mask
+        evidence.policies.sequences.need_whole_sequences()
         ell = evidence.log_ratio(self.edge)
         squares = xp.where(mask, ell * ell, xp.inf)
         if 0 in squares.shape:
             return xp.ones_like(squares)
         ordered = xp.sort(xp.reshape(squares, (-1,)))
         count = xp.cumulative_sum(xp.ones_like(ordered))
-        # means of the smallest ones rise with their number, so those below τ come first
-        kept = xp.cumulative_sum(ordered) / count < self.tau
-        largest = xp.max(xp.where(kept, ordered, -xp.inf))
-        return _indicator(squares <= largest, evidence)
+        # means of the smallest ones rise with their number, so those below τ come first; a NaN comes last
+        beyond = (xp.cumulative_sum(ordered) / count >= self.tau) & (ordered == ordered)
+        return _indicator(squares < xp.min(xp.where(beyond, ordered, xp.inf)), evidence)
 
 
 def _tokens(evidence: Evidence, edge: Edge) -> Tokens:
@@ -603,12 +849,6 @@ def _tokens(evidence: Evidence, edge: Edge) -> Tokens:
 def _swapped(tokens: Tokens) -> Tokens:
     x, b, xp = tokens.log_prob, tokens.behavior_log_prob, tokens.xp
     return Tokens.of(b, x, tokens.advantages, dtype=x.dtype, xp=xp)
-
-
-def _saturated(ell: Array, policies: Policies) -> Array:
-    """ℓ within ±20 nats."""
-    xp = policies.xp
-    return xp.where(ell > 20.0, 20.0, xp.where(ell < -20.0, -20.0, ell))
 
 
 def _within(ratio: Array, low: float | None, high: float | None) -> Bool[Array, "..."]:
@@ -638,8 +878,13 @@ def _check_bounds(correction: object) -> None:
     low, high = (getattr(correction, name) for name in ("low", "high"))
     low = None if low is None else check_number("low", low, at_least=0.0)
     high = None if high is None else check_number("high", high, above=0.0)
-    if low is not None and high is not None and low >= high:
-        msg = f"low: expected less than high, {high:g}, got {low:g}"
-        raise ValueError(msg)
+    if low is not None and high is not None:
+        _check_order(low, high)
     object.__setattr__(correction, "low", low)
     object.__setattr__(correction, "high", high)
+
+
+def _check_order(low: float, high: float) -> None:
+    if low >= high:
+        msg = f"low: expected less than high, {high:g}, got {low:g}"
+        raise ValueError(msg)

@@ -47,13 +47,13 @@ _POLICIES: Mapping[str, str] = {
 class Penalty:
     """β times an estimator of the divergence from another policy, added to the loss of each valid token.
 
-    It acts where A = 0 too, and no correction multiplies it. It does not overflow: e^−ℓ and r saturate at e²⁰, where the
-    gradient keeps its sign and the value goes on along its tangent.
+    It acts where A = 0 too, and no correction multiplies it. Nothing overflows: e^−ℓ and r saturate at e²⁰. The gradient
+    keeps its sign there, and the value of k3 goes on along its tangent.
 
     Parameters
     ----------
     coefficient
-        β > 0.
+        β > 0, per nat (k2 and square: per nat²).
     estimator
         Which value and gradient: see `drpo_core.penalties`.
     to
@@ -61,15 +61,27 @@ class Penalty:
     ratio
         What r is taken against in ``"r·k1"`` and ``"r·k3"``: ``"behavior"``, r = π/μ, or ``"proximal"``, r = π/π_old.
 
+    Raises
+    ------
+    TypeError
+        If the coefficient is not a real number.
+    ValueError
+        If it is not finite and positive, or the estimator or a policy is unknown.
+
     References
     ----------
     Schulman, Approximating KL divergence (2020), for k1, k2 and k3; their gradients: arXiv:2510.01555.
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from drpo_core import DRPO, token_loss_and_gradient
+    >>> from drpo_core.modes import Mode
     >>> from drpo_core.penalties import Penalty
-    >>> Penalty(coefficient=0.001, estimator="k3")
-    Penalty(coefficient=0.001, estimator='k3', to='reference', ratio='behavior')
+    >>> mode = Mode(DRPO(delta=0.15), penalties=(Penalty(coefficient=0.1, estimator="k2"),))
+    >>> tokens = np.array([-1.0, -2.0]), np.array([-1.0, -2.0]), np.zeros(2)
+    >>> token_loss_and_gradient(mode, *tokens, reference_log_prob=np.array([-1.5, -1.0])).gradient
+    array([ 0.05, -0.1 ])
     """
 
     coefficient: float

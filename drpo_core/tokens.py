@@ -18,7 +18,8 @@ __all__ = ["Tokens", "importance_ratio", "log_ratio", "probability_shift"]
 class Tokens(NamedTuple):
     """What every objective is a function of, per token: arrays of one shape and one dtype.
 
-    ======================  ========================================================
+    ======================  =================================================
+
     `log_prob`              log π of the sampled token, nats
     `behavior_log_prob`     log μ of the sampled token, nats
     `advantages`            A
@@ -28,7 +29,8 @@ class Tokens(NamedTuple):
     `shift`                 d = π − μ, a difference of probabilities in [−1, 1]
     `divergence`            a per-token divergence the caller measured, or None
     `xp`                    the namespace of the arrays
-    ======================  ========================================================
+    ======================  =================================================
+
 
     Build it with `Tokens.checked`; objectives read it (see `drpo_core.Objective`).
     """
@@ -274,6 +276,11 @@ def inverse_ratio(r: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, 
     """min(1/r, e²⁰) = e^−clip(ℓ, −20, 20), without dividing by zero."""
     # a literal, as above; r itself where it is NaN
     return 1.0 / xp.where(r < 2.061153622438558e-09, 2.061153622438558e-09, r)
+
+
+def saturated_both_ways(ell: Float[Array, "*tokens"], *, xp: Namespace) -> Float[Array, "*tokens"]:
+    """ℓ within ±20 nats: the log of a ratio between e⁻²⁰ and e²⁰, for what is multiplied or averaged."""
+    return xp.where(ell > 20.0, 20.0, xp.where(ell < -20.0, -20.0, ell))
 
 
 def _prepare(log_prob: Array, behavior_log_prob: Array, xp: Namespace | None) -> tuple[Array, Array, Namespace]:

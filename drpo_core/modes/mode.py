@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drpo_core import anchors, corrections, objectives, penalties
 from drpo_core import reduction as reductions
-from drpo_core._checks import check_arrays, check_number, check_shape
+from drpo_core._checks import check_arrays, check_flag, check_number, check_part, check_shape
 from drpo_core._sequences import Sequences
 from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean
 from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of
@@ -113,7 +113,7 @@ class Mode:
         if isinstance(self.objective, Mode):
             msg = f"objective: expected an objective, got the mode {self.objective!r}"
             raise TypeError(msg)
-        _check_part("anchor", self.anchor, "log_prob", "an anchor such as Proximal()")
+        check_part("anchor", self.anchor, "log_prob", "an anchor such as Proximal()")
         for name, method in (("corrections", "factor"), ("penalties", "value_and_gradient")):
             parts = getattr(self, name)
             if not isinstance(parts, (tuple, list)):
@@ -121,7 +121,7 @@ class Mode:
                 raise TypeError(msg)
             object.__setattr__(self, name, tuple(parts))
             for part in parts:
-                _check_part(name, part, method, f"a tuple of {name}")
+                check_part(name, part, method, f"a tuple of {name}")
         if self.reduction not in REDUCTIONS:
             msg = f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {self.reduction!r}"
             raise ValueError(msg)
@@ -130,6 +130,7 @@ class Mode:
                 msg = f"horizon: expected None with reduction {self.reduction!r}, got {self.horizon!r}"
                 raise ValueError(msg)
             object.__setattr__(self, "horizon", check_number("horizon", self.horizon, above=0.0))
+        check_flag("count_masked", self.count_masked)
         _warn_of_double_ratios(self)
 
     def __repr__(self) -> str:
@@ -193,13 +194,6 @@ REDUCTIONS: Mapping[str, Any] = {
     "sequence_mean_token_sum": reductions.sequence_mean_token_sum,
     "token_sum": partial(reductions.token_mean, normalizer=1.0),
 }
-
-
-def _check_part(name: str, part: object, method: str, expected: str) -> None:
-    if isinstance(part, type) or not callable(getattr(part, method, None)):
-        got = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
-        msg = f"{name}: expected {expected}, got {got}"
-        raise TypeError(msg)
 
 
 # --- double ratios ---------------------------------------------------------------------------------------------------
@@ -271,9 +265,13 @@ def _of_dict(values: Any) -> Any:
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         msg = f"kind: expected the name of a class of drpo_core's modes, got {name!r}"
         raise ValueError(msg)
-    known = [each.name for each in dataclasses.fields(kind)]
-    if unknown := fields.keys() - set(known):
+    known = {each.name: each for each in dataclasses.fields(kind)}
+    if unknown := fields.keys() - known.keys():
         msg = f"{name}: expected keys among {', '.join(known)}, got {', '.join(sorted(unknown))}"
+        raise ValueError(msg)
+    needed = [key for key, each in known.items() if each.default is each.default_factory is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in fields]:
+        msg = f"{name}: expected a value for {', '.join(missing)}, got none"
         raise ValueError(msg)
     return kind(**fields)
 

@@ -28,8 +28,8 @@ def at_clip_range(family: Family, low: float, high: float, *, cap: float | None 
     """The family's objective at the thresholds (low, high) of a framework's clip range.
 
     A threshold that is one number is `high`; if it bounds the ratio, 1 + `high`. A family that keeps the ratio between two
-    bounds has 1 − `low` and 1 + `high`. `cap` is what bounds the ratio besides,
-    where the class takes that: its `max_ratio` or `dual_clip`.
+    bounds has 1 − `low` and 1 + `high`. `cap` is what bounds the ratio besides, where the class takes that: its `max_ratio`
+    or `dual_clip`.
 
     Examples
     --------
@@ -39,6 +39,8 @@ def at_clip_range(family: Family, low: float, high: float, *, cap: float | None 
     'PPO-clip ε=0.2/0.28 dual_clip=3'
     >>> label(at_clip_range(families_by_name()["drpo_core_cispo"], 0.2, 4.0))
     'CISPO c=5'
+    >>> label(at_clip_range(families_by_name()["drpo_core_icepop"], 0.2, 0.28, cap=3.0))
+    'IcePop c=0.8/1.28'
     """
     parameters = getattr(family.objective, "__dataclass_fields__", {})
     if {"min_ratio", "max_ratio"} <= family.fixed.keys():

@@ -167,13 +167,16 @@ def test_at_quantile_drops_that_share_of_the_diverging_tokens(npz, q):
     for item in report.snapshots["log_prob"].objectives:
         if item.row.quantile != q:
             continue
-        outside = {"PPOClip": "dropped", "DPPO": "dropped"}.get(type(item.row.objective).__name__, "corrective")
-        lost = round(item.figures[f"{outside}_fraction"] * active)
+        # IPO drops converging tokens besides
+        either = ("outside_positive_diverging", "outside_negative_diverging")
+        outside = {"PPOClip": ["dropped"], "DPPO": ["dropped"], "IPO": either}
+        names = outside.get(type(item.row.objective).__name__, ["corrective"])
+        lost = round(sum(item.figures[f"{name}_fraction"] for name in names) * active)
         assert abs(lost / n - q) <= 1 / n
         # not one token fewer than asked for, but the one at the threshold
         assert lost == min(round(q * n), n - 1)
         checked.append(item.row.family)
-    assert checked == ["PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO"]
+    assert checked == ["PPO-clip", "SPO", "DPPO-TV", "DPPO-KL", "DRPO", "Mask-DRPO", "IPO"]
 
 
 def test_at_quantile_thresholds_are_those_of_a_sort(npz):

@@ -98,7 +98,7 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
         return row.oracle(*((known["objective"],) if objective else ()), **exact_arrays, **own)
 
     def called(**some: Any) -> Any:
-        return function(*objective, **options, **some)
+        return function(*objective, **(options | some))
 
     return Call(called, arrays, oracle, values, {k: v for k, v in inner.items() if v is not None})
 

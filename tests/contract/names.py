@@ -59,6 +59,7 @@ def objectives() -> dict[str, Any]:
             core.PolicyGradient(max_ratio=1.1),
             core.PPOClip(eps=0.2, dual_clip=3.0),
             core.CISPO(max_ratio=1.2),
+            core.CISPO(min_ratio=0.8, max_ratio=1.2),
             core.DPPO(delta=0.05, divergence="binary_kl", max_ratio=2.0),
             core.DPPO(delta=0.06, divergence="per_token"),
         ]

@@ -266,12 +266,14 @@ def _token(objective: Any, x: float, b: float, a: float, divergence: float | Non
         inside = divergence is not None and divergence <= (high if x >= b else low)
         known = _surrogate(objective, x, b, a)
         return (*known, inside) if inside or not a * (x - b) > 0 else (0.0, 0.0, 0.0, inside)
-    if kind == "CISPO" and x == -math.inf:
+    if kind == "CISPO" and objective.min_ratio is None and x == -math.inf:
         return (*_surrogate(objective, x, b, a), True)  # where π = 0, r log π has the limit 0
     known = digits.reference(objective, x, b, a)[:3]
     loss, weight, gradient = known
     if kind in {"PPOClip", "SPO"}:
         inside = -low <= math.expm1(min(x - b, SATURATION)) <= high
+    elif kind == "IcePop":
+        inside = objective.min_ratio <= math.exp(min(x - b, SATURATION)) <= objective.max_ratio
     else:
         inside = -low <= math.exp(x) - math.exp(b) <= high
     return loss, gradient, weight, inside
@@ -334,7 +336,8 @@ class Tokens:
         def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
             return numerator / denominator if float(denominator) else nan
 
-        mass, rho = (a.abs() * r)[active], (r * w.abs())[active]
+        mass, moved = (a.abs() * r)[active], self.gradient[mask][active].abs()
+        rho = moved / a.abs()[active]
         figures = {
             "ratio_mean": mean(r),
             "ratio_max": extreme(r, "amax"),
@@ -356,7 +359,7 @@ class Tokens:
             **mean_and_size("weight_mean", w[active]),
             "weight_min": extreme(w[active], "amin"),
             "weight_max": extreme(w[active], "amax"),
-            "gradient_mass_kept": quotient((mass * w[active].abs()).sum(), mass.sum()),
+            "gradient_mass_kept": quotient(moved.sum(), mass.sum()),
             "effective_sample_size": quotient(rho.sum() ** 2, (rho**2).sum() * rho.numel()),
         }
         unknown = []

@@ -60,8 +60,8 @@ def numbers() -> Iterator[Place]:
         if "reduction" in parameters:
             call = call_of(subject, base_cell(subject))
             for name, reduction in (("normalizer", drpo_core.token_mean), ("horizon", drpo_core.sequence_mean_token_sum)):
-                if name == "normalizer" and name not in defaults:
-                    continue  # nothing is divided there
+                if name == "normalizer" and defaults.get(name, dataclasses.MISSING) is dataclasses.MISSING:
+                    continue  # nothing is divided there, or its own is required
                 yield Place(
                     f"{subject} bound {name}", name, _bind(call, reduction, name), None if name == "normalizer" else 1.0
                 )
@@ -141,6 +141,8 @@ class ArrayPlace(NamedTuple):
 def array_places() -> Iterator[ArrayPlace]:
     """Every array: the arguments of functions, optional ones included, and what recorded policies are made of."""
     for subject in SUBJECTS:
+        if SUBJECTS[subject].call is not None:
+            continue  # what calls it here would be refused its arrays, not the function
         parameters = parameters_of(subject)
         packed = any(name in parameters for name in ("segment_ids", "group_ids"))
         for name in parameters.keys() & ARRAYS.keys():

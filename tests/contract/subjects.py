@@ -81,6 +81,9 @@ NUMBERS: dict[str, Domain] = {
     "eps_low": Domain(above=0.0),
     "eps_high": Domain(above=0.0),
     "max_ratio": Domain(above=0.0),
+    "min_ratio": Domain(above=0.0),
+    "tau_positive": Domain(above=0.0),
+    "tau_negative": Domain(above=0.0),
     "dual_clip": Domain(above=1.0),
 }
 """Numbers, and which of them a parameter takes."""

@@ -176,7 +176,9 @@ AXES = {"nothing on the last axis", "one axis more", "one axis less", "one eleme
 
 
 def _also(place, word):
-    """Of a wrong shape, the error may name any array whose shape it is compared with."""
+    """Of a wrong shape or library, the error may name any array that it is compared with."""
+    if word == "a torch tensor":
+        return [*place.arrays]
     return [*place.arrays, "mask", "tokens", "weight"] if word in AXES else []
 
 
@@ -186,8 +188,8 @@ def _is_right(place, word, array):
     alone = len([a for a in place.arrays.values() if a is not None]) == 1 and name != "divergence full.behavior"
     if word in AXES and (alone or _named(subject, "global_normalizer", "reduction_count", "reduction_coefficients")):
         return True
-    if name == "advantages" and subject.endswith("expand_advantages") and word == "one element of the last axis":
-        return False
+    if subject.endswith("expand_advantages") and word == "one element of the last axis":
+        return name == "mask"  # sequences may have any length
     if name == "weight" and word in {"one row", "one axis less"} and word == "one row":
         return True  # a vocabulary of one word, if there is no bias
     # as many recorded tokens as one likes

@@ -57,8 +57,8 @@ def of_objectives():
             if "float" not in str(field.type):
                 continue
             required = {f.name for f in dataclasses.fields(family.objective) if f.default is dataclasses.MISSING}
-            # an upper bound is as large as a lower one may be
-            others = dict.fromkeys(required - {field.name}, 1e300)
+            # a lower bound may not exceed the upper one
+            others = {name: 1e-300 if name.startswith("min_") else 1e300 for name in required - {field.name}}
             others |= {} if needed is None or field.name == needed else {needed: 0.5}
             if field.name in {f"{needed}_low", f"{needed}_high"}:
                 others = {f"{needed}_low": 0.5, f"{needed}_high": 0.5}

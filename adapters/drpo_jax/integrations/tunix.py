@@ -14,6 +14,11 @@ none); set as an attribute what the dataclass of your learner does not declare:
 `drpo_core_spo`                 ``SPO(eps_low=epsilon, eps_high=epsilon_high)``
 `drpo_core_cispo`               ``CISPO(max_ratio=1 + epsilon_high)``
 `drpo_core_pg_is`               ``PolicyGradient(max_ratio=epsilon_c)``
+`drpo_core_reinforce`           ``Reinforce()``
+`drpo_core_sapo`                ``SAPO(tau_positive=1.0, tau_negative=1.05)``
+`drpo_core_icepop`              ``IcePop(min_ratio=1 - epsilon, max_ratio=1 + epsilon_high)``
+`drpo_core_ipo`                 ``IPO(delta_low=epsilon, delta_high=epsilon_high, max_ratio=epsilon_c)``
+`drpo_core_topr`                ``TOPR()``
 ==============================  ======================================================================================
 
 The names are those of `drpo_core.objectives.OBJECTIVES`; `register` adds another objective, or one with its thresholds bound.

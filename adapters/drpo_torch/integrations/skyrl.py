@@ -16,6 +16,11 @@ losses registered. Thresholds are those of SkyRL's own losses, below `trainer.al
 `drpo_core_spo`              ``SPO(eps_low=eps_clip_low, eps_high=eps_clip_high)``
 `drpo_core_cispo`            ``CISPO(max_ratio=1 + cispo.cispo_eps_clip_high)``
 `drpo_core_pg_is`            ``PolicyGradient()``
+`drpo_core_reinforce`        ``Reinforce()``
+`drpo_core_sapo`             ``SAPO(tau_positive=1.0, tau_negative=1.05)``
+`drpo_core_icepop`           ``IcePop(min_ratio=1 - eps_clip_low, max_ratio=1 + eps_clip_high)``
+`drpo_core_ipo`              ``IPO(delta_low=dppo.delta_low, delta_high=dppo.delta_high)``
+`drpo_core_topr`             ``TOPR()``
 ===========================  ======================================================================================
 
 The names are those of `drpo_core.objectives.OBJECTIVES`; `register` adds another objective, or one with its thresholds bound.

@@ -15,6 +15,11 @@ Thresholds are the actor's own keys, because verl's configuration refuses unknow
 `drpo_core_spo`                 ``SPO(eps_low=clip_ratio_low, eps_high=clip_ratio_high)``
 `drpo_core_cispo`               ``CISPO(max_ratio=1 + clip_ratio_high)``
 `drpo_core_pg_is`               ``PolicyGradient(max_ratio=clip_ratio_c)``
+`drpo_core_reinforce`           ``Reinforce()``
+`drpo_core_sapo`                ``SAPO(tau_positive=1.0, tau_negative=1.05)``
+`drpo_core_icepop`              ``IcePop(min_ratio=1 - clip_ratio_low, max_ratio=1 + clip_ratio_high)``
+`drpo_core_ipo`                 ``IPO(delta_low=clip_ratio_low, delta_high=clip_ratio_high, max_ratio=clip_ratio_c)``
+`drpo_core_topr`                ``TOPR()``
 ==============================  ================================================================================
 
 ``clip_ratio_c: null`` means no cap. The names are those of `drpo_core.objectives.OBJECTIVES`; `register` adds another
