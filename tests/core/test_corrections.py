@@ -27,6 +27,7 @@ from drpo_core import corrections, policy_loss_and_gradient, summarize, token_lo
 from drpo_core._sequences import Sequences
 from drpo_core.anchors import Policies
 from drpo_core.corrections import (
+    ClippedGeometricRatio,
     DivergenceMask,
     Evidence,
     FutureRatio,
@@ -520,7 +521,7 @@ def test_numbers_are_kept_as_python_floats(correction):
 def test_a_weight_counts_its_edge_and_a_mask_none(correction):
     values = np.unique(expected(correction, batch(seed=1)))
     # the others' factors are of the ratios of other tokens, which multiply the token's own
-    is_weight = type(correction) in {ImportanceWeight, VariationalWeight}
+    is_weight = type(correction) in {ClippedGeometricRatio, ImportanceWeight, VariationalWeight}
     assert correction.counts == (correction.edge if is_weight else None)
     if correction.counts is None and type(correction) not in {LengthScale, FutureRatio, MinimumPrefixRatio}:
         assert set(values) <= {0.0, 1.0}
