@@ -7,6 +7,7 @@ A function a framework, called as the framework names its loss and spells its co
 from __future__ import annotations
 
 from drpo_core.modes._areal import areal
+from drpo_core.modes._ms_swift import ms_swift
 from drpo_core.modes._nemo_rl import nemo_rl
 from drpo_core.modes._open_instruct import open_instruct
 from drpo_core.modes._openrlhf import openrlhf
@@ -25,6 +26,7 @@ __all__ = [
     "DoubleRatioWarning",
     "Mode",
     "areal",
+    "ms_swift",
     "nemo_rl",
     "open_instruct",
     "openrlhf",

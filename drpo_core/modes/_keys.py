@@ -27,7 +27,7 @@ class Keys:
         if unknown := given.keys() - defaults.keys():
             msg = f"{', '.join(sorted(unknown))}: expected keys of {framework} among {', '.join(defaults)}"
             raise ValueError(msg)
-        self._framework, self._name = framework, name
+        self._framework, self.name = framework, name
         self._values = {**defaults, **given}
         self._given = given.keys()
         self.read: dict[str, Any] = {}
@@ -64,14 +64,14 @@ class Keys:
 
     def refuse(self, key: str, reason: str) -> None:
         """Raise, because a mode can't do what a value asks for."""
-        msg = f"{key}: {self._framework}'s {self._name!r} with {self._values[key]!r} is no Mode: {reason}"
+        msg = f"{key}: {self._framework}'s {self.name!r} with {self._values[key]!r} is no Mode: {reason}"
         raise ValueError(msg)
 
     def check_all_read(self) -> None:
         """Raise if a key was given that these settings do not use."""
         if unused := [key for key in self._given if key not in self.read]:
             used = ", ".join(self.read) or "none"
-            msg = f"{', '.join(unused)}: {self._framework}'s {self._name!r} with these settings reads {used} only"
+            msg = f"{', '.join(unused)}: {self._framework}'s {self.name!r} with these settings reads {used} only"
             raise ValueError(msg)
 
 
