@@ -142,11 +142,7 @@ def test_mode_is_the_value():
         ("grpo", {"off_policy_sequence_mask_delta": 0.1}, "beta: .* KL too"),
         ("grpo", {"rollout_importance_sampling_mode": "token_mask"}, "beta: .* KL too"),
         ("fipo", {}, "fipo_safety_threshold: .* own ratio"),
-        (
-            "fipo",
-            {"delta": 1.5, "importance_sampling_level": "sequence"},
-            "importance_sampling_level: .* differentiated as one",
-        ),
+        ("fipo", {"delta": 1.5, "importance_sampling_level": "sequence_token"}, "_level: .* of the sequence"),
         (
             "grpo",
             {"importance_sampling_level": "sequence", "rollout_importance_sampling_mode": "token_mask", "beta": 0.0},
