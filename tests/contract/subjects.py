@@ -107,7 +107,7 @@ GOOD = {
 ARRAYS_OF_NUMBERS = {"normalizer", "horizon"}
 """Numbers that may also be 0-d arrays, which nothing can check."""
 
-FLAGS = {"entropy", "diagnostics", "overwrite_logits", "divide_by_std", "leave_one_out"}
+FLAGS = {"entropy", "diagnostics", "overwrite_logits", "divide_by_std", "divide_by_mean", "leave_one_out"}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": tuple(names.objectives()),
     "reduction": axes.REDUCTIONS,

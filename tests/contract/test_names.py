@@ -43,7 +43,7 @@ def test_every_parameter_is_in_a_table(subject):
 @pytest.mark.parametrize("kind", dict.fromkeys(family.objective for family in OBJECTIVES), ids=lambda kind: kind.__name__)
 def test_every_threshold_has_a_domain(kind):
     fields = {field.name for field in dataclasses.fields(kind)}
-    assert fields <= NUMBERS.keys() | {"divergence"}
+    assert fields <= NUMBERS.keys() | {"divergence", "bounds"}
 
 
 def test_a_missing_subject_would_be_seen():
