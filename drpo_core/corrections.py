@@ -539,15 +539,30 @@ class ClippedGeometricRatio(_OnEdge):
     eps_low, eps_high
         > 0, nats.
 
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
     References
     ----------
     arXiv:2507.20673 (GMPO), eq. 4.
 
     Examples
     --------
+    Ratios 1 and 2, of which the second is clipped to e^0.4:
+
+    >>> import numpy as np
+    >>> from drpo_core import token_loss_and_gradient
     >>> from drpo_core.corrections import ClippedGeometricRatio
-    >>> ClippedGeometricRatio(eps_low=0.4, eps_high=0.4)
-    ClippedGeometricRatio(edge='policy/proximal', eps_low=0.4, eps_high=0.4)
+    >>> from drpo_core.modes import Mode
+    >>> from drpo_core.objectives import Reinforce
+    >>> mode = Mode(Reinforce(), corrections=(ClippedGeometricRatio(eps_low=0.4, eps_high=0.4),))
+    >>> pi, old = np.log([[0.5, 0.4]]), np.log([[0.5, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, old, np.ones((1, 2)), proximal_log_prob=old).gradient.round(4)
+    array([[-1.2214, -1.2214]])
     """
 
     edge: Edge = "policy/proximal"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Estimator", "Penalty"]
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3", "k1+", "k3+", "r·k1", "r·k3", "square"]
+"""A value and a gradient: see the table of this module."""
 
 _POLICIES: Mapping[str, str] = {
     "reference": "reference_log_prob",

@@ -190,6 +190,16 @@ def outward_mask(c, rows):
     return [[float(not outward(t)) for t in row] for row in rows]
 
 
+def clipped_geometric_ratio(c, rows):
+    def clipped(t):
+        x = ell(t, c.edge)
+        if t.advantage == 0:
+            return 0.0
+        return min(x, c.eps_high) if t.advantage > 0 else max(x, -c.eps_low)
+
+    return [[math.exp(saturated(mean([clipped(t) for t in row])))] * len(row) if row else [] for row in rows]
+
+
 def length_scale(_, rows):
     return [[float(len(row))] * len(row) for row in rows]
 
@@ -231,6 +241,7 @@ def second_moment_mask(c, rows):
 
 
 CORRECTIONS = {
+    corrections.ClippedGeometricRatio: clipped_geometric_ratio,
     corrections.DivergenceMask: divergence_mask,
     corrections.FutureRatio: future_ratio,
     corrections.ImportanceWeight: importance_weight,
@@ -274,7 +285,7 @@ def anchor_log_prob(anchor, row):
 def penalty(p, t):
     """Value and gradient of a penalty at a token, without saturation."""
     x = t.policy - {"reference": t.reference, "behavior": t.behavior, "proximal": t.proximal}[p.to]
-    ratio = MP.exp(t.policy - t.behavior)
+    ratio = MP.exp(t.policy - {"behavior": t.behavior, "proximal": t.proximal}[p.ratio])
     k1, k2, k3 = x, x * x / 2, MP.exp(-x) - 1 + x
     value, gradient = {
         "k1": (k1, 1),
@@ -292,6 +303,7 @@ def penalty(p, t):
 # --- every public class, with each of its choices -----------------------------------------------------------------------
 
 EXAMPLES = (
+    corrections.ClippedGeometricRatio(eps_low=0.3, eps_high=0.5),
     corrections.DivergenceMask(high=0.15),
     corrections.FutureRatio(delta=1.3, half_life=3.0, low=0.8, high=1.6),
     corrections.ImportanceWeight(low=0.6, high=1.5),

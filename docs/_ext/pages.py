@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import claims
 import families
 import figures
+import named_modes
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
@@ -81,10 +82,26 @@ class Objectives(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class NamedModes(SphinxDirective):
+    """``{named-modes}``: every mode that a framework names as a table; ``{named-modes} functions``: their reference."""
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Tabulate, or document."""
+        self.env.note_reread()
+        lines = named_modes.table()
+        if self.arguments:
+            documented = [f".. autofunction:: drpo_core.modes.{name}\n" for name in named_modes.FRAMEWORKS]
+            lines = ["```{eval-rst}", *documented, "```"]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_directive("drawn", Drawn)
     app.add_directive("claims", Claims)
     app.add_directive("explorer", Explorer)
     app.add_directive("objectives", Objectives)
+    app.add_directive("named-modes", NamedModes)
     return {"parallel_read_safe": False, "version": "1"}

@@ -6,25 +6,27 @@ A function a framework, called as the framework names its loss and spells its co
 
 from __future__ import annotations
 
-from drpo_core.modes.areal import areal
+from drpo_core.modes._areal import areal
+from drpo_core.modes._ms_swift import ms_swift
+from drpo_core.modes._nemo_rl import nemo_rl
+from drpo_core.modes._open_instruct import open_instruct
+from drpo_core.modes._openrlhf import openrlhf
+from drpo_core.modes._prime_rl import prime_rl
+from drpo_core.modes._skyrl import skyrl
+from drpo_core.modes._slime import slime
+from drpo_core.modes._tinker import tinker
+from drpo_core.modes._torchrl import torchrl
+from drpo_core.modes._trl import trl
+from drpo_core.modes._tunix import tunix
+from drpo_core.modes._verl import VERL_PRESETS, verl
 from drpo_core.modes.mode import DoubleRatioWarning, Mode
-from drpo_core.modes.nemo_rl import nemo_rl
-from drpo_core.modes.open_instruct import open_instruct
-from drpo_core.modes.openrlhf import openrlhf
-from drpo_core.modes.prime_rl import prime_rl
-from drpo_core.modes.skyrl import skyrl
-from drpo_core.modes.slime import slime
-from drpo_core.modes.tinker import tinker
-from drpo_core.modes.torchrl import torchrl
-from drpo_core.modes.trl import trl
-from drpo_core.modes.tunix import tunix
-from drpo_core.modes.verl import VERL_PRESETS, verl
 
 __all__ = [
     "VERL_PRESETS",
     "DoubleRatioWarning",
     "Mode",
     "areal",
+    "ms_swift",
     "nemo_rl",
     "open_instruct",
     "openrlhf",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from drpo_core._checks import check_number
-from drpo_core.objectives import CISPO
+from drpo_core.objectives import CISPO, PPOClip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from drpo_core.modes.mode import Mode
 
-__all__ = ["ONE_RATIO", "Keys", "chosen", "cispo", "made"]
+__all__ = ["ONE_RATIO", "Keys", "chosen", "cispo", "clip", "made"]
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Keys:
         if unknown := given.keys() - defaults.keys():
             msg = f"{', '.join(sorted(unknown))}: expected keys of {framework} among {', '.join(defaults)}"
             raise ValueError(msg)
-        self._framework, self._name = framework, name
+        self._framework, self.name = framework, name
         self._values = {**defaults, **given}
         self._given = given.keys()
         self.read: dict[str, Any] = {}
@@ -64,14 +64,14 @@ class Keys:
 
     def refuse(self, key: str, reason: str) -> None:
         """Raise, because a mode can't do what a value asks for."""
-        msg = f"{key}: {self._framework}'s {self._name!r} with {self._values[key]!r} is no Mode: {reason}"
+        msg = f"{key}: {self._framework}'s {self.name!r} with {self._values[key]!r} is no Mode: {reason}"
         raise ValueError(msg)
 
     def check_all_read(self) -> None:
         """Raise if a key was given that these settings do not use."""
         if unused := [key for key in self._given if key not in self.read]:
             used = ", ".join(self.read) or "none"
-            msg = f"{', '.join(unused)}: {self._framework}'s {self._name!r} with these settings reads {used} only"
+            msg = f"{', '.join(unused)}: {self._framework}'s {self.name!r} with these settings reads {used} only"
             raise ValueError(msg)
 
 
@@ -103,3 +103,8 @@ def made(
 def cispo(eps_low: float, eps_high: float) -> CISPO:
     """CISPO with the ratio clipped to [1 − ε_low, 1 + ε_high]; ε_low ≥ 1 is no lower bound."""
     return CISPO(max_ratio=1.0 + eps_high, min_ratio=1.0 - eps_low if eps_low < 1.0 else None)
+
+
+def clip(low: float, high: float) -> PPOClip:
+    """The clip to ratios within [low, high], whose offsets from 1 are not to print as 0.19999999999999996."""
+    return PPOClip(eps_low=round(1.0 - low, 12), eps_high=round(high - 1.0, 12))

@@ -17,7 +17,8 @@ class Objective(Protocol):
     The gradient is always ∂L/∂log π = −A r w. Both methods take `drpo_core.Tokens` and return an array of the tokens'
     shape. An objective with a trust region also has a method ``inside(tokens)``: True where the token is within it,
     whatever the sign of A, and False where anything is NaN. Without one, no token counts as outside. One whose weight has
-    the ratio in its denominator also has a method ``ratio_weight(tokens)``: r w, which is finite where r is 0.
+    the ratio in its denominator also has a method ``ratio_weight(tokens)``: r w, which is finite where r is 0. One
+    whose r w does not depend on r has an attribute ``counts_ratio = False``: a mode may then weigh it on every edge.
 
     Under `jax.jit` an objective is static, so it must be hashable.
 

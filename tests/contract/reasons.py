@@ -111,6 +111,10 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "Dynamo raises an error of its own for every error",
     ),
     (
+        lambda s, c: _named(s, "group_advantages") and bool(c["divide_by_mean"]),
+        "a mean is divided by where rewards are 0 or more, and these are of either sign",
+    ),
+    (
         lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
         "a statistic of nothing is NaN",
     ),

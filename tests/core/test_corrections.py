@@ -27,6 +27,7 @@ from drpo_core import corrections, policy_loss_and_gradient, summarize, token_lo
 from drpo_core._sequences import Sequences
 from drpo_core.anchors import Policies
 from drpo_core.corrections import (
+    ClippedGeometricRatio,
     DivergenceMask,
     Evidence,
     FutureRatio,
@@ -266,6 +267,10 @@ def test_by_hand():
     assert by_hand(Veto(low=0.5, high=4.0), *two) == [[0.0, 0.0, 0.0], [1.0]]
     assert by_hand(DivergenceMask(estimator="k2", high=0.5, over="max"), *two) == [[0.0, 0.0, 0.0], [0.0]]
     assert by_hand(DivergenceMask(estimator="k2", high=0.5, over="mean"), *two) == [[1.0, 1.0, 1.0], [0.0]]
+    clipped = ClippedGeometricRatio(edge="policy/behavior", eps_low=0.5, eps_high=0.5)
+    # (½ + ½ − log 3)/3, and ½
+    assert by_hand(clipped, *two) == [[round(math.exp((1.0 - LOG3) / 3), 9)] * 3, [round(math.exp(0.5), 9)]]
+    assert by_hand(clipped, *two, advantages=-1.0) == [[round(math.exp((2 * LOG2 - 0.5) / 3), 9)] * 3, [3.0]]
     assert by_hand(LengthScale(), *two) == [[3.0, 3.0, 3.0], [1.0]]
     assert by_hand(MinimumPrefixRatio(), *two) == [[1.0, 2.0, 2.0], [1.0]]
     assert by_hand(MinimumPrefixRatio(), [-LOG2, LOG2, -LOG3, 0.0])[0] == [1.0, 0.5, 0.5, round(1 / 3, 9)]
@@ -520,7 +525,7 @@ def test_numbers_are_kept_as_python_floats(correction):
 def test_a_weight_counts_its_edge_and_a_mask_none(correction):
     values = np.unique(expected(correction, batch(seed=1)))
     # the others' factors are of the ratios of other tokens, which multiply the token's own
-    is_weight = type(correction) in {ImportanceWeight, VariationalWeight}
+    is_weight = type(correction) in {ImportanceWeight, VariationalWeight, ClippedGeometricRatio}
     assert correction.counts == (correction.edge if is_weight else None)
     if correction.counts is None and type(correction) not in {LengthScale, FutureRatio, MinimumPrefixRatio}:
         assert set(values) <= {0.0, 1.0}

@@ -159,6 +159,20 @@ def test_the_reduction_is_that_of_the_loss(reduction, engine):
         np.testing.assert_allclose(result.gradient, gradient, rtol=1e-12, atol=1e-16)
 
 
+def test_penalties_add_up():
+    arrays = batch(seed=5)
+    parts = (
+        Penalty(coefficient=0.3),
+        Penalty(coefficient=0.2, estimator="r·k1", to="proximal"),
+        Penalty(coefficient=0.1, to="behavior"),
+    )
+    mode = quiet(*parts)
+    still = arrays | {"advantages": np.zeros_like(arrays["advantages"])}
+    found = token_loss_and_gradient(mode, **arguments_for(mode, still))
+    wanted = np.sum([expected(part, arrays) for part in parts], axis=0)
+    np.testing.assert_allclose([found.loss, found.gradient], wanted, rtol=1e-12, atol=1e-15)
+
+
 def test_masked_junk_and_an_empty_batch():
     arrays = batch(seed=4)
     arrays["mask"] = np.zeros_like(arrays["mask"])
@@ -191,6 +205,11 @@ def test_a_nan_at_a_valid_token_is_not_hidden():
         ({"coefficient": "1"}, TypeError, "coefficient: expected a real number, got str"),
         ({"coefficient": 1.0, "estimator": "kl"}, ValueError, "estimator: expected one of 'k1', 'k2', 'k3'.*, got 'kl'"),
         ({"coefficient": 1.0, "to": "ref"}, ValueError, "to: expected one of 'reference', 'behavior', 'proximal', got 'ref'"),
+        (
+            {"coefficient": 1.0, "ratio": "reference"},
+            ValueError,
+            "ratio: expected one of 'behavior', 'proximal', got 'reference'",
+        ),
         ({"coefficient": 1.0, "to": None}, ValueError, "to: expected one of"),
     ],
 )
@@ -203,6 +222,8 @@ def test_arguments():
     assert Penalty(coefficient=1.0).arguments == ("reference_log_prob",)
     assert set(Penalty(coefficient=1.0, estimator="r·k1").arguments) == {"reference_log_prob", "behavior_log_prob"}
     assert Penalty(coefficient=1.0, to="proximal").arguments == ("proximal_log_prob",)
+    on_update = Penalty(coefficient=1.0, estimator="r·k3", ratio="proximal")
+    assert set(on_update.arguments) == {"reference_log_prob", "proximal_log_prob"}
     made = Penalty(coefficient=np.float32(0.5))
     assert type(made.coefficient) is float
     assert json.dumps(made.coefficient) == "0.5"

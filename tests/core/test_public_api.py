@@ -12,7 +12,7 @@ import numpydoc.validate
 import pytest
 
 import drpo_core
-from drpo_core import _checks, diagnostics, loss, objectives, reduction, validation
+from drpo_core import _checks, anchors, corrections, diagnostics, loss, modes, objectives, penalties, reduction, validation
 
 SYMBOLS = {name: getattr(drpo_core, name) for name in drpo_core.__all__ if name != "__version__"}
 FUNCTIONS = {name: symbol for name, symbol in SYMBOLS.items() if inspect.isfunction(symbol)}
@@ -20,6 +20,13 @@ CLASSES = {name: symbol for name, symbol in SYMBOLS.items() if inspect.isclass(s
 ADAPTERS = {"drpo_torch": drpo_torch, "drpo_jax": drpo_jax}
 ADAPTED = {f"{name}.{f}": getattr(module, f) for name, module in ADAPTERS.items() for f in ("token_loss", "policy_loss")}
 OBJECTIVES = {family.objective.__name__: family.objective for family in objectives.OBJECTIVES}
+PARTS = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module in (anchors, corrections, penalties, modes)
+    for name in module.__all__
+    if dataclasses.is_dataclass(getattr(module, name))
+}
+"""What modes are made of, and `Mode` itself."""
 # numpydoc's checks of what style.md asks: a summary line, every parameter and no other, a return, an example
 CHECKS = {
     "GL03",  # two blank lines
@@ -150,7 +157,7 @@ def test_thresholds_have_no_default_value():
 def test_an_objective_has_these_methods_and_no_others(name):
     public = {key for key in dir(OBJECTIVES[name]) if not key.startswith("_")}
     fields = {field.name for field in dataclasses.fields(OBJECTIVES[name])}
-    assert {"loss", "weight"} <= public <= fields | {"loss", "weight", "ratio_weight", "inside", "region", "counts_ratio"}
+    assert {"loss", "weight"} <= public <= fields | {"loss", "weight", "ratio_weight", "inside", "counts_ratio", "region"}
 
 
 def test_what_was_public_and_is_a_module_s_own_now():
@@ -161,6 +168,27 @@ def test_what_was_public_and_is_a_module_s_own_now():
     elsewhere = {*diagnostics.__all__, *reduction.__all__, *validation.__all__, *loss.__all__, *_checks.__all__}
     assert {"MaskedSum", "masked_sum", "Mean", "check_number"} <= elsewhere - set(SYMBOLS)
     assert [name for name in FUNCTIONS if name.endswith(("_loss", "_weight"))] == []
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_mode_is_documented(name):
+    """Every field, what is raised where there are fields, and an example that runs (`--doctest-modules` runs it)."""
+    part = PARTS[name]
+    document = numpydoc.docscrape.ClassDoc(part)
+    fields = [field.name for field in dataclasses.fields(part)]
+    assert [field for entry in document["Parameters"] for field in entry.name.split(", ")] == fields
+    assert all(" ".join(entry.desc) for entry in document["Parameters"])
+    assert document["Raises"] or not fields
+    (example,) = [d for d in doctest.DocTestFinder(recurse=False).find(part, name) if d.name == name]
+    assert len(example.examples) >= 2
+    own = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+    assert all(inspect.getdoc(value) for value in own.values() if inspect.isfunction(value) or isinstance(value, property))
+
+
+def test_parts_of_modes_are_not_at_the_top_level():
+    names = {name.rpartition(".")[2] for name in PARTS}
+    assert not names & set(SYMBOLS)
+    assert {"Mode", "Proximal", "ImportanceWeight", "Penalty"} <= names
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from drpo_jax.distributed import all_reduce_diagnostics, global_coefficients, global_normalizer
+from drpo_jax import policy_loss
+from drpo_jax.distributed import across, all_reduce_diagnostics, global_coefficients, global_normalizer
+from mode_oracles import arguments_for, batch
 
-from drpo_core import DRPO, merge_diagnostics, summarize, token_diagnostics
+from drpo_core import DRPO, PPOClip, merge_diagnostics, summarize, token_diagnostics
+from drpo_core.anchors import Proximal, Sequence
+from drpo_core.corrections import ImportanceWeight, LengthScale, Veto
+from drpo_core.modes import Mode
 
 REDUCTIONS = ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"]
 WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 units in the last place
@@ -65,6 +71,25 @@ def test_a_nan_on_one_device_is_seen_on_all():
         found = summarize(jax.tree.map(lambda leaf, device=device: leaf[device], merged))
         assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)
     assert expected["ratio_max"] != expected["ratio_max"]
+
+
+def test_sequences_divided_over_devices_are_whole_to_a_mode():
+    corrections = (ImportanceWeight(level="sequence", high=2.0, normalize=True), Veto(low=0.1, high=9.0), LengthScale())
+    mode = Mode(PPOClip(eps=0.2), anchor=Sequence(Proximal()), corrections=corrections)
+    arrays = {name: jnp.asarray(array) for name, array in arguments_for(mode, batch((4, 12), seed=5)).items()}
+    total = int(arrays["mask"].sum())
+
+    def loss(log_prob, others, **options):
+        return policy_loss(mode, log_prob=log_prob, **others, normalizer=total, diagnostics=False, **options)[0]
+
+    others = {name: array for name, array in arrays.items() if name != "log_prob"}
+    expected, gradient = jax.value_and_grad(loss)(arrays["log_prob"], others)
+    halves = {name: jnp.stack([array[:, :6], array[:, 6:]]) for name, array in arrays.items()}
+    x = halves.pop("log_prob")
+    of_half = jax.value_and_grad(lambda x, others: loss(x, others, across=across("columns")))
+    losses, gradients = jax.vmap(of_half, axis_name="columns")(x, halves)
+    assert float(losses.sum()) == pytest.approx(float(expected), rel=1e-12)
+    np.testing.assert_allclose(np.concatenate(np.asarray(gradients), axis=1), gradient, rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize("helper", [global_normalizer, global_coefficients])

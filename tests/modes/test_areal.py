@@ -9,7 +9,7 @@ from framework_rows import assert_same, batch, keeps_some
 from drpo_core import PPOClip, modes
 from drpo_core.anchors import Behavior
 from drpo_core.modes import Mode
-from drpo_core.modes.areal import DEFAULTS, REJECTION
+from drpo_core.modes._areal import DEFAULTS, REJECTION
 
 
 def weight(row, given):

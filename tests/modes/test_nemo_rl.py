@@ -7,7 +7,7 @@ from framework_rows import assert_same, batch
 from drpo_core import PPOClip, modes
 from drpo_core.anchors import Proximal
 from drpo_core.modes import Mode
-from drpo_core.modes.nemo_rl import DEFAULTS
+from drpo_core.modes._nemo_rl import DEFAULTS
 from drpo_core.penalties import Penalty
 
 

@@ -8,7 +8,7 @@ from drpo_core import PPOClip, modes
 from drpo_core.anchors import Proximal
 from drpo_core.corrections import ImportanceWeight
 from drpo_core.modes import Mode
-from drpo_core.modes.open_instruct import DEFAULTS
+from drpo_core.modes._open_instruct import DEFAULTS
 from drpo_core.penalties import Penalty
 
 

@@ -7,7 +7,7 @@ from framework_rows import assert_same, batch, keeps_some
 from drpo_core import PPOClip, modes
 from drpo_core.anchors import Behavior, Sequence
 from drpo_core.modes import Mode
-from drpo_core.modes.openrlhf import DEFAULTS
+from drpo_core.modes._openrlhf import DEFAULTS
 
 
 def gate(row, c):

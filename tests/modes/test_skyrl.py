@@ -11,7 +11,7 @@ from drpo_core.anchors import Behavior, Proximal
 from drpo_core.corrections import ImportanceWeight, RatioMask, Veto
 from drpo_core.modes import DoubleRatioWarning, Mode
 from drpo_core.modes._keys import Keys
-from drpo_core.modes.skyrl import DEFAULTS, LOSSES
+from drpo_core.modes._skyrl import DEFAULTS, LOSSES
 
 NAMES = tuple(name for name in LOSSES if name != "importance_sampling")
 

@@ -8,7 +8,7 @@ from drpo_core import PPOClip, modes
 from drpo_core.anchors import Behavior
 from drpo_core.corrections import ImportanceWeight, NegativeSequenceMask
 from drpo_core.modes import Mode
-from drpo_core.modes.slime import DEFAULTS, ICEPOP, LOSSES
+from drpo_core.modes._slime import DEFAULTS, ICEPOP, LOSSES
 
 
 def theirs(name, **keys):

@@ -11,7 +11,7 @@ from drpo_core.anchors import Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, NegativeSequenceMask
 from drpo_core.modes import Mode
 from drpo_core.modes._keys import Keys
-from drpo_core.modes.trl import DEFAULTS, LOSSES
+from drpo_core.modes._trl import DEFAULTS, LOSSES
 from drpo_core.penalties import Penalty
 
 

@@ -6,7 +6,7 @@ from framework_rows import assert_same
 
 from drpo_core import PPOClip, modes
 from drpo_core.modes import Mode
-from drpo_core.modes.tunix import DEFAULTS, LOSSES, REDUCTIONS
+from drpo_core.modes._tunix import DEFAULTS, LOSSES, REDUCTIONS
 from drpo_core.penalties import Penalty
 
 

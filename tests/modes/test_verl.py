@@ -9,7 +9,7 @@ from drpo_core import PPOClip, modes, policy_loss_and_gradient
 from drpo_core.anchors import Proximal, Sequence
 from drpo_core.corrections import DivergenceMask, ImportanceWeight, RatioMask
 from drpo_core.modes import Mode
-from drpo_core.modes.verl import DEFAULTS, LOSSES
+from drpo_core.modes._verl import DEFAULTS, LOSSES
 from drpo_core.penalties import Penalty
 
 RECORDED = dict(np.load(Path(__file__).parents[1] / "data" / "family_verl.npz"))

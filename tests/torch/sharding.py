@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from drpo_torch import policy_loss
-from drpo_torch.distributed import all_reduce_diagnostics, global_coefficients, global_normalizer
+from drpo_torch.distributed import across, all_reduce_diagnostics, global_coefficients, global_normalizer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -23,12 +23,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from drpo_core import (
     DRPO,
+    PPOClip,
     merge_diagnostics,
     sequence_mean_token_mean,
     sequence_mean_token_sum,
     summarize,
     token_mean,
 )
+from drpo_core.anchors import Proximal, Sequence
+from drpo_core.corrections import ImportanceWeight, LengthScale, Veto
+from drpo_core.modes import Mode
 
 OBJECTIVE = DRPO(delta=0.05)
 REDUCTIONS = {
@@ -172,6 +176,44 @@ def diagnostics_of_ranks(rank, results):
     )
 
 
+MODE = Mode(
+    PPOClip(eps=0.2),
+    anchor=Sequence(Proximal()),
+    corrections=(ImportanceWeight(level="sequence", high=2.0, normalize=True), Veto(low=0.1, high=9.0), LengthScale()),
+)
+"""It needs sums, maxima and lengths of sequences, and a mean over them."""
+
+
+def sequences_over_ranks(rank, results):
+    """A mode on rows whose tokens are divided over all ranks, the last of which has none."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (4, 12)
+    mask = torch.rand(shape, generator=generator) < 0.8
+    whole = {"behavior_log_prob": -3.0 * torch.rand(shape, generator=generator, dtype=torch.float64)}
+    for name in ("log_prob", "proximal_log_prob"):
+        noise = 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        whole[name] = (whole["behavior_log_prob"] + noise).clamp(max=0.0)
+    whole |= {"advantages": torch.randn(shape, generator=generator, dtype=torch.float64), "mask": mask}
+
+    def run(tensors, **options):
+        x = tensors["log_prob"].clone().requires_grad_()
+        loss, _ = policy_loss(MODE, **tensors | {"log_prob": x}, normalizer=int(mask.sum()), **options)
+        loss.backward()
+        return loss.detach(), x.grad
+
+    columns = slice(*((0, 5), (5, 6), (6, 12), (12, 12))[rank])
+    loss, gradient = run({name: tensor[:, columns] for name, tensor in whole.items()}, across=across())
+    dist.all_reduce(loss)
+    expected_loss, expected = run(whole)
+    difference = (gradient - expected[:, columns]).abs().max() if gradient.numel() else torch.tensor(0.0, dtype=torch.float64)
+    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    case = {
+        "loss": float(abs(loss - expected_loss) / abs(expected_loss)),
+        "gradient": float(difference / expected.abs().max()),
+    }
+    results.append({"mode": case})
+
+
 def wrapped(kind, dtype, group):
     model = Policy(dtype)
     if kind == "DDP":
@@ -236,6 +278,7 @@ def work(rank, port, path):
             compare(name, run, kind=kind, group=group, dtype=dtype, reduction_name=reduction_name, results=results)
     idle_rank(rank, results)
     diagnostics_of_ranks(rank, results)
+    sequences_over_ranks(rank, results)
     if rank == 0:
         with open(path, "w") as file:  # noqa: PTH123
             json.dump(results, file)

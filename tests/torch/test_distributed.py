@@ -72,6 +72,11 @@ def test_diagnostics_of_ranks_that_name_them_in_other_orders(measured):
     assert case["none"] == [{}, None]
 
 
+def test_sequences_divided_over_ranks_are_whole_to_a_mode(measured):
+    (case,) = (c["mode"] for c in measured if "mode" in c)
+    assert max(case.values()) <= 1e-12
+
+
 UNKNOWN = [
     lambda values, mask: (values * mask).sum(),
     linear_reduction(lambda values, mask: (values * mask).sum()),

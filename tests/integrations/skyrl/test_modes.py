@@ -13,7 +13,7 @@ from skyrl.train.config import SkyRLTrainConfig
 
 from drpo_core import modes, policy_loss_and_gradient
 from drpo_core.modes import DoubleRatioWarning
-from drpo_core.modes.skyrl import DEFAULTS, LOSSES, REDUCTIONS
+from drpo_core.modes._skyrl import DEFAULTS, LOSSES, REDUCTIONS
 
 # SkyRL's ratios are float32
 TOLERANCE = 1e-6

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
 
 from drpo_core import modes, policy_loss_and_gradient  # noqa: E402
-from drpo_core.modes.trl import DEFAULTS, LOSSES  # noqa: E402
+from drpo_core.modes._trl import DEFAULTS, LOSSES  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,7 +14,7 @@ from verl.trainer.ppo.rollout_corr_helper import (
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
 from drpo_core import modes, policy_loss_and_gradient
-from drpo_core.modes.verl import DEFAULTS, LOSSES, REDUCTIONS
+from drpo_core.modes._verl import DEFAULTS, LOSSES, REDUCTIONS
 
 # verl adds 1e-8 to the length of sequences, and to 1 − p
 TOLERANCE = 1e-7

@@ -47,13 +47,14 @@ def areal(loss: str = "ppo", /, **keys: Any) -> Mode:
     ``old_logprobs`` of AReaL is `behavior_log_prob` here, ``proximal_logprobs`` `proximal_log_prob`, which the loss has
     with ``use_decoupled_loss=True`` or ``recompute_logprob=True`` only.
 
-    ==========  ==========================================================================================
-    ``loss``    keys, besides those of all
-    ==========  ==========================================================================================
-    ``ppo``     ``eps_clip`` (0.2), ``eps_clip_higher`` (``eps_clip``), ``c_clip`` (None): the dual clip;
-                ``use_decoupled_loss`` with ``rejection_sampling``
-    ``sapo``    ``use_sapo_loss=True`` in AReaL: ``sapo_tau_pos`` (1.0), ``sapo_tau_neg`` (1.05)
-    ==========  ==========================================================================================
+    ==========  ================================================================  ==========================================
+    ``loss``    keys, besides those of all                                        what differs
+    ==========  ================================================================  ==========================================
+    ``ppo``     ``eps_clip`` (0.2), ``eps_clip_higher`` (``eps_clip``),           without ``rejection_sampling`` the
+                ``c_clip`` (None): the dual clip; ``use_decoupled_loss`` with     decoupled loss lacks π_old/μ
+                ``rejection_sampling``
+    ``sapo``    ``sapo_tau_pos`` (1.0), ``sapo_tau_neg`` (1.05)                   ``use_sapo_loss=True`` in AReaL
+    ==========  ================================================================  ==========================================
 
     Parameters
     ----------

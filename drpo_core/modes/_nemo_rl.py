@@ -49,15 +49,18 @@ def nemo_rl(loss_fn: str = "ClippedPGLossFn", /, **keys: Any) -> Mode:
     ``prev_logprobs`` of NeMo-RL is `proximal_log_prob` here, ``generation_logprobs`` `behavior_log_prob`. Which loss it
     is, keys say:
 
-    ============================================  =========================================================================
-    key                                           loss
-    ============================================  =========================================================================
-    none                                          the clip: ``ratio_clip_min``, ``ratio_clip_max`` (0.2), ``ratio_clip_c``
-    ``sequence_level_importance_ratios``          GSPO; needs ``token_level_loss=False``
-    ``use_cispo``                                 CISPO, the ratio clipped on both sides
-    ``disable_ppo_ratio``                         REINFORCE
-    ``force_on_policy_ratio``                     REINFORCE by its gradient; NeMo-RL's value is −A
-    ============================================  =========================================================================
+    =====================================  ============================================  ===================================
+    key                                    loss                                          what differs
+    =====================================  ============================================  ===================================
+    none                                   the clip: ``ratio_clip_min``,                 a KL penalty is on by default
+                                           ``ratio_clip_max`` (0.2), ``ratio_clip_c``
+                                           (None)
+    ``sequence_level_importance_ratios``   GSPO; needs ``token_level_loss=False``        paper: 3e-4, 4e-4
+    ``use_cispo``                          CISPO                                         paper: no lower bound
+    ``disable_ppo_ratio``                  REINFORCE
+    ``force_on_policy_ratio``              REINFORCE                                     by its gradient; NeMo-RL's value is
+                                                                                         −A
+    =====================================  ============================================  ===================================
 
     Parameters
     ----------

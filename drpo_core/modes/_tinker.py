@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from drpo_core.modes._keys import Keys, made
+from drpo_core.modes._keys import Keys, clip, made
 from drpo_core.modes.mode import Mode
-from drpo_core.objectives import CISPO, PolicyGradient, PPOClip, Reinforce
+from drpo_core.objectives import CISPO, PolicyGradient, Reinforce
 from drpo_core.penalties import Penalty
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ def tinker(loss_fn: str, /, **keys: Any) -> Mode:
 
     ``logprobs`` of Tinker's datums is `behavior_log_prob` here: there is no other policy. Tinker sums over tokens.
 
-    =======================  ===========================================================  ==============================
-    ``loss_fn``              keys                                                         what differs
-    =======================  ===========================================================  ==============================
+    =======================  ==========================================================  ===================================
+    ``loss_fn``              keys                                                        what differs
+    =======================  ==========================================================  ===================================
     ``importance_sampling``  none
-    ``ppo``                  ``clip_low_threshold`` (0.8),                                ratios, not offsets
-                             ``clip_high_threshold`` (1.2)
-    ``cispo``                the same                                                     paper: no lower bound
+    ``ppo``                  ``clip_low_threshold`` (0.8), ``clip_high_threshold``       bounds are ratios, not offsets
+                             (1.2)
+    ``cispo``                the same                                                    paper: no lower bound
     ``dro``                  ``beta``, which has no documented default
-    =======================  ===========================================================  ==============================
+    =======================  ==========================================================  ===================================
 
     Parameters
     ----------
@@ -67,8 +67,7 @@ def _importance_sampling(_: Keys) -> Mode:
 
 
 def _ppo(keys: Keys) -> Mode:
-    low, high = _thresholds(keys)
-    return Mode(PPOClip(eps_low=1.0 - low, eps_high=high - 1.0), reduction="token_sum")
+    return Mode(clip(*_thresholds(keys)), reduction="token_sum")
 
 
 def _cispo(keys: Keys) -> Mode:

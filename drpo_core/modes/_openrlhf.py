@@ -41,16 +41,15 @@ def openrlhf(policy_loss_type: str = "ppo", /, **keys: Any) -> Mode:
     Names with dots are given in a dict: ``modes.openrlhf("ppo", **{"actor.dual_clip": 3.0})``. ``old_log_probs`` of
     OpenRLHF is `proximal_log_prob` here, ``rollout_log_probs`` `behavior_log_prob`.
 
-    ======================  =====================================================  =======================================
-    ``policy_loss_type``    keys, besides those of all                             what differs
-    ======================  =====================================================  =======================================
-    ``ppo``                 ``algo.advantage.is_correction_mode`` (``"mask"``,
-                            ``"clip"``), ``_gating`` (``"ratio"``,
-                            ``"binary_kl"``, ``"tv"``), ``_threshold``
-                            ((0.5, 5.0))
-    ``gspo``                none of the above                                      always means of sequences; with a
-                                                                                   correction level the ratio is π/μ
-    ======================  =====================================================  =======================================
+    ====================  ==========================================================  ======================================
+    ``policy_loss_type``  keys, besides those of all                                  what differs
+    ====================  ==========================================================  ======================================
+    ``ppo``               ``algo.advantage.is_correction_mode`` (``"mask"``,
+                          ``"clip"``), ``_gating`` (``"ratio"``, ``"binary_kl"``,
+                          ``"tv"``), ``_threshold`` ((0.5, 5.0))
+    ``gspo``              none of the above                                           always means of sequences; with a
+                                                                                      correction level the ratio is π/μ
+    ====================  ==========================================================  ======================================
 
     Parameters
     ----------

@@ -58,24 +58,24 @@ def verl(loss_mode: str = "vanilla", /, **keys: Any) -> Mode:
     ``old_log_probs`` of verl is `proximal_log_prob` here, ``rollout_log_probs`` `behavior_log_prob`; with
     ``bypass_mode=True`` verl has only the latter.
 
-    ==============  ======================================================  ==========================================
-    ``loss_mode``   keys, besides those of all                              what differs
-    ==============  ======================================================  ==========================================
-    ``vanilla``     ``clip_ratio_low``, ``clip_ratio_high`` (0.2),          the dual clip of 3 is on by default
-                    ``clip_ratio_c`` (3.0)
-    ``gspo``        ``clip_ratio_low``, ``clip_ratio_high``                 paper: 3e-4, 4e-4, means of sequences
-    ``sapo``        ``tau_pos`` (1.0), ``tau_neg`` (1.05)                   ``loss_agg_mode`` is ignored: always
-                                                                            ``"seq-mean-token-mean"``
-    ``gpg``         none
-    ``geo_mean``    ``clip_ratio_low``, ``clip_ratio_high``, nats           GMPO; paper: 0.4. ``loss_agg_mode`` is
-                                                                            ignored; verl counts empty rows too
-    ``dro``         ``dro_beta``, which has no default
-    ``cispo``       ``clip_ratio_low``, ``clip_ratio_high``                 paper: no lower bound
-    ``dppo_tv``     ``clip_ratio_low``, ``clip_ratio_high``: the δ,         paper: 20 for the cap
-    ``dppo_kl``     ``clip_ratio_c`` (3.0): the cap of the ratio
-    ``bypass_mode`` ``loss_type``: ``"ppo_clip"`` with the keys of          REINFORCE with weights on π/μ
-                    ``vanilla``, or ``"reinforce"``
-    ==============  ======================================================  ==========================================
+    ========================  ==================================================  ==========================================
+    ``loss_mode``             keys, besides those of all                          what differs
+    ========================  ==================================================  ==========================================
+    ``vanilla``               ``clip_ratio_low``, ``clip_ratio_high`` (0.2),      the dual clip is on by default
+                              ``clip_ratio_c`` (3.0)
+    ``gspo``                  ``clip_ratio_low``, ``clip_ratio_high``             paper: 3e-4, 4e-4, and means of sequences
+    ``sapo``                  ``tau_pos`` (1.0), ``tau_neg`` (1.05)               ``loss_agg_mode`` is ignored: always
+                                                                                  ``"seq-mean-token-mean"``
+    ``gpg``                   none
+    ``geo_mean``              ``clip_ratio_low``, ``clip_ratio_high``, nats       GMPO; paper: 0.4. ``loss_agg_mode`` is
+                                                                                  ignored, and empty rows count
+    ``dro``                   ``dro_beta``, which has no default
+    ``cispo``                 ``clip_ratio_low``, ``clip_ratio_high``             paper: no lower bound
+    ``dppo_tv``, ``dppo_kl``  ``clip_ratio_low``, ``clip_ratio_high``: the δ;     paper: the cap is 20
+                              ``clip_ratio_c`` (3.0): the cap of the ratio
+    ``bypass_mode``           ``loss_type``: ``"ppo_clip"`` with the keys of      weights of ``rollout_is`` on π/μ, for
+                              ``vanilla``, or ``"reinforce"``                     ``"reinforce"`` only
+    ========================  ==================================================  ==========================================
 
     Parameters
     ----------

@@ -30,13 +30,13 @@ def torchrl(loss: str = "GRPOLoss", /, **keys: Any) -> Mode:
 
     ``sample_log_prob`` of TorchRL is `behavior_log_prob` here. Its entropy bonus, on by default, is a term of its own.
 
-    ======================  =============================================================================================
+    ======================  ==========================================================================================
     ``loss``                what differs
-    ======================  =============================================================================================
-    ``GRPOLoss``, ``DAPO``  nothing: they are the same
-    ``CISPOLoss``           TorchRL differentiates the clipped ratio, so outside of the bounds there is no gradient at all
-                            and no log π: it is IcePop's mask. CISPO is ``drpo_core.CISPO``
-    ======================  =============================================================================================
+    ======================  ==========================================================================================
+    ``GRPOLoss``, ``DAPO``  the two are the same
+    ``CISPOLoss``           TorchRL differentiates the clipped ratio, so there is no gradient outside of the bounds:
+                            it is IcePop's mask. CISPO is ``drpo_core.CISPO``
+    ======================  ==========================================================================================
 
     Parameters
     ----------
@@ -54,8 +54,8 @@ def torchrl(loss: str = "GRPOLoss", /, **keys: Any) -> Mode:
     Raises
     ------
     TypeError, ValueError
-        If the name, a key or a value is unknown, or a value asks for what no mode does: the KL terms, which TorchRL averages
-        over padding too.
+        If the name, a key or a value is unknown, or a value asks for what no mode does: ``kl_to_ref_coeff``
+        and ``kl_to_inference_coeff``, whose KL TorchRL averages over padding too.
 
     References
     ----------

@@ -59,22 +59,23 @@ def trl(loss_type: str = "dapo", /, **keys: Any) -> Mode:
     ``old_per_token_logps`` of TRL is `behavior_log_prob` here; with ``use_vllm=True`` it is `proximal_log_prob`, and
     ``sampling_per_token_logps`` is `behavior_log_prob`.
 
-    ==============  ======================================================  ==========================================
-    ``loss_type``   keys, besides those of all                              what differs
-    ==============  ======================================================  ==========================================
-    ``grpo``        ``epsilon`` (0.2), ``epsilon_high`` (``epsilon``),      TRL counts rows without valid tokens too
-    ``bnpo``        ``delta`` (None): the dual clip's bound
-    ``dapo``
-    ``dr_grpo``     the same, and ``max_completion_length`` (512)
-    ``luspo``       the same as ``grpo``                                    paper: with
-                                                                            ``importance_sampling_level="sequence"``
-    ``cispo``       ``epsilon_high``: the largest ratio itself              without it TRL's cap is ``epsilon``, 0.2
-    ``sapo``        ``sapo_temperature_pos`` (1.0),
-                    ``sapo_temperature_neg`` (1.05)
-    ``vespo``       ``vespo_k_pos`` (2.0), ``vespo_lambda_pos`` (3.0),
-                    ``vespo_k_neg`` (3.0), ``vespo_lambda_neg`` (2.0)
-    ``gmpo``        ``epsilon`` (0.4), ``epsilon_high``, nats               of ``trl.experimental.gmpo``
-    ==============  ======================================================  ==========================================
+    =============================  ==============================================  =========================================
+    ``loss_type``                  keys, besides those of all                      what differs
+    =============================  ==============================================  =========================================
+    ``grpo``, ``bnpo``, ``dapo``   ``epsilon`` (0.2), ``epsilon_high``             rows without valid tokens count in
+                                   (``epsilon``), ``delta`` (None): the dual       ``grpo``
+                                   clip's bound
+    ``dr_grpo``                    the same, and ``max_completion_length`` (512)   rows without valid tokens count
+    ``luspo``                      as ``grpo``                                     paper: with
+                                                                                   ``importance_sampling_level="sequence"``
+    ``cispo``                      ``epsilon_high``: the largest ratio itself      without it the cap is ``epsilon``, 0.2
+    ``sapo``                       ``sapo_temperature_pos`` (1.0),
+                                   ``sapo_temperature_neg`` (1.05)
+    ``vespo``                      ``vespo_k_pos`` (2.0), ``vespo_lambda_pos``
+                                   (3.0), ``vespo_k_neg`` (3.0),
+                                   ``vespo_lambda_neg`` (2.0)
+    ``gmpo``                       ``epsilon`` (0.4), ``epsilon_high``, nats       of ``trl.experimental.gmpo``
+    =============================  ==============================================  =========================================
 
     Parameters
     ----------

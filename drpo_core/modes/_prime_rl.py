@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from drpo_core.modes._keys import Keys, made
+from drpo_core.modes._keys import Keys, clip, made
 from drpo_core.modes.mode import Mode
-from drpo_core.objectives import CISPO, DPPO, IPO, IcePop, PPOClip
+from drpo_core.objectives import CISPO, DPPO, IPO, IcePop
 from drpo_core.penalties import Penalty
 
 if TYPE_CHECKING:
@@ -30,17 +30,18 @@ def prime_rl(type: str = "ipo", /, **keys: Any) -> Mode:  # noqa: A002 -- prime-
     ``inference_logprobs`` of prime-rl is `behavior_log_prob`: there is no other policy. It divides by the number of
     tokens.
 
-    ===========  =============================================================  ======================================
-    ``type``     keys                                                           what differs
-    ===========  =============================================================  ======================================
-    ``ipo``      ``eps`` (0.3), ``max_importance_ratio`` (1e4)
-    ``icepop``   ``ratio_low`` (0.2), ``ratio_high`` (5.0)                      paper: on π_old/μ, 0.5 and 5
-    ``ppo``      ``ratio_low`` (0.8), ``ratio_high`` (1.2),                     ratios, not offsets
+    ===========  ==============================================================  ===========================================
+    ``type``     keys                                                            what differs
+    ===========  ==============================================================  ===========================================
+    ``ipo``      ``eps`` (0.3), ``max_importance_ratio`` (1e4),
+                 ``score_centering`` (False)
+    ``icepop``   ``ratio_low`` (0.2), ``ratio_high`` (5.0)                       paper: on π_old/μ, 0.5 and 5
+    ``ppo``      ``ratio_low`` (0.8), ``ratio_high`` (1.2),                      bounds are ratios, not offsets
                  ``max_importance_ratio`` (1e4)
-    ``cispo``    ``ratio_low`` (0.0: no bound), ``ratio_high`` (5.0)            ratios, not offsets
-    ``default``  ``dppo_mask_low``, ``dppo_mask_high`` (0.2), ``kl_tau``        until August 2026 (#3418); the ratio is
-                 (1e-3): of ℓ² to the sampler                                   not truncated
-    ===========  =============================================================  ======================================
+    ``cispo``    ``ratio_low`` (0.0: no bound), ``ratio_high`` (5.0)             bounds are ratios, not offsets
+    ``default``  ``dppo_mask_low``, ``dppo_mask_high`` (0.2), ``kl_tau``         until August 2026 (#3418); DPPO without
+                 (1e-3): of ℓ² to the sampler                                    truncation
+    ===========  ==============================================================  ===========================================
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def _ppo(keys: Keys) -> Mode:
     low, high = (keys.number(f"ratio_{side}", above=0.0) for side in ("low", "high"))
     if keys.number("max_importance_ratio", at_least=1.0) < 1e4:
         keys.refuse("max_importance_ratio", "PPOClip has no such cap")
-    return _unscaled(keys, Mode(PPOClip(eps_low=1.0 - low, eps_high=high - 1.0)))
+    return _unscaled(keys, Mode(clip(low, high)))
 
 
 def _cispo(keys: Keys) -> Mode:

@@ -47,16 +47,18 @@ def slime(advantage_estimator: str = "grpo", /, **keys: Any) -> Mode:
     ``log_probs`` of slime is `proximal_log_prob` here, ``rollout_log_probs`` `behavior_log_prob`; with
     ``use_rollout_logprobs=True`` the loss has only the latter.
 
-    =======================================  ===========================================  =============================
-    ``advantage_estimator``                  keys, besides those of all                   what differs
-    =======================================  ===========================================  =============================
-    ``grpo``, ``ppo``,                       ``eps_clip`` (0.2), ``eps_clip_high``
-    ``reinforce_plus_plus``,                 (``eps_clip``), ``eps_clip_c`` (None): the
-    ``reinforce_plus_plus_baseline``         dual clip
-    ``gspo``                                 the same                                     paper: 3e-4, 4e-4
-    ``cispo``                                ``eps_clip``, ``eps_clip_high``              paper: ``eps_clip`` 1, no
-                                                                                          lower bound
-    =======================================  ===========================================  =============================
+    =================================  ================================================  ===================================
+    ``advantage_estimator``            keys, besides those of all                        what differs
+    =================================  ================================================  ===================================
+    ``grpo``, ``ppo``                  ``eps_clip`` (0.2), ``eps_clip_high``
+                                       (``eps_clip``), ``eps_clip_c`` (None): the dual
+                                       clip
+    ``reinforce_plus_plus``            the same
+    ``reinforce_plus_plus_baseline``   the same
+    ``gspo``                           the same                                          paper: 3e-4, 4e-4
+    ``cispo``                          ``eps_clip``, ``eps_clip_high``                   paper: no lower bound, ``eps_clip``
+                                                                                         ≥ 1
+    =================================  ================================================  ===================================
 
     Parameters
     ----------

@@ -60,22 +60,21 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
     ``old_log_probs`` of SkyRL is `proximal_log_prob` here, ``rollout_logprobs`` `behavior_log_prob`. Keys of a section, such
     as ``dppo.delta_low``, are given without its name.
 
-    =======================  =================================================  ======================================
-    ``policy_loss_type``     keys, besides those of all                         what differs
-    =======================  =================================================  ======================================
+    =======================  ====================================================  =========================================
+    ``policy_loss_type``     keys, besides those of all                            what differs
+    =======================  ====================================================  =========================================
     ``regular``              ``eps_clip_low``, ``eps_clip_high`` (0.2)
     ``dual_clip``            the same, and ``clip_ratio_c`` (3.0)
-    ``gspo``                 as ``regular``                                     paper: 3e-4, 4e-4
+    ``gspo``                 as ``regular``                                        paper: 3e-4, 4e-4
     ``sapo``                 ``tau_pos`` (1.0), ``tau_neg`` (1.05)
-    ``cispo``                ``cispo_eps_clip_low`` (1.0: no bound),            the defaults are ScaleRL's
-                             ``cispo_eps_clip_high`` (4.0),
-                             ``cispo_anchor`` (``"old"``, ``"rollout"``)
-    ``dppo``                 ``dppo_type`` (``"binary_tv"``,                    the ratio is not truncated, and TIS
-                             ``"binary_kl"``), ``delta_low``,                   on top of it counts π_old/μ twice: a
-                             ``delta_high`` (0.2)                               warning
-    ``rollout_is``           ``eps_clip_low``, ``eps_clip_high``                TIS on top: as ``dppo``
-    ``importance_sampling``  none, and none of the correction                   against ``old_log_probs``
-    =======================  =================================================  ======================================
+    ``cispo``                ``cispo_eps_clip_low`` (1.0: no bound),               the defaults are ScaleRL's
+                             ``cispo_eps_clip_high`` (4.0), ``cispo_anchor``
+                             (``"old"``, ``"rollout"``)
+    ``dppo``                 ``dppo_type`` (``"binary_tv"``, ``"binary_kl"``),     the ratio is not truncated; TIS on top of
+                             ``delta_low``, ``delta_high`` (0.2)                   it counts π_old/μ twice: a warning
+    ``rollout_is``           ``eps_clip_low``, ``eps_clip_high``                   IcePop on π/μ; TIS on top: as ``dppo``
+    ``importance_sampling``  none, and none of the correction                      against ``old_log_probs``
+    =======================  ====================================================  =========================================
 
     Parameters
     ----------
