@@ -268,17 +268,19 @@ def _token(objective: Any, x: float, b: float, a: float, divergence: float | Non
         return (*known, inside) if inside or not a * (x - b) > 0 else (0.0, 0.0, 0.0, inside)
     if kind == "CISPO" and objective.min_ratio is None and x == -math.inf:
         return (*_surrogate(objective, x, b, a), True)  # where π = 0, r log π has the limit 0
-    known = digits.reference(objective, x, b, a)[:3]
-    loss, weight, gradient = known
+    known = digits.reference(objective, x, b, a)
     if kind == "TokenwiseClip":
-        inside = abs(math.expm1(min(x - b, SATURATION))) <= digits.token_bound(objective.bounds, b, up=x >= b)[0]
+        # at π = 1 a Bernoulli KL is infinite, and its bound nearer to the ratio than a rounding: it is the bound, and kept
+        most = digits.token_bound(objective.bounds, b, up=x >= b)[0]
+        inside = abs(math.expm1(min(x - b, SATURATION))) <= most * (1.0 + 2.0**-50)
+        known = known if known.jump > 2.0**-50 else digits.reference(PolicyGradient(), x, b, a)
     elif kind in {"PPOClip", "SPO"}:
         inside = -low <= math.expm1(min(x - b, SATURATION)) <= high
     elif kind == "IcePop":
         inside = objective.min_ratio <= math.exp(min(x - b, SATURATION)) <= objective.max_ratio
     else:
         inside = -low <= math.exp(x) - math.exp(b) <= high
-    return loss, gradient, weight, inside
+    return known.loss, known.gradient, known.weight, inside
 
 
 def _surrogate(objective: Any, x: float, b: float, a: float) -> tuple[float, float, float]:
