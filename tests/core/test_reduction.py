@@ -360,7 +360,6 @@ class NotHashable:
         partial(token_mean, np.ones(3)),
         NotHashable(),
         "token_mean",
-        None,
         3,
         [],
         np.sum,
