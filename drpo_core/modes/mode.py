@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drpo_core import anchors, corrections, objectives, penalties
 from drpo_core import reduction as reductions
-from drpo_core._checks import check_arrays, check_flag, check_number, check_part, check_shape
+from drpo_core._checks import check_arrays, check_flag, check_number, check_part, check_segment_ids, check_shape
 from drpo_core._sequences import Sequences
 from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean
 from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of
@@ -324,6 +324,8 @@ def resolve(
     """The objective or mode for these tokens; checked arrays, without a graph."""
     others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
     check_others(objective, others, log_prob, xp=xp)
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, log_prob if mask is None else mask, xp=xp)
     if not isinstance(objective, Mode):
         return Resolved(objective, behavior_log_prob, None, mask, None, {})
     mode = objective
