@@ -289,6 +289,18 @@ def _surrogate(objective: Any, x: float, b: float, a: float) -> tuple[float, flo
     return loss, gradient, weight
 
 
+class _Step(torch.autograd.Function):
+    """Log π less itself: 0, whose derivative is 1 where log π is −∞ too."""
+
+    @staticmethod
+    def forward(_: Any, log_prob: Tensor) -> Tensor:
+        return torch.zeros_like(log_prob)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class Tokens:
     """Per token: the loss as a function of log π with its analytic derivative, the gradient, the weight; masked ones are 0."""
 
@@ -310,8 +322,7 @@ class Tokens:
         columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).T.reshape(4, *x.shape)
         value, self.gradient, self.weight, inside = columns
         self.inside = inside == 1.0
-        linear = log_prob - x
-        self.loss = value + self.gradient * torch.where(torch.isfinite(linear) & mask, linear, 0.0)
+        self.loss = value + self.gradient * torch.where(mask, _Step.apply(log_prob), 0.0)
         self.mask, self.x, self.b, self.a = mask, x, b, a
 
     def diagnostics(self, path: str, *, rounded: bool = False) -> Outputs:
