@@ -7,13 +7,14 @@ import dataclasses
 
 import pytest
 
-from drpo_core import DPPO
+from drpo_core import DPPO, DRPO
 from drpo_core.objectives import OBJECTIVES, label
 from drpo_core.testing.implementation import form_of
 
 BITING = {"delta": (0.15, (0.1, 0.2)), "eps": (0.2, (0.1, 0.3)), "max_ratio": (2.0,)}
 """Thresholds on both sides of which a few dozen tokens of ratios around 1 lie; for others, the family's typical ones."""
 
+CAPS = {"min_ratio": 0.5}
 CAP = 2.0
 
 
@@ -23,7 +24,7 @@ def variants_of(family):
     thresholds = {f"{family.threshold}{suffix}" for suffix in ("", "_low", "_high")}
     fields = getattr(family.objective, "__dataclass_fields__", {}).values()
     caps = [field.name for field in fields if field.default is None and field.name not in thresholds]
-    return made + [dataclasses.replace(made[-1], **{cap: CAP}) for cap in caps]
+    return made + [dataclasses.replace(made[-1], **{cap: CAPS.get(cap, CAP)}) for cap in caps]
 
 
 VARIANTS = [variant for family in OBJECTIVES for variant in variants_of(family)]
@@ -38,6 +39,10 @@ RATIO_FORMS = [objective for objective in ALL if form_of(objective) == "ratio"]
 
 ONE_A_FAMILY = [variants_of(family)[0] for family in OBJECTIVES]
 
+KINDS = list({(form_of(o), hasattr(o, "ratio_weight"), hasattr(o, "inside")): o for o in reversed(ONE_A_FAMILY)}.values())
+KINDS += [DRPO(delta=0.15), MEASURED]
+"""One for each way in which what is around an objective can treat it: that its numbers are right is `each_objective`'s."""
+
 each_objective = pytest.mark.parametrize("objective", ALL, ids=label)
 each_ratio_form = pytest.mark.parametrize("objective", RATIO_FORMS, ids=label)
-each_family = pytest.mark.parametrize("objective", [*ONE_A_FAMILY, MEASURED], ids=label)
+each_kind = pytest.mark.parametrize("objective", KINDS, ids=label)

@@ -13,7 +13,7 @@ from backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mode_oracles import EXAMPLES, Constant, arguments_for, batch, packed, quiet, reduced_over, with_choices
-from variants import ALL, VARIANTS, each_family
+from variants import ALL, VARIANTS, each_kind
 
 import drpo_core
 from drpo_core import (
@@ -259,7 +259,7 @@ def test_a_mode_of_an_objective_alone_is_the_objective_to_the_last_bit(objective
         np.testing.assert_array_equal(one, other)
 
 
-@each_family
+@each_kind
 def test_a_mode_of_an_objective_alone_in_every_backend(backend, objective):
     arrays = arguments_for(Mode(objective), batch(seed=6))
     if getattr(objective, "divergence", None) == "per_token":

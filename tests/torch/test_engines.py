@@ -8,7 +8,7 @@ import pytest
 import torch
 from drpo_torch import engines, linear_reduction, policy_loss
 from torch_cases import batch, each_engine, each_reduction, gradient_of, in_log_prob
-from variants import MEASURED, each_family, each_objective
+from variants import MEASURED, each_kind, each_objective
 
 from drpo_core import (
     CISPO,
@@ -113,11 +113,18 @@ def assert_same(got, expected, dtype=torch.float64):
 # --- every engine gives the core's numbers ---
 
 
+@each_engine
+@each_objective
+def test_the_core_in_float64(objective, engine):
+    data = awkward()
+    assert_same(evaluated(objective, data, engine), of_the_core(objective, data))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @each_engine
 @each_reduction
-@each_objective
-def test_the_core_in_float64(objective, reduction, engine, dtype):
+@each_kind
+def test_each_reduction_of_each_kind(objective, reduction, engine, dtype):
     data = awkward(dtype=dtype)
     assert_same(
         evaluated(objective, data, engine, reduction=reduction), of_the_core(objective, data, reduction=reduction), dtype
@@ -187,7 +194,7 @@ def test_strided_and_expanded_tensors(engine):
 
 
 @each_engine
-@each_family
+@each_kind
 def test_diagnostics_that_were_not_asked_for(objective, engine):
     data = batch()
     loss, gradient, statistics = evaluated(objective, data, engine, diagnostics=False)
@@ -333,7 +340,7 @@ def test_a_missing_divergence_is_named(engine):
 
 @each_engine_and_auto
 @pytest.mark.parametrize("diagnostics", [False, True])
-@each_objective
+@each_kind
 def test_a_linear_reduction(objective, engine, diagnostics):
     data = awkward()
     rows = data["mask"].sum(-1, keepdim=True).clamp(min=1)

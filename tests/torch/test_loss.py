@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch_cases import batch, each_engine, each_reduction, gradient_of, in_log_prob, packed
-from variants import MEASURED, each_family, each_objective, each_ratio_form
+from variants import MEASURED, each_kind, each_objective, each_ratio_form
 
 from drpo_core import DRPO, sequence_mean_token_mean
 
@@ -75,7 +75,7 @@ def test_vmap_over_one_argument_alone(function, name, engine):
 
 
 @each_engine
-@each_family
+@each_kind
 def test_many_cotangents_at_once(objective, engine):
     """`is_grads_batched` and vectorised jacobians are vmaps over the backward pass alone."""
     data = batch()
@@ -168,7 +168,7 @@ def test_non_contiguous_and_expanded_inputs(objective, engine):
 
 
 @each_engine
-@each_family
+@each_kind
 @each_reduction
 def test_inputs_are_not_mutated(objective, reduction, engine):
     data = batch() | {"token_weights": torch.full((4, 6), 0.5, dtype=torch.float64)}
@@ -290,7 +290,7 @@ def kept_for_backward(objective, data, **options):
 
 @each_engine
 @each_reduction
-@each_family
+@each_kind
 def test_only_the_gradient_is_kept(objective, reduction, engine):
     rows, columns = 16, 1024
     data = batch((rows, columns), dtype=torch.float32)

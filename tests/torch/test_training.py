@@ -11,7 +11,7 @@ import pytest
 import torch
 from drpo_torch import linear_reduction, policy_loss, token_loss
 from torch_cases import ENGINES, REDUCTIONS, batch, each_engine, each_reduction, gradient_of
-from variants import ALL, each_family
+from variants import ALL, each_kind
 
 from drpo_core import DRPO, merge_diagnostics, sequence_mean_token_sum, summarize, token_mean
 from drpo_core.objectives import label
@@ -53,7 +53,7 @@ def tensors_of(loss, statistics):
 
 
 @each_way
-@each_family
+@each_kind
 def test_every_output_may_be_changed_in_place(objective, engine):
     data, loss, statistics = losses(engine, objective)
     outputs = tensors_of(loss, statistics)
@@ -147,7 +147,7 @@ def test_a_scaled_loss_has_a_scaled_gradient(engine, dtype):
 
 
 @each_engine
-@each_family
+@each_kind
 def test_backward_twice_and_with_any_cotangent(objective, engine):
     data, loss, _ = losses(engine, objective, diagnostics=False)
     expected = gradient_of(objective, data, engine=engine)
@@ -280,7 +280,9 @@ def test_objectives_in_a_checkpoint(objective):
     assert type(loaded) is type(objective)
     assert loaded == objective
     data = batch()
-    torch.testing.assert_close(gradient_of(loaded, data), gradient_of(objective, data), rtol=0.0, atol=0.0)
+    # not compiled, which would be the slowest part
+    found, expected = (gradient_of(each, data, engine="arrays") for each in (loaded, objective))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
 
 
 @each_engine

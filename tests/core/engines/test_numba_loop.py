@@ -262,11 +262,11 @@ def schedules():
         for name in numeric_fields(family.objective):
             base = dict(family.fixed)
             if family.threshold is not None and not name.startswith(family.threshold):
-                base[family.threshold] = 0.3
+                base[family.threshold] = 2.0 if family.threshold == "max_ratio" else 0.3
             low, high = f"{family.threshold}_low", f"{family.threshold}_high"
             if name in {low, high}:
                 base |= {low: 0.3, high: 0.4}
-            values = [1.1 + 0.2 * step if name in {"dual_clip", "max_ratio"} else 0.05 + 0.11 * step for step in range(8)]
+            values = [1.1 + 0.2 * step if name in {"dual_clip", "max_ratio"} else 0.05 + 0.11 * step for step in range(4)]
             yield pytest.param([(family.objective, base | {name: value}) for value in values], id=f"{family.name}-{name}")
 
 

@@ -56,7 +56,6 @@ EVERY_OBJECTIVE = [
     CISPO(min_ratio=0.8, max_ratio=1.2),
     SAPO(tau_positive=1.0, tau_negative=1.05),
     IcePop(min_ratio=0.5, max_ratio=5.0),
-    IPO(delta=0.3),
     IPO(delta_low=0.1, delta_high=0.3, max_ratio=1.5),
     TOPR(),
     GPPO(eps_low=0.2, eps_high=0.28, dual_clip=3.0),
@@ -69,7 +68,7 @@ EVERY_OBJECTIVE = [
 ASYMMETRIC_DRPO = DRPO(delta_low=0.3, delta_high=0.1)
 TYPICAL = [ASYMMETRIC_DRPO, DPPO(delta_low=0.1, delta_high=0.3), PPOClip(eps_low=0.2, eps_high=0.28, dual_clip=3.0)]
 RATIO_FORMS = [ASYMMETRIC_DRPO, SPO(eps=0.2), DPPO(delta=0.05, divergence="binary_kl"), MaskDRPO(delta=0.2), *TYPICAL[1:]]
-RATIO_FORMS += [Reinforce(), SAPO(tau_positive=1.0, tau_negative=1.05), IcePop(min_ratio=0.5, max_ratio=5.0), TOPR()]
+RATIO_FORMS += [SAPO(tau_positive=1.0, tau_negative=1.05), TOPR()]
 NO_DIVERGENCES = {"divergences": {}}  # they don't depend on the objective: once a backend is enough
 
 # their arithmetic is float32 wherever dtype is not the question; JAX then runs with x64 off
