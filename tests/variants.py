@@ -37,6 +37,9 @@ ALL = [*VARIANTS, MEASURED]
 RATIO_FORMS = [objective for objective in ALL if form_of(objective) == "ratio"]
 """Their gradient is the derivative of the loss's value."""
 
+FULL = [variants_of(family)[-1] for family in OBJECTIVES]
+"""Every family with two thresholds, or a cap, where it may have them."""
+
 ONE_A_FAMILY = [variants_of(family)[0] for family in OBJECTIVES]
 
 KINDS = list({(form_of(o), hasattr(o, "ratio_weight"), hasattr(o, "inside")): o for o in reversed(ONE_A_FAMILY)}.values())

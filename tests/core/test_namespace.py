@@ -3,6 +3,7 @@
 import array_api_compat.numpy as xp
 import numpy as np
 import pytest
+from variants import KINDS
 
 import drpo_core
 from drpo_core import _checks, reduction, validation
@@ -65,7 +66,7 @@ def test_no_objective_infers_a_namespace(family, monkeypatch):
     monkeypatch.setattr(_checks, "array_namespace", None)
     made = family.make(family.typical[0] if family.typical else None)
     options = {"mask": MASK, "xp": xp}
-    for engine in ("arrays", "compiled"):
+    for engine in ("arrays", "compiled") if made in KINDS else ("arrays",):
         result = drpo_core.policy_loss_and_gradient(made, X, B, A, **options, engine=engine)
         assert np.isfinite(result.gradient).all()
     assert np.isfinite(drpo_core.token_loss_and_gradient(made, X, B, A, **options).loss).all()
