@@ -22,8 +22,6 @@ collect_ignore_glob = [
     "docs/_ext/*.py",
     "docs/conf.py",
     "studies/study/*.py",
-    # seven minutes on two cores: a report, `python -m contract` with `tests` on the path
-    "tests/contract/test_matrix.py",
 ]
 
 PYTHON = CodeBlockParser("python", PythonEvaluator())

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from drpo_jax.distributed import all_reduce_diagnostics, global_coefficients, global_normalizer
 
-from drpo_core import DRPO, merge_diagnostics, summarize, token_diagnostics
+from drpo_core import DRPO, merge_diagnostics, summarize, token_diagnostics, token_mean
 
 REDUCTIONS = ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"]
 WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 units in the last place
@@ -74,3 +74,11 @@ def test_unknown_reduction_is_refused(helper):
         jax.vmap(lambda m: helper(lambda values, mask: (values * mask).sum(), m, **names), axis_name="data")(
             jnp.ones((2, 3), bool)
         )
+
+
+def test_a_number_is_no_shard_of_a_sequence():
+    def coefficients(mask):
+        return global_coefficients(token_mean, mask, normalizer=1, shard_axis_name="tokens")
+
+    with pytest.raises(ValueError, match=r"^mask: expected \(…, tokens\), a shard of each sequence, got a 0-d array$"):
+        jax.vmap(coefficients, axis_name="tokens")(jnp.array([True, True]))
