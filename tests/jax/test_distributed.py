@@ -80,5 +80,5 @@ def test_a_number_is_no_shard_of_a_sequence():
     def coefficients(mask):
         return global_coefficients(token_mean, mask, normalizer=1, shard_axis_name="tokens")
 
-    with pytest.raises(ValueError, match=r"^mask: expected \(…, tokens\), a shard of each sequence, got a 0-d array$"):
+    with pytest.raises(ValueError, match=r"^mask: expected \(…, tokens\), a shard of each sequence, got a 0-d array"):
         jax.vmap(coefficients, axis_name="tokens")(jnp.array([True, True]))
