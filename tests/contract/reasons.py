@@ -141,6 +141,10 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "a large batch is a small one repeated: where the policies are is tested on the small one",
     ),
     (
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] is Use.CREATE_GRAPH,
+        "these cells differentiate in the logits twice, and what is overwritten is no longer theirs",
+    ),
+    (
         lambda _, c: c["shape"] is Shape.LARGE and _has(c, "chunk_tokens"),
         "chunks of two tokens of a large batch are thousands, after each of which a 16-bit ∂weight is rounded, as documented",
     ),
@@ -276,7 +280,7 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((RuntimeError,), "vectorised cotangents", "which rows are needed differs between cotangents", always=False),
     ),
     (
-        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.BATCHED, Use.TWICE, Use.CREATE_GRAPH},
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.BATCHED, Use.TWICE},
         Refusal((RuntimeError, ValueError), "", "logits that have been overwritten can't be read again", always=False),
     ),
     (
