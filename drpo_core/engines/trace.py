@@ -77,7 +77,8 @@ _ON_HOST: dict[str, Any] = {
 class UntraceableError(NotImplementedError):
     """An operation that can't be compiled; array operations run it.
 
-    The objective is not at fault, as a TypeError or ValueError would say: its operation has no place in a compiled loop.
+    A NotImplementedError, because the compiled engine is what lacks something: a TypeError or ValueError would say that the
+    objective is at fault.
     """
 
     def __init__(self, operation: str) -> None:

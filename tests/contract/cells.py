@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 Axes = dict[str, tuple[Any, ...]]
 Cell = dict[str, Any]
@@ -95,6 +95,14 @@ def sample(axes: Axes, left_out: Callable[[Cell], str | None], size: int, *, see
         if cell is not None:
             cells.append(cell)
     return cells
+
+
+def near(axes: Axes) -> Iterator[Cell]:
+    """The base with one choice, or a pair of choices, changed."""
+    start = base(axes)
+    for first, second in itertools.combinations(axes, 2):
+        for choices in itertools.product(axes[first], axes[second]):
+            yield {**start, first: choices[0], second: choices[1]}
 
 
 def product(axes: Axes, names: Iterable[str]) -> list[Cell]:

@@ -13,11 +13,10 @@ _LEFT_OUT: Counter[str] = Counter()
 _SECONDS: Counter[str] = Counter()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_process():
     """A process group of one, in which the distributed functions do what they do among several."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import random
 import zlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,7 +52,7 @@ def matrix_of(subject: str) -> Matrix:
         return f"refused: {refused[0].reason}" if refused else None
 
     def not_fast(cell: Cell) -> str | None:
-        return SLOW if slow is not None and _is_slow(cell) else not_a_result(cell)
+        return SLOW if slow is not None and is_slow(cell) else not_a_result(cell)
 
     pairs = cells.covering(every if fast else {}, not_fast, seed=seed) if fast else cells.Cells([], 0, Counter())
     drawn = int(DRAWN * MORE) if fast else 0
@@ -66,10 +67,14 @@ def matrix_of(subject: str) -> Matrix:
             return reason or (None if predicate(subject, cell) else "not this refusal")
 
         found += cells.sample(every, outside, int(DRAWN_REFUSED * (1 if refusal.always else 2) * MORE), seed=seed)
+        # at random, a refusal of two rare choices would have no cell
+        close = [cell for cell in cells.near(every) if predicate(subject, cell) and left_out(subject, cell) is None]
+        found += random.Random(seed).sample(close, min(len(close), DRAWN_REFUSED))  # noqa: S311 -- a sample, not a secret
     return Matrix(found, pairs.pairs, pairs.left_out)
 
 
-def _is_slow(cell: Cell) -> bool:
+def is_slow(cell: Cell) -> bool:
+    """Whether XLA or Dynamo compile something for it."""
     return cell["library"] is Library.JAX or cell["use"] is Use.COMPILE
 
 

@@ -145,8 +145,12 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "a large batch is a small one repeated: where the policies are is tested on the small one",
     ),
     (
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] is Use.CREATE_GRAPH,
+        "these cells differentiate in the logits twice, and what is overwritten is no longer theirs",
+    ),
+    (
         lambda _, c: c["shape"] is Shape.LARGE and _has(c, "chunk_tokens"),
-        "chunks of two tokens of a large batch are thousands",
+        "chunks of two tokens of a large batch are thousands, after each of which a 16-bit ∂weight is rounded, as documented",
     ),
     (
         lambda _, c: c["ambient"] is Ambient.DEBUG_NANS and c["use"] in {Use.VMAP, Use.VMAP_ONE},
@@ -273,14 +277,14 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     ),
     (
         lambda s, c: c["use"] in TRANSFORMS and c["use"] not in SUBJECTS[s].promises and c["library"] is Library.TORCH,
-        Refusal((RuntimeError, NotImplementedError), "", "torch.func is not promised there", always=False),
+        Refusal((RuntimeError,), "", "torch.func is not promised there: right or an error", always=False),
     ),
     (
         lambda s, c: c["use"] is Use.BATCHED and _named(s, "token_log_prob", "full_divergences"),
         Refusal((RuntimeError,), "vectorised cotangents", "which rows are needed differs between cotangents", always=False),
     ),
     (
-        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.BATCHED, Use.TWICE, Use.CREATE_GRAPH},
+        lambda _, c: bool(c.get("overwrite_logits")) and c["use"] in {Use.RETAINED, Use.BATCHED, Use.TWICE},
         Refusal((RuntimeError, ValueError), "", "logits that have been overwritten can't be read again", always=False),
     ),
     (

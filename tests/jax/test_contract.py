@@ -1,6 +1,11 @@
-"""What drpo_jax promises besides the contract matrix: ids outside the vocabulary, debugging switches, numbers as arrays."""
+"""What every function of drpo_jax promises, over one table of them: dtypes, numbers, ids, debugging switches.
+
+Each test is generated from the table, so that a new argument is tested in every way by one more name in it.
+"""
 
 import functools
+import inspect
+import itertools
 from dataclasses import dataclass
 
 import drpo_jax
@@ -9,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drpo_core import DPPO, DRPO
+from drpo_core import DPPO, DRPO, sequence_mean_token_sum, token_mean
 
 H, V, K, SHAPE = 5, 13, 3, (4, 6)
+FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
+PRECISION = {jnp.float16: 2.0**-11, jnp.bfloat16: 2.0**-8, jnp.float32: 2.0**-24, jnp.float64: 2.0**-53}
 TOP_K = DPPO(delta=0.12, divergence="per_token")
 
 
@@ -165,11 +172,153 @@ IDS = [c.name + ("-top-k" if isinstance(c, TopK) else "") for c in CASES]
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
 
+def test_the_table_has_every_function():
+    functions = {name for name in drpo_jax.__all__ if inspect.isfunction(getattr(drpo_jax, name))}
+    assert {case.name for case in CASES} == functions - {"linear_reduction"}
+
+
 def is_float(array):
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
+def working(dtype):
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def plain(case):
+    """Without diagnostics, which take most of the time of a compilation."""
+    return {"diagnostics": False} if "diagnostics" in inspect.signature(getattr(drpo_jax, case.name)).parameters else {}
+
+
+# dtypes
+
+
+def combinations():
+    """All arrays of every case in float32, then each one in each other dtype, then random combinations."""
+    rng = np.random.default_rng(0)
+    for case, name in zip(CASES, IDS, strict=True):
+        floats = [n for n in case.arrays if n not in ("tokens", "mask", "top_k_ids")]
+        yield pytest.param(case, {}, id=f"{name}-float32")
+        for array, dtype in itertools.product(floats, [dtype for dtype in FLOATS if dtype != jnp.float32]):
+            yield pytest.param(case, {array: dtype}, id=f"{name}-{array}-{jnp.dtype(dtype).name}")
+        for i in range(4):
+            yield pytest.param(case, {n: FLOATS[rng.integers(4)] for n in floats}, id=f"{name}-random-{i}")
+
+
+@pytest.mark.parametrize(("case", "dtypes"), list(combinations()))
+def test_every_combination_of_dtypes(case, dtypes):
+    arrays = arrays_of(np.float32)
+    arrays |= {name: arrays[name].astype(dtype) for name, dtype in dtypes.items()}
+    # that of the rounded logits, and itself in 32 bits at least: with another one, π would sum to more than 1
+    log_normalizer = jax.scipy.special.logsumexp(arrays["logits"].astype(jnp.float64), axis=-1)
+    arrays["log_normalizer"] = log_normalizer.astype(working(dtypes.get("log_normalizer", jnp.float32)))
+    value, gradients = case.compiled(**plain(case))(arrays)
+    exact = {name: a.astype(jnp.float64) if is_float(a) else a for name, a in arrays.items()}
+    expected, expected_gradients = case.compiled(**plain(case))(exact)
+    # matrix products are taken in the dtype of the model: the gradient of the logits is rounded to it
+    products = max(PRECISION[arrays[n].dtype.type] for n in ("hidden", "weight")) if "hidden" in case.arrays else 0.0
+    assert value.dtype in (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(value, expected, rtol=3e-5)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == arrays[name].dtype
+        scale = float(jnp.abs(expected_gradients[name]).max())
+        within = (3e-5 + 4.0 * products + 2.0 * PRECISION[gradient.dtype.type]) * scale
+        np.testing.assert_allclose(gradient.astype(jnp.float64), expected_gradients[name], rtol=0.0, atol=within)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_results_are_float32_at_least_and_float64_where_all_arrays_are(case, dtype):
+    result = jax.eval_shape(case.call, arrays_of(dtype))
+    expected = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(expected)}
+
+
+@each_case
+def test_without_x64(case):
+    with jax.enable_x64(False):  # noqa: FBT003 -- JAX's signature
+        arrays = arrays_of(np.float32)
+        value, gradients = case.compiled()(arrays)
+        assert {leaf.dtype for leaf in jax.tree.leaves((value, gradients))} == {jnp.dtype(jnp.float32)}
+    expected, expected_gradients = case.compiled()(arrays_of())
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.int32, jnp.uint32, jnp.int64, jnp.uint64])
+@pytest.mark.parametrize("vocabulary", [100, 300, 70_000])
+def test_ids_of_every_integer_type(dtype, vocabulary):
+    # a vocabulary larger than the type can count
+    logits = jax.random.normal(jax.random.key(0), (1, vocabulary))
+    token = 7
+
+    def log_prob(logits):
+        return drpo_jax.token_log_prob(logits=logits, tokens=jnp.asarray([token], dtype)).log_prob[0]
+
+    gradient = jax.grad(log_prob)(logits)
+    expected = jax.grad(lambda z: jax.nn.log_softmax(z)[0, token])(logits)
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+
+
 # numbers
+
+GOOD = [2, 2.0, np.float64(2.0), np.float32(2.0), np.float16(2.0), np.int64(2), np.array(2.0), np.array(2)]
+BAD = [
+    0.0,
+    -1.0,
+    np.nan,
+    np.inf,
+    -np.inf,
+    np.float32(np.nan),
+    np.zeros(1),
+    np.ones(1),
+    "2",
+    True,
+    np.True_,
+    10**400,
+    1j,
+    [2.0],
+]
+NUMBERS = [(case, number) for case in CASES for number in case.numbers]
+each_number = pytest.mark.parametrize(("case", "number"), NUMBERS, ids=[f"{c.name}-{n}" for c, n in NUMBERS])
+KIND = {np.ndarray: "array", list: "list", int: "int", bool: "bool"}
+
+
+def words(value):
+    return f"{type(value).__name__}-{str(value)[:8]}"
+
+
+def test_every_number_is_in_the_table():
+    for case in CASES:
+        parameters = inspect.signature(getattr(drpo_jax, case.name)).parameters.values()
+        annotated = {p.name for p in parameters if str(p.annotation).startswith(("float", "int"))}
+        assert isinstance(case, TopK) or annotated == set(case.numbers), case.name
+
+
+@each_number
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("given", GOOD, ids=words)
+def test_a_number_of_any_type_promotes_nothing(case, number, given, x64):
+    if number == "chunk_tokens" and not isinstance(given, (int, np.integer)):
+        return
+    with jax.enable_x64(x64):
+        arrays = arrays_of(np.float32)
+        programs = [
+            jax.make_jaxpr(functools.partial(case.value_and_gradients, **{number: n}))(arrays) for n in (given, int(given))
+        ]
+    # the same program, so the same numbers
+    assert str(programs[0]) == str(programs[1])
+    assert {aval.dtype for aval in programs[0].out_avals} == {jnp.dtype(jnp.float32)}
+
+
+@each_number
+@pytest.mark.parametrize("given", BAD, ids=words)
+def test_a_bad_number_is_refused_by_name(case, number, given):
+    if number == "normalizer" and given == 0.0 and not isinstance(given, np.ndarray):
+        return  # of a batch without a valid token
+    with pytest.raises((TypeError, ValueError), match=f"^{number}: expected"):
+        case.call(arrays_of(), **{number: given})
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "temperature" in c.numbers], ids=lambda c: c.name)
@@ -183,6 +332,51 @@ def test_a_temperature_is_no_array(case):
 
 
 REDUCED = [c for c in CASES if "normalizer" in c.numbers]
+
+
+@pytest.mark.parametrize("case", REDUCED, ids=lambda c: c.name)
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("given", GOOD, ids=words)
+def test_a_horizon_of_any_type_promotes_nothing(case, given, x64):
+    with jax.enable_x64(x64):
+        arrays = arrays_of(np.float32)
+        horizons = {"horizon": given}, {"horizon": 2.0}, {"horizon": jnp.asarray(2.0)}
+        reductions = [functools.partial(sequence_mean_token_sum, **horizon) for horizon in horizons]
+        programs = [jax.make_jaxpr(functools.partial(case.value_and_gradients, reduction=r))(arrays) for r in reductions]
+    assert str(programs[0]) == str(programs[1])
+    assert {aval.dtype for program in programs for aval in program.out_avals} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("case", REDUCED, ids=lambda c: c.name)
+@pytest.mark.parametrize("given", BAD, ids=words)
+def test_a_bad_horizon_is_refused_by_name(case, given):
+    with pytest.raises((TypeError, ValueError), match=r"^horizon: expected"):
+        case.call(arrays_of(), reduction=functools.partial(sequence_mean_token_sum, horizon=given))
+
+
+@pytest.mark.parametrize("case", REDUCED, ids=lambda c: c.name)
+def test_a_normalizer_may_be_an_array_or_bound(case):
+    arrays = arrays_of(np.float32)
+    expected = case.compiled(normalizer=7.0)(arrays)[0]
+    for given in (jnp.asarray(7), jnp.asarray(7.0, jnp.float64), jnp.asarray(7.0, jnp.bfloat16)):
+        found = jax.jit(lambda n: case.value_and_gradients(arrays, normalizer=n)[0])(given)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    bound = functools.partial(token_mean, normalizer=7.0)
+    assert float(case.compiled(reduction=bound)(arrays)[0]) == float(expected)
+    # JAX can't raise for a value
+    assert jnp.isnan(case.value_and_gradients(arrays, normalizer=jnp.asarray(-1.0))[0])
+
+
+@pytest.mark.parametrize("case", REDUCED, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "reduction",
+    [lambda values, mask: (values * mask).sum(), jnp.mean, "token-mean", None, token_mean(jnp.ones(2), jnp.ones(2, bool))],
+    ids=["lambda", "mean", "str", "None", "array"],
+)
+def test_an_unknown_reduction_is_the_same_error_everywhere(case, reduction):
+    with pytest.raises(TypeError, match=r"^reduction: expected token_mean, .* or a linear_reduction"):
+        case.call(arrays_of(), reduction=reduction)
 
 
 # ids
@@ -284,6 +478,37 @@ def test_debugging_does_not_raise_on_a_probability_of_zero(case, jitted):
 
 
 # transformations
+
+
+@each_case
+def test_jit_and_an_enclosing_vmap_change_nothing(case):
+    arrays = arrays_of()
+    expected = case.value_and_gradients(arrays)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12)
+    jax.tree.map(close, case.compiled()(arrays), expected)
+    stacked = jax.tree.map(lambda a: jnp.stack((a, a)), arrays)
+    found = jax.vmap(case.compiled())(stacked)
+    for i in range(2):
+        jax.tree.map(close, jax.tree.map(lambda a, i=i: a[i], found), expected)
+
+
+SHAPES = [(), (1,), (0,), (3,), (2, 0), (2, 2, 2)]
+
+
+@each_case
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_shape_of_tokens(case, shape):
+    arrays = arrays_of()
+    size = int(np.prod(shape, dtype=int))
+    cut = {
+        n: a.reshape(-1, *a.shape[2:])[:size].reshape(*shape, *a.shape[2:]) if a.shape[:2] == SHAPE else a
+        for n, a in arrays.items()
+    }
+    value, gradients = case.compiled()(cut)
+    assert value.shape == ()
+    assert jnp.isfinite(value)
+    for name, gradient in gradients.items():
+        assert gradient.shape == cut[name].shape
 
 
 @pytest.mark.parametrize("case", REDUCED, ids=lambda c: c.name)

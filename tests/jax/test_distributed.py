@@ -18,7 +18,7 @@ from drpo_jax import policy_loss
 from drpo_jax.distributed import across, all_reduce_diagnostics, global_coefficients, global_normalizer
 from mode_oracles import arguments_for, batch
 
-from drpo_core import DRPO, PPOClip, merge_diagnostics, summarize, token_diagnostics
+from drpo_core import DRPO, PPOClip, merge_diagnostics, summarize, token_diagnostics, token_mean
 from drpo_core.anchors import Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, LengthScale, Veto
 from drpo_core.modes import Mode
@@ -99,3 +99,11 @@ def test_unknown_reduction_is_refused(helper):
         jax.vmap(lambda m: helper(lambda values, mask: (values * mask).sum(), m, **names), axis_name="data")(
             jnp.ones((2, 3), bool)
         )
+
+
+def test_a_number_is_no_shard_of_a_sequence():
+    def coefficients(mask):
+        return global_coefficients(token_mean, mask, normalizer=1, shard_axis_name="tokens")
+
+    with pytest.raises(ValueError, match=r"^mask: expected \(…, tokens\), a shard of each sequence, got a 0-d array"):
+        jax.vmap(coefficients, axis_name="tokens")(jnp.array([True, True]))

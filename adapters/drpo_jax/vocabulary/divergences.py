@@ -249,7 +249,8 @@ def top_k_divergences(
     """Top-K TV and KL(μ‖π) over K recorded tokens, the sampled one and one bucket for the rest.
 
     TV = ½ Σ_o abs(π(o) − μ(o)) and KL = Σ_o μ(o) log(μ(o)/π(o)) over these outcomes o. Reads K + 1 logits a token:
-    `token_log_prob` gives the log-normaliser. Differentiable in reverse mode in the logits and the log-normaliser.
+    `token_log_prob` gives the log-normaliser. Differentiable in reverse mode in the logits and the log-normaliser; μ is
+    constant.
 
     An id outside [0, V) makes both NaN at its position, and the derivatives that reach it. It never raises, because JAX
     does not know the ids while it traces.
@@ -313,7 +314,8 @@ def top_k_divergences(
     def run(*arrays: Any) -> tuple[None, Divergences]:  # noqa: ANN401 -- the arrays below
         return None, _top_k_divergences(*arrays, temperature=temperature)
 
-    _, result = in_auto_mode(run, logits, log_normalizer, tokens, behavior_log_prob, recorded)
+    behavior = jax.lax.stop_gradient((behavior_log_prob, recorded))
+    _, result = in_auto_mode(run, logits, log_normalizer, tokens, *behavior)
     return result  # type: ignore[no-any-return]
 
 
@@ -391,7 +393,7 @@ def _full_divergences(
     @partial(jax.checkpoint, prevent_cse=False)
     def both(logits: jax.Array, behavior_logits: jax.Array) -> Divergences:
         x = jax.nn.log_softmax(logits.astype(dtype) / temperature)
-        b = jax.lax.stop_gradient(jax.nn.log_softmax(behavior_logits.astype(dtype) / behavior_temperature))
+        b = jax.nn.log_softmax(behavior_logits.astype(dtype) / behavior_temperature)
         return Divergences(full_tv(x, b, xp=jnp), full_kl(x, b, xp=jnp))
 
     return both(logits, behavior_logits)  # type: ignore[no-any-return]
@@ -408,7 +410,6 @@ def _top_k_divergences(
     mask: jax.Array | None = None,
 ) -> Divergences:
     dtype = working_dtype(logits, log_normalizer)
-    behavior_log_prob, top_k_behavior_log_prob = map(jax.lax.stop_gradient, (behavior_log_prob, recorded.behavior_log_prob))
     broken = broken_tokens(tokens, recorded, logits.shape[-1])
 
     def log_prob(ids: jax.Array) -> jax.Array:
@@ -421,7 +422,7 @@ def _top_k_divergences(
             behavior_log_prob,
             # an outcome without mass under either policy adds nothing
             top_k_log_prob=jnp.where(again, -jnp.inf, log_prob(recorded.ids)),
-            top_k_behavior_log_prob=jnp.where(again, -jnp.inf, top_k_behavior_log_prob),
+            top_k_behavior_log_prob=jnp.where(again, -jnp.inf, recorded.behavior_log_prob),
             sampled_in_top_k=sampled_in_top_k(tokens, recorded.ids, xp=jnp),
             xp=jnp,
         )

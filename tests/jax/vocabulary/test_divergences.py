@@ -192,3 +192,29 @@ def test_divergences_of_full_distributions_do_not_depend_on_masked_probabilities
     found = full_divergences(logits=logits, behavior_logits=logits + jnp.asarray([[0.3, 0.0, 0.0]]))
     expected = full_divergences(logits=logits[:, :2], behavior_logits=(logits + jnp.asarray([[0.3, 0.0, 0.0]]))[:, :2])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-14), found, expected)
+
+
+@pytest.mark.parametrize("kind", ["tv", "kl"])
+def test_the_behavior_policy_is_constant(kind):
+    rng = np.random.default_rng(0)
+    logits, behavior = jnp.asarray(rng.normal(size=(2, 5, 7)))
+    recorded = jax.nn.log_softmax(behavior)
+
+    def full(logits, behavior):
+        return getattr(full_divergences(logits=logits, behavior_logits=behavior), kind).sum()
+
+    def top_k(logits, recorded):
+        found = top_k_divergences(
+            logits=logits,
+            log_normalizer=jax.nn.logsumexp(logits, axis=-1),
+            tokens=jnp.zeros(5, int),
+            behavior_log_prob=recorded[:, 0],
+            top_k_ids=jnp.broadcast_to(jnp.arange(1, 4), (5, 3)),
+            top_k_behavior_log_prob=recorded[:, 1:4],
+        )
+        return getattr(found, kind).sum()
+
+    for function, other in ((full, behavior), (top_k, recorded)):
+        of_policy, of_behavior = jax.grad(function, argnums=(0, 1))(logits, other)
+        assert jnp.abs(of_policy).max() > 0.0
+        assert (of_behavior == 0.0).all()

@@ -1,6 +1,7 @@
-"""What the functions at vocabulary scale promise besides the contract matrix: recorded heads, overwriting, float16, ids."""
+"""One contract for all functions at vocabulary scale: dtypes, engines, layouts, transforms and ambient states, by product."""
 
 import contextlib
+import itertools
 from functools import partial
 
 import numpy as np
@@ -16,15 +17,22 @@ from drpo_torch import (
     token_log_prob,
     top_k_divergences,
 )
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from vocabulary_batches import small_steps
-from vocabulary_functions import FUNCTIONS, H, V, every_tensor, scalar_of
+from vocabulary_functions import FLOATS, FUNCTIONS, H, V, every_tensor, scalar_of
 
 import drpo_core.loss
 from drpo_core import DPPO, DRPO, PolicyGradient
 
+EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 NAN = float("nan")
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
+each_case = pytest.mark.parametrize(
+    ("name", "engine"), [(name, engine) for name, function in FUNCTIONS.items() for engine in function.engines]
+)
 each_loss = pytest.mark.parametrize(
     ("name", "engine"),
     [(name, engine) for name in ("logits_policy_loss", "linear_policy_loss") for engine in ("arrays", "compiled")],
@@ -36,6 +44,16 @@ def _small_steps(monkeypatch):
     small_steps(monkeypatch)
 
 
+def options_of(engine, function):
+    return {} if function.engines == ("arrays",) else {"engine": engine}
+
+
+def cast(tensors, dtypes):
+    """The tensors in other dtypes; and what these hold, exactly, in float64."""
+    given = tensors | {name: tensors[name].to(dtype) for name, dtype in dtypes.items()}
+    return given, {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
+
+
 def assert_close(actual, expected, tolerance, message=""):
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     error = float((actual.double() - expected).abs().max()) if expected.numel() else 0.0
@@ -43,6 +61,62 @@ def assert_close(actual, expected, tolerance, message=""):
 
 
 # dtypes
+
+
+@each_case
+@pytest.mark.parametrize("first", FLOATS, ids=str)
+def test_each_array_has_a_dtype_of_its_own(name, engine, first):
+    function = FUNCTIONS[name]
+    tensors = function.tensors()
+    # the products of a head are in one dtype
+    tied = {"hidden": first, "weight": first} if name == "linear_policy_loss" else {function.differentiated[0]: first}
+    free = [n for n in (*function.differentiated, *function.constant) if n not in tied]
+    for others in itertools.product(FLOATS, repeat=len(free)):
+        dtypes = tied | dict(zip(free, others, strict=True))
+        given, exact = cast(tensors, dtypes)
+        if engine == "compiled" and torch.float16 in [dtypes[n] for n in dtypes if "logits" in n or n == "hidden"]:
+            with pytest.raises(ValueError, match="engine: 'compiled' takes float32, float64 and bfloat16"):
+                function.gradients(given, **options_of(engine, function))
+            continue
+        actual, gradients = function.gradients(given, **options_of(engine, function))
+        expected, exactly = function.gradients(exact, plain=True)
+        # a head's logits are rounded to the dtype of the products, and the arithmetic is in float32 unless an array is wider
+        rounding = EPSILON[first] * 8 if name == "linear_policy_loss" else 0.0
+        working = EPSILON[torch.float64 if set(dtypes.values()) == {torch.float64} else torch.float32]
+        assert_close(actual, expected, 20 * working + rounding, dtypes)
+        for n, ours, theirs in zip(function.differentiated, gradients, exactly, strict=True):
+            assert ours.dtype == dtypes[n], (n, dtypes)
+            assert_close(ours, theirs, 20 * working + 2 * EPSILON[dtypes[n]] + rounding, (n, dtypes))
+
+
+@each_case
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("first", FLOATS, ids=str)
+def test_under_autocast(name, engine, low, first):
+    function = FUNCTIONS[name]
+    is_head = name == "linear_policy_loss"
+    free = [function.differentiated[0], *(n for n in ("weight", "behavior_logits") if n in function.tensors())]
+    for others in itertools.product(FLOATS, repeat=len(free) - 1):
+        dtypes = dict(zip(free, (first, *others), strict=True))
+        given, exact = cast(function.tensors(), dtypes)
+        call = partial(function.gradients, given, **options_of(engine, function))
+        products = low if is_head and torch.float64 not in dtypes.values() else None
+        with torch.autocast("cpu", low):
+            if is_head and products is None and len(set(dtypes.values())) > 1:
+                with pytest.raises(TypeError, match="weight: expected the dtype of hidden"):
+                    call()
+                continue
+            if engine == "compiled" and torch.float16 in ([products] if products else dtypes.values()):
+                with pytest.raises(ValueError, match="engine: 'compiled' takes"):
+                    call()
+                continue
+            actual, gradients = call()
+        expected, exactly = function.gradients(exact, plain=True)
+        tolerance = 20 * EPSILON[products or torch.float32]
+        assert_close(actual, expected, tolerance, dtypes)
+        for n, ours, theirs in zip(function.differentiated, gradients, exactly, strict=True):
+            assert ours.dtype == given[n].dtype
+            assert_close(ours, theirs, tolerance + 2 * EPSILON[given[n].dtype], dtypes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -69,14 +143,237 @@ def test_a_recorded_heads_weight_has_the_dtype_of_its_hidden_states():
         )
 
 
+@each_case
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_ids_of_any_integral_dtype(name, engine, dtype):
+    function = FUNCTIONS[name]
+    tensors = function.tensors()
+    expected = function.gradients(tensors, **options_of(engine, function))
+    given = {n: t.to(dtype) if n in ("tokens", "top_k_ids") else t for n, t in tensors.items()}
+    assert torch.equal(function.gradients(given, **options_of(engine, function))[0], expected[0])
+
+
 # what a training loop does to a loss
+
+
+@each_case
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("factor", [1.0, 1.0 / 3.0, 65536.0])
+def test_the_gradient_is_the_same_whether_the_graph_is_kept(name, engine, dtype, factor):
+    function = FUNCTIONS[name]
+    if engine == "compiled" and dtype == torch.float16:
+        pytest.skip("not compiled for float16")
+    given, _ = cast(function.tensors(), {n: dtype for n in ("logits", "hidden", "weight") if n in function.tensors()})
+    leaves = {n: given[n].clone().requires_grad_() for n in function.differentiated}
+    found = []
+    for retain in (False, True):
+        scalar = scalar_of(function.outputs(given | leaves, **options_of(engine, function))) * factor * 1e-3
+        found.append(torch.autograd.grad(scalar, list(leaves.values()), retain_graph=retain))
+        if retain:
+            found.append(torch.autograd.grad(scalar, list(leaves.values())))
+    for handed_over, retained, again in zip(*found, strict=True):
+        assert torch.equal(handed_over, retained)
+        assert torch.equal(handed_over, again)
+        assert handed_over.isfinite().all()
+
+
+@each_case
+def test_outputs_may_be_changed_in_place(name, engine):
+    function = FUNCTIONS[name]
+    tensors = function.tensors()
+    _, expected = function.gradients(tensors, **options_of(engine, function))
+    leaves = {n: tensors[n].clone().requires_grad_() for n in function.differentiated}
+    outputs = function.outputs(tensors | leaves, **options_of(engine, function))
+    for output in outputs:
+        output.div_(4.0)
+    for ours, theirs in zip(torch.autograd.grad(scalar_of(outputs), list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(4.0 * ours, theirs)
+
+
+def results(name, engine, **changes):
+    """All that a function returns, detached figures included."""
+    function = FUNCTIONS[name]
+    tensors = function.tensors() | changes
+    options = options_of(engine, function)
+    if name.endswith("policy_loss"):
+        call = {"logits_policy_loss": logits_policy_loss, "linear_policy_loss": linear_policy_loss}[name]
+        objective = DPPO(delta=0.4, divergence="per_token") if "divergence" in tensors else DRPO(delta=0.9)
+        return call(objective, **tensors, entropy=True, **options)
+    return function.outputs(tensors, **options)
+
+
+@each_case
+@pytest.mark.parametrize("shape", [(), (1,), (5,)], ids=str)
+def test_no_two_outputs_share_memory(name, engine, shape):
+    tensors = {n: t.requires_grad_() for n, t in FUNCTIONS[name].tensors(shape).items() if n in FUNCTIONS[name].differentiated}
+    outputs = [t for t in tree_leaves(tuple(results(name, engine, **every(name, shape) | tensors))) if torch.is_tensor(t)]
+    before = [t.detach().clone() for t in outputs]
+    with torch.no_grad():
+        for i, output in enumerate(outputs):
+            output.add_(1.0)
+            for other, value in zip(outputs[i + 1 :], before[i + 1 :], strict=True):
+                assert torch.equal(other, value)
+    assert not any(t.requires_grad for t in inputs_among(outputs, tensors))
 
 
 def every(name, shape):
     return FUNCTIONS[name].tensors(shape)
 
 
+def inputs_among(outputs, tensors):
+    """Outputs that are an input, or in the memory of one."""
+    given = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    return [t for t in outputs if t.untyped_storage().data_ptr() in given]
+
+
+@each_case
+def test_inputs_are_not_changed(name, engine):
+    function = FUNCTIONS[name]
+    tensors = function.tensors()
+    before = {n: t.clone() for n, t in tensors.items()}
+    function.gradients(tensors, **options_of(engine, function))
+    assert all(torch.equal(tensors[n], t) for n, t in before.items())
+
+
+@each_case
+def test_gradients_accumulate_and_checkpoints_compute_again(name, engine):
+    function = FUNCTIONS[name]
+    tensors, options = function.tensors(), options_of(engine, function)
+    _, expected = function.gradients(tensors, **options)
+    leaves = {n: tensors[n].clone().requires_grad_() for n in function.differentiated}
+
+    def scalar(*values):
+        return scalar_of(function.outputs(tensors | dict(zip(leaves, values, strict=True)), **options))
+
+    checkpoint(scalar, *leaves.values(), use_reentrant=False).backward()
+    scalar(*leaves.values()).backward()
+    for leaf, gradient in zip(leaves.values(), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 2.0 * gradient)
+
+
+@each_function
+def test_a_second_derivative_is_refused(name):
+    if name == "top_k_divergences":
+        pytest.skip("made of torch's operations, which have one")
+    function = FUNCTIONS[name]
+    leaves = {n: t.requires_grad_() for n, t in function.tensors().items() if n in function.differentiated}
+    scalar = scalar_of(function.outputs(function.tensors() | leaves))
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(scalar, list(leaves.values()), create_graph=True)
+
+
+# transforms
+
+
+@each_case
+def test_cotangents_in_a_batch_work_or_are_refused(name, engine):
+    function = FUNCTIONS[name]
+    tensors, options = function.tensors(), options_of(engine, function)
+    leaves = {n: tensors[n].clone().requires_grad_() for n in function.differentiated}
+    scalar = scalar_of(function.outputs(tensors | leaves, **options))
+    batched = partial(torch.autograd.grad, scalar, list(leaves.values()), torch.tensor([1.0, 2.0]).double())
+    if name in ("token_log_prob", "full_divergences"):
+        with pytest.raises(RuntimeError, match="vectorised cotangents"):
+            batched(is_grads_batched=True)
+        return
+    _, expected = function.gradients(tensors, **options)
+    for ours, theirs in zip(batched(is_grads_batched=True), expected, strict=True):
+        torch.testing.assert_close(ours, torch.stack((theirs, 2.0 * theirs)))
+
+
+@each_function
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "jacrev", "forward mode"])
+def test_transforms_of_functions_work_or_are_refused(name, transform):
+    function = FUNCTIONS[name]
+    tensors, first = function.tensors(), function.differentiated[0]
+
+    def scalar(x):
+        return scalar_of(function.outputs(tensors | {first: x}))
+
+    def run():
+        x = tensors[first]
+        if transform == "forward mode":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(scalar(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+        if transform == "jvp":
+            return torch.func.jvp(scalar, (x,), (torch.ones_like(x),))[1]
+        if transform == "vmap":
+            return torch.func.vmap(scalar)(torch.stack((x, x)))
+        return (torch.func.grad if transform == "grad" else torch.func.jacrev)(scalar)(x)
+
+    if name == "top_k_divergences":
+        assert run().isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match=f"{first}: expected a (plain tensor|tensor without a tangent)"):
+        run()
+
+
 # ambient states
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+
+
+AMBIENT = {
+    "default device": lambda: torch.device("meta"),
+    "default float64": partial(default_dtype, torch.float64),
+    "default float16": partial(default_dtype, torch.float16),
+    "deterministic": deterministic,
+    "anomaly": torch.autograd.detect_anomaly,
+}
+
+
+@each_case
+@pytest.mark.parametrize("state", AMBIENT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+def test_ambient_states_change_nothing(name, engine, state, dtype):
+    function = FUNCTIONS[name]
+    tensors, options = function.tensors(), options_of(engine, function)
+    given, _ = cast(tensors, dict.fromkeys((*function.differentiated, *function.constant), dtype))
+    leaves = {n: given[n].requires_grad_() for n in function.differentiated}
+    found = []
+    for context in (contextlib.nullcontext, AMBIENT[state]):
+        with context():
+            outputs = function.outputs(given | leaves, **options)
+            gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.full_like(o, 0.7) for o in outputs])
+        found.append((*(o.detach() for o in outputs), *gradients))
+    for ours, theirs in zip(*reversed(found), strict=True):
+        assert ours.device == theirs.device
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@each_case
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_without_a_graph(name, engine, context):
+    function = FUNCTIONS[name]
+    tensors, options = function.tensors(), options_of(engine, function)
+    leaves = {n: tensors[n].clone().requires_grad_() for n in function.differentiated}
+    expected = function.outputs(tensors | leaves, **options)
+    with context():
+        actual = function.outputs(tensors | leaves, **options)
+        made_inside = function.outputs({n: t.clone() for n, t in tensors.items()}, **options)
+    for ours, inside, theirs in zip(actual, made_inside, expected, strict=True):
+        assert not ours.requires_grad
+        assert torch.equal(ours, theirs)
+        assert torch.equal(inside, theirs)
 
 
 def test_a_head_is_trained_on_hidden_states_made_in_inference_mode():
@@ -90,6 +387,79 @@ def test_a_head_is_trained_on_hidden_states_made_in_inference_mode():
         (loss,) = function.outputs(tensors | {"hidden": hidden, "weight": weight}, engine=engine)
         (gradient,) = torch.autograd.grad(loss, weight)
         torch.testing.assert_close(gradient, expected[1])
+
+
+# layouts
+
+
+def transposed(t):
+    return t.mT.contiguous().mT if t.ndim > 1 else t
+
+
+def spread_out(t):
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), NAN if t.is_floating_point() else 0, dtype=t.dtype) if t.ndim else t
+    if t.ndim == 0:
+        return t
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def in_wider_rows(t):
+    if t.ndim == 0:
+        return t
+    wide = torch.zeros((*t.shape[:-1], t.shape[-1] + 3), dtype=t.dtype)
+    wide[..., 1:-2] = t
+    return wide[..., 1:-2]
+
+
+@each_case
+@pytest.mark.parametrize("layout", [transposed, spread_out, in_wider_rows], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+def test_any_layout_and_shape(name, engine, layout, shape):
+    function = FUNCTIONS[name]
+    tensors, options = function.tensors(shape), options_of(engine, function)
+    given = {n: layout(t) for n, t in tensors.items()}
+    leaves = {n: given[n].requires_grad_() for n in function.differentiated}
+
+    def run():
+        outputs = function.outputs(given | leaves, **options)
+        return outputs, torch.autograd.grad(scalar_of(outputs), list(leaves.values()))
+
+    if engine == "compiled" and layout is not in_wider_rows and rows_are_strided(given):
+        with pytest.raises(ValueError, match="engine: 'compiled' takes rows that are contiguous"):
+            run()
+        return
+    outputs, gradients = run()
+    _, expected = function.gradients(tensors, plain=True)
+    for output in outputs:
+        assert tuple(output.shape) in ((), shape)
+    for n, ours, theirs in zip(function.differentiated, gradients, expected, strict=True):
+        assert ours.shape == tensors[n].shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def rows_are_strided(given):
+    return any(
+        given[n].shape[-1] > 1 and given[n].reshape(-1, given[n].shape[-1]).stride(-1) != 1
+        for n in ("logits", "behavior_logits")
+        if n in given
+    )
+
+
+@each_case
+def test_expanded_inputs(name, engine):
+    function = FUNCTIONS[name]
+    tensors, options = function.tensors((1,)), options_of(engine, function)
+    leaves = {n: tensors[n].clone().requires_grad_() for n in function.differentiated}
+    heads = ("weight", "bias")
+
+    def scalar(plain):
+        every = {n: t if n in heads else t.expand(3, *t.shape[1:]) for n, t in (tensors | leaves).items()}
+        return scalar_of(function.plain(every) if plain else function.outputs(every, **options))
+
+    expected = torch.autograd.grad(scalar(plain=True), list(leaves.values()))
+    for ours, theirs in zip(torch.autograd.grad(scalar(plain=False), list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 # storage that may be overwritten
@@ -286,6 +656,68 @@ def call_with(name, **changes):
     return functions[name](*positional, **tensors)
 
 
+NUMERIC = [
+    *((name, "temperature", set()) for name in FUNCTIONS),
+    ("full_divergences", "behavior_temperature", set()),
+    ("linear_policy_loss", "logit_softcap", set()),
+    ("linear_policy_loss", "chunk_tokens", set()),
+    ("linear_policy_loss", "chunk_vocabulary", set()),
+    # a normalizer may be a 0-d tensor, and 0 where there is no token
+    ("logits_policy_loss", "normalizer", {"zero", "tensor"}),
+    ("linear_policy_loss", "normalizer", {"zero", "tensor"}),
+]
+
+
+@pytest.mark.parametrize(("name", "parameter", "allowed"), NUMERIC, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("value", NUMBERS)
+def test_a_wrong_number_is_refused_by_name(name, parameter, allowed, value):
+    if value in allowed:
+        call_with(name, **{parameter: NUMBERS[value]})
+        return
+    with pytest.raises((TypeError, ValueError), match=f"^{parameter}: expected"):
+        call_with(name, **{parameter: NUMBERS[value]})
+
+
+@pytest.mark.parametrize(("name", "parameter", "allowed"), NUMERIC, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("make", [np.float64, np.float32, np.int64, np.array], ids=["f8", "f4", "i8", "0-d"])
+def test_numpy_scalars_are_numbers(name, parameter, allowed, make):  # noqa: ARG001
+    value = make(2)
+    if parameter.startswith("chunk") and not isinstance(value, np.integer) and getattr(value, "dtype", None) != np.int64:
+        pytest.skip("a whole number is an integer")
+    expected, actual = (call_with(name, **{parameter: v}) for v in (2, value))
+    for ours, theirs in zip(tree_leaves(tuple(actual)), tree_leaves(tuple(expected)), strict=True):
+        assert ours is theirs or (ours.dtype == theirs.dtype and torch.equal(ours.nan_to_num(), theirs.nan_to_num()))
+
+
+TENSORS = [(name, n) for name, function in FUNCTIONS.items() for n in function.tensors() if n != "divergence"]
+
+
+@pytest.mark.parametrize(("name", "parameter"), TENSORS)
+@pytest.mark.parametrize("kind", ["numpy", "list", "None", "number", "complex", "kind", "rank", "size", "device", "sparse"])
+def test_a_wrong_tensor_is_refused_by_name(name, parameter, kind):
+    tensor = FUNCTIONS[name].tensors()[parameter]
+    if kind == "None" and parameter in ("bias", "token_weights"):
+        pytest.skip("None is what it is by default")
+    if kind == "sparse" and not tensor.is_floating_point():
+        pytest.skip("sparse tensors are of floating-point numbers")
+    wrong = {
+        "numpy": tensor.numpy,
+        "list": tensor.tolist,
+        "None": lambda: None,
+        "number": lambda: 1.0,
+        "complex": lambda: tensor.to(torch.complex64),
+        "kind": lambda: tensor.long() if tensor.is_floating_point() else tensor.double(),
+        "rank": lambda: tensor[None],
+        "size": lambda: torch.cat((tensor, tensor)),
+        "device": lambda: tensor.to("meta"),
+        "sparse": tensor.to_sparse,
+    }[kind]()
+    # the shape of some is that which the others are compared with
+    named = r"\w+" if kind in ("rank", "size", "device") and parameter in ("logits", "hidden", "weight") else parameter
+    with pytest.raises((TypeError, ValueError), match=f"^{named}: expected"):
+        call_with(name, **{parameter: wrong})
+
+
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if "tokens" in FUNCTIONS[n].integers])
 @pytest.mark.parametrize("wrong", [-1, V, -100])
 @pytest.mark.parametrize("valid", [True, False], ids=["valid", "masked"])
@@ -366,6 +798,15 @@ def test_a_recorded_policys_numbers_are_checked(parameter, value):
 def test_a_recorded_policys_arrays_are_checked(make, message):
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         make()
+
+
+@each_function
+def test_an_unknown_engine_is_refused(name):
+    if FUNCTIONS[name].engines == ("arrays",):
+        pytest.skip("it has none")
+    for engine in ("eager", "jit", None, 1):
+        with pytest.raises(ValueError, match=r"^engine: expected 'auto', 'arrays' or 'compiled'"):
+            call_with(name, engine=engine)
 
 
 @pytest.mark.parametrize("objective", [DRPO, None, object()], ids=["a class", "None", "an object"])
