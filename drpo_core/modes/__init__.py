@@ -12,6 +12,7 @@ from drpo_core.modes._nemo_rl import nemo_rl
 from drpo_core.modes._open_instruct import open_instruct
 from drpo_core.modes._openrlhf import openrlhf
 from drpo_core.modes._prime_rl import prime_rl
+from drpo_core.modes._roll import roll
 from drpo_core.modes._skyrl import skyrl
 from drpo_core.modes._slime import slime
 from drpo_core.modes._tinker import tinker
@@ -31,6 +32,7 @@ __all__ = [
     "open_instruct",
     "openrlhf",
     "prime_rl",
+    "roll",
     "skyrl",
     "slime",
     "tinker",

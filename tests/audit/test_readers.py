@@ -179,6 +179,7 @@ def test_an_ambiguous_name(tmp_path):
         (("log_probs", "old_log_probs", "rollout_log_probs"), ("log_probs", "rollout_log_probs")),
         (("per_token_logps", "sampling_per_token_logps"), ("per_token_logps", "sampling_per_token_logps")),
         (("trainer_logprobs", "inference_logprobs"), ("trainer_logprobs", "inference_logprobs")),
+        (("log_probs", "old_log_probs", "infer_logprobs"), ("log_probs", "infer_logprobs")),
         (("Log-Probs", "generation_logprobs"), ("Log-Probs", "generation_logprobs")),
     ],
 )

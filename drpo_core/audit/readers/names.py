@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ADVANTAGES", "BEHAVIOR", "MASK", "OLD", "Names", "choose", "normal"]
 
-# names used by drpo_core, verl, TRL, SkyRL, prime-rl, NeMo-RL, AReaL, slime, tinker and tunix
+# names used by drpo_core, verl, TRL, SkyRL, prime-rl, NeMo-RL, AReaL, slime, ROLL, tinker and tunix
 POLICY = (
     "log_prob", "log_probs", "logprob", "logprobs", "logps", "policy_log_prob", "policy_log_probs", "policy_logprobs",
     "current_log_probs", "current_logprobs", "new_log_probs", "new_logprobs", "per_token_logps", "per_token_logprobs",
@@ -22,8 +22,9 @@ POLICY = (
 BEHAVIOR = (
     "behavior_log_prob", "behavior_log_probs", "behavior_logprobs", "behaviour_log_prob", "behaviour_log_probs",
     "behaviour_logprobs", "behave_logprobs", "rollout_log_prob", "rollout_log_probs", "rollout_logprobs",
-    "inference_log_probs", "inference_logprobs", "sampling_log_probs", "sampling_logprobs", "sampling_per_token_logps",
-    "sampler_log_probs", "sampler_logprobs", "sample_log_prob", "generation_logprobs", "vllm_logprobs", "mu_log_prob",
+    "inference_log_probs", "inference_logprobs", "infer_log_probs", "infer_logprobs", "sampling_log_probs",
+    "sampling_logprobs", "sampling_per_token_logps", "sampler_log_probs", "sampler_logprobs", "sample_log_prob",
+    "generation_logprobs", "vllm_logprobs", "mu_log_prob",
 )  # fmt: skip
 # the trainer's own log-probs at the start of the step: μ if the file has nothing better, else π before any update
 OLD = ("old_log_prob", "old_log_probs", "old_logprobs", "old_per_token_logps", "prev_logprobs", "proximal_logprobs")
