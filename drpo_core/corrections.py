@@ -9,7 +9,7 @@ ratio saturates at e²⁰ and e⁻²⁰.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from drpo_core._checks import check_flag, check_number
 from drpo_core.divergence import binary_kl_of, k3_of
@@ -34,6 +34,7 @@ __all__ = [
     "MinimumPrefixRatio",
     "NegativeSequenceMask",
     "OutwardMask",
+    "PrefixBudgetMask",
     "RatioMask",
     "SecondMomentMask",
     "SequenceTrustMask",
@@ -793,6 +794,89 @@ class FutureRatio(_OnEdge):
         weight = xp.exp(saturated_both_ways(ahead, xp=xp))
         weight = xp.where(weight < self.low, self.low, weight)
         return xp.where(weight > self.high, self.high, weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixBudgetMask(_OnEdge):
+    """K = 0 at tokens that diverge beyond δ, or beyond what their prefix has left of its budget, else 1 (CPPO).
+
+    With D = abs(π − μ) of the sampled token, u_t = 1 − (1 − u_min)(t − 1)/max(T − 1, 1) over the T valid tokens, Z = u D,
+    S_t = Σ_{i≤t} Z_i and U_t = Σ_{i≤t} u_i, a token is kept iff A(ρ − 1) ≤ 0, or Z_t ≤ δ and S_t ≤ δ + b U_{t−1}. Dropped
+    tokens use up the budget too. CPPO multiplies the gradient by ρ: the objective ``PolicyGradient()``.
+
+    Parameters
+    ----------
+    edge
+        Between which policies; ``"policy/behavior"``: π and μ.
+    delta
+        δ > 0, a probability: the most that a first token may move.
+    min_weight
+        u_min in (0, 1], the weight of a last token: it may move by δ/u_min.
+    budget
+        δ_b > 0, a probability: what the weighted mean of D over a prefix may be.
+    calibrate
+        Whether b follows each sequence: the 0.9 quantile of its D (with linear interpolation), within [δ_b, 2δ_b]. Else
+        b = δ_b.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2606.10968 (CPPO), eqs. 8 to 10 and 22, with its Binary-TV divergence. Defaults: its table 3, whose δ is 0.15, and
+    0.2 for a mixture of experts.
+
+    Examples
+    --------
+    The third token moves by less than δ, but the second has used up the budget:
+
+    >>> import numpy as np
+    >>> from drpo_core import PolicyGradient, token_loss_and_gradient
+    >>> from drpo_core.corrections import PrefixBudgetMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PolicyGradient(), corrections=(PrefixBudgetMask(delta=0.2),))
+    >>> pi, mu = np.log([[0.55, 0.39, 0.3]]), np.log([[0.5, 0.2, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.ones((1, 3))).weight.round(4)
+    array([[1., 1., 0.]])
+    """
+
+    edge: Edge = "policy/behavior"
+    delta: float
+    min_weight: float = 0.8
+    budget: float = 0.02
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        for name in ("delta", "min_weight", "budget"):
+            _set_number(self, name)
+        if self.min_weight > 1.0:
+            msg = f"min_weight: expected 1 or less, got {self.min_weight:g}"
+            raise ValueError(msg)
+        check_flag("calibrate", self.calibrate)
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """1 where the token moves back, or its prefix is within the budget."""
+        tokens, sequences, xp = _tokens(evidence, self.edge), evidence.policies.sequences, evidence.policies.xp
+        divergence = xp.abs(tokens.shift)
+        before = sequences.running_total(xp.ones_like(divergence)) - 1.0
+        length = sequences.length(divergence)
+        slope = (1.0 - self.min_weight) / xp.where(length > 1.0, length - 1.0, 1.0)
+        weighted = (1.0 - slope * before) * divergence
+        spent = sequences.running_total(weighted)
+        budget: Any = self.budget
+        if self.calibrate:
+            own = sequences.quantile(divergence, 0.9)
+            budget = xp.where(own < budget, budget, xp.where(own > 2.0 * budget, 2.0 * budget, own))
+        # the weights before a token: an arithmetic series
+        allowed = self.delta + budget * (before - 0.5 * slope * before * (before - 1.0))
+        back = tokens.along_advantage(tokens.ratio_minus_one) <= 0.0
+        return _indicator(back | ((weighted <= self.delta) & (spent <= allowed)), evidence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
