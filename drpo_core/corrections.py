@@ -11,14 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from drpo_core._checks import check_flag, check_number
+from drpo_core._arrays import in_one_piece
+from drpo_core._checks import check_arrays, check_flag, check_mask, check_number, compute_dtype
 from drpo_core.divergence import binary_kl_of, k3_of
-from drpo_core.tokens import Tokens, saturated_both_ways
+from drpo_core.tokens import Tokens, constant, saturated_both_ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from drpo_core._arrays import Array, Bool, Float
+    from drpo_core._arrays import Array, Bool, Float, Namespace
     from drpo_core.anchors import Policies
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "SequenceTrustMask",
     "VariationalWeight",
     "Veto",
+    "clip_cov_weights",
 ]
 
 Edge: TypeAlias = Literal["proximal/behavior", "policy/behavior", "policy/proximal"]
@@ -937,6 +939,97 @@ class SecondMomentMask(_OnEdge):
         # means of the smallest ones rise with their number, so those below τ come first; a NaN comes last
         beyond = (xp.cumulative_sum(ordered) / count >= self.tau) & (ordered == ordered)
         return _indicator(squares < xp.min(xp.where(beyond, ordered, xp.inf)), evidence)
+
+
+def clip_cov_weights(
+    log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    noise: Float[Array, "*tokens"],
+    *,
+    share: float = 2e-4,
+    low: float = 1.0,
+    high: float = 5.0,
+    candidates: Bool[Array, "*tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """0 at a few random tokens of large covariance (A − mean A)(log π − mean log π), else 1: Clip-Cov.
+
+    Those tokens take the most entropy from the policy. Of the valid ones with low < covariance < high, as many lose their
+    gradient as a share of all valid tokens, one at least: those of the smallest noise. A mode has no room for an array of
+    random numbers, so this is no correction of a mode: the result is passed as `token_weights`, beside a mode or an
+    objective.
+
+    Parameters
+    ----------
+    log_prob, advantages
+        log π (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all arrays. The means are over the valid
+        tokens of this call.
+    mask
+        True at tokens that count; the others may hold anything.
+    noise
+        Independent random numbers of a continuous distribution, one a token, anew for each call.
+    share
+        > 0: of the valid tokens, how many are chosen; rounded down.
+    low, high
+        Bounds of the covariance, exclusive, nats times the unit of A.
+    candidates
+        True at tokens that may be chosen. verl and SkyRL leave out those that PPO's clip has stopped already.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        0 or 1 per token, 0 where the mask is False; a constant, in float32 at least.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, a number is out of its range, or `low` is not less than `high`.
+
+    References
+    ----------
+    arXiv:2505.22617 (Clip-Cov); verl's ``clip_cov`` (verl/trainer/ppo/core_algos.py, 0.9.1), with its defaults.
+
+    Examples
+    --------
+    Covariances 2.9, 0.8, 0.2 and 1.4, of which the band has two; the last has the smaller noise:
+
+    >>> import numpy as np
+    >>> from drpo_core.corrections import clip_cov_weights
+    >>> log_prob, advantages = np.array([-0.1, -1.5, -2.0, -4.0]), np.array([2.0, 2.0, -1.0, -1.0])
+    >>> clip_cov_weights(log_prob, advantages, np.ones(4, dtype=bool), np.array([0.5, 0.2, 0.1, 0.3]))
+    array([1., 1., 1., 0.])
+    """
+    xp = check_arrays(xp=xp, log_prob=log_prob, advantages=advantages, noise=noise)
+    check_mask(mask, "log_prob", log_prob, xp=xp)
+    if candidates is not None:
+        check_arrays(xp=xp, kind="bool", mask=mask, candidates=candidates)
+    share = check_number("share", share, above=0.0)
+    low, high = check_number("low", low), check_number("high", high)
+    _check_order(low, high)
+    dtype = compute_dtype(log_prob, advantages, xp=xp)
+    one = xp.astype(mask, dtype)
+    if 0 in mask.shape:
+        return one
+    n = xp.sum(one)
+
+    def centred(x: Array) -> Array:
+        x = xp.where(mask, xp.astype(constant(x), dtype, copy=False), 0.0)
+        return x - xp.sum(x) / xp.where(n == 0.0, 1.0, n)
+
+    covariance = centred(advantages) * centred(log_prob)
+    chosen = mask & (covariance > low) & (covariance < high)
+    chosen = chosen if candidates is None else chosen & candidates
+    order = xp.where(chosen, constant(noise), xp.inf)
+    count = xp.floor(share * n)
+    last = xp.astype(xp.where(count > 1.0, xp.where(count < n, count, n) - 1.0, 0.0), xp.int64)
+    ordered = xp.sort(xp.reshape(in_one_piece(order, xp=xp), (-1,)))
+    largest = xp.reshape(xp.take(ordered, xp.reshape(last, (1,))), ())
+    return xp.where(chosen & (order <= largest), 0.0, one)
 
 
 def _tokens(evidence: Evidence, edge: Edge) -> Tokens:

@@ -42,6 +42,7 @@ from drpo_core.corrections import (
     SequenceTrustMask,
     VariationalWeight,
     Veto,
+    clip_cov_weights,
 )
 
 EXAMPLES = examples_of(corrections)
@@ -497,6 +498,52 @@ def test_packed_sequences_are_on_one_rank():
     mode = quiet(Veto())
     with pytest.raises(ValueError, match="segment_ids: expected None with `across`"):
         token_loss_and_gradient(mode, **arguments_for(mode, flat), across=lambda array, _: array)
+
+
+# --- token weights with random numbers -----------------------------------------------------------------------------------
+
+
+def chosen_by_covariance(x, a, mask, noise, *, share, low, high, candidates):
+    """Clip-Cov as in verl: of the tokens in the band, the first in a random order, as many as the share or one."""
+    valid = list(zip(*np.nonzero(mask), strict=True))
+    mean_a, mean_x = (math.fsum(array[i] for i in valid) / len(valid) for array in (a, x))
+    band = [i for i in valid if low < (a[i] - mean_a) * (x[i] - mean_x) < high and candidates[i]]
+    return sorted(band, key=lambda i: noise[i])[: max(int(share * len(valid)), 1)]
+
+
+@pytest.mark.parametrize("backend", [b for b in Backend if b is not Backend.JAX], ids=lambda b: b.value, indirect=True)
+@pytest.mark.parametrize("share", [1e-6, 0.15, 5.0])
+def test_tokens_of_large_covariance_lose_their_gradient_at_random(backend, share):
+    arrays = batch((6, 9), seed=12)
+    mask, rng = arrays["mask"], np.random.default_rng(1)
+    noise, candidates = np.where(mask, rng.random(mask.shape), np.nan), rng.random(mask.shape) < 0.7
+    given = (arrays["log_prob"], arrays["advantages"], mask, noise)
+    options = {"share": share, "low": 0.02, "high": 1.5}
+    found = backend.run(clip_cov_weights, *given, **options, candidates=candidates)
+    chosen = chosen_by_covariance(*given, **options, candidates=candidates)
+    expected = mask.astype(float)
+    expected[tuple(np.transpose(chosen))] = 0.0
+    assert len(chosen) == {1e-6: 1, 0.15: int(0.15 * mask.sum())}.get(share, len(chosen)) > 0
+    np.testing.assert_array_equal(found, expected)
+    nothing = backend.run(clip_cov_weights, *given[:2], mask & False, noise)
+    assert (nothing == 0.0).all()
+    assert (backend.run(clip_cov_weights, *given, low=1e3, high=1e4) == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0.0}, "share: expected a finite number greater than 0, got 0.0"),
+        ({"low": 5.0}, "low: expected less than high, 5, got 5"),
+        ({"candidates": np.ones(2, bool)}, r"candidates: expected the shape of mask, \(3,\), got \(2,\)"),
+    ],
+)
+def test_arguments_of_clip_cov_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        clip_cov_weights(np.zeros(3), np.zeros(3), np.ones(3, bool), np.zeros(3), **options)
+    with pytest.raises(ValueError, match=r"noise: expected the shape of log_prob, \(3,\), got \(2,\)"):
+        clip_cov_weights(np.zeros(3), np.zeros(3), np.ones(3, bool), np.zeros(2))
+    assert clip_cov_weights(np.zeros((0, 3)), np.zeros((0, 3)), np.ones((0, 3), bool), np.zeros((0, 3))).shape == (0, 3)
 
 
 # --- errors and text ----------------------------------------------------------------------------------------------------
