@@ -13,7 +13,7 @@ from torch_cases import batch, each_reduction
 from variants import FULL, KINDS
 
 from drpo_core import DPPO, DRPO, sequence_mean_token_mean, token_diagnostics
-from drpo_core.reduction import prompt_mean
+from drpo_core.reduction import prompt_mean, reduction_coefficients
 
 
 @pytest.fixture(autouse=True)
@@ -138,13 +138,12 @@ def test_packed_tokens():
 
 
 def test_prompts_by_their_ids():
-    def loss(ids, log_prob, **data):
-        reduction = functools.partial(prompt_mean, group_ids=ids)
-        return policy_loss(DRPO(delta=0.15), log_prob=log_prob, **data, reduction=reduction, diagnostics=False)[0]
+    def coefficients(ids, mask):
+        return reduction_coefficients(functools.partial(prompt_mean, group_ids=ids), mask, dtype=torch.float64, xp=xp)
 
-    data, ids = batch((4, 6)), torch.tensor([7, 7, -1, 7])
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(ids, **data), loss(ids, **data), rtol=1e-12, atol=1e-12)
+    ids, mask = torch.tensor([7, 7, -1, 7]), batch((4, 6))["mask"]
+    compiled = torch.compile(coefficients, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, mask), coefficients(ids, mask), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
