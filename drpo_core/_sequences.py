@@ -36,7 +36,7 @@ class Segments:
 
     def __init__(self, ids: Int[Array, " elements"], *, xp: Namespace) -> None:
         ids = in_one_piece(ids, xp=xp)
-        self._xp = xp
+        self._xp, self._ids = xp, ids
         self._order = xp.argsort(ids, stable=True)
         self._ordered = xp.take(ids, self._order)
         self._last = xp.searchsorted(self._ordered, ids, side="right") - 1
@@ -57,6 +57,13 @@ class Segments:
     def restored(self, ordered: Array) -> Array:
         """The elements as they came."""
         return self._xp.take(ordered, self._xp.argsort(self._order, stable=True))
+
+    def sorted(self, x: Float[Array, " elements"]) -> tuple[Float[Array, " elements"], Int[Array, " elements"]]:
+        """The elements segment by segment, each by size; and where the segment of each one begins among them."""
+        xp = self._xp
+        by_size = xp.argsort(in_one_piece(x, xp=xp), stable=True)
+        order = xp.take(by_size, xp.argsort(xp.take(self._ids, by_size), stable=True))
+        return xp.take(in_one_piece(x, xp=xp), order), xp.searchsorted(self._ordered, self._ids, side="left")
 
     def same(self, distance: int) -> Bool[Array, " elements"]:
         """Whether the ordered elements from `distance` on are of the segment of those that many places before."""
@@ -131,6 +138,28 @@ class Sequences:
             largest = self.xp.max(x, axis=-1, keepdims=True)
         # a rank without a column takes part too, or the others would wait for it
         return largest if self._across is None else self._across(largest, "max")
+
+    def quantile(self, x: Float[Array, "*tokens"], level: float) -> Float[Array, "..."]:
+        """A quantile of the valid tokens of each sequence, between the nearest two in proportion; 0 where there is none."""
+        self.need_whole_sequences()
+        xp = self.xp
+        if 0 in x.shape:
+            return self.total(x)
+        length = self.length(x)
+        place = level * (length - 1.0)
+        below = xp.floor(place)
+        lower = xp.astype(below, xp.int32)
+        upper = xp.astype(xp.where(below < length - 1.0, below + 1.0, below), xp.int32)
+        # masked ones come last
+        x = xp.where(self.mask, x, xp.inf)
+        if self._segments is None:
+            ordered = xp.sort(x, axis=-1)
+            pair = (xp.take_along_axis(ordered, xp.astype(i, xp.int64), axis=-1) for i in (lower, upper))
+        else:
+            ordered, start = self._segments.sorted(x)
+            pair = (xp.take(ordered, start + i) for i in (lower, upper))
+        low, high = (xp.where(value == xp.inf, 0.0, value) for value in pair)
+        return low + (place - below) * (high - low)
 
     def running_total(self, x: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
         """Sum over the valid tokens of each sequence up to each token, itself included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_api_compat import is_numpy_namespace
 
@@ -16,10 +16,10 @@ from drpo_core._checks import (
     check_shape,
     compute_dtype,
 )
-from drpo_core._sequences import Segments, distances
+from drpo_core._sequences import Segments, Sequences, distances
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from drpo_core._arrays import Array, Bool, Float, Int, Namespace
 
@@ -30,6 +30,8 @@ __all__ = [
     "group_advantages",
     "informative_groups",
     "length_weighted_advantages",
+    "pass_at_k_advantages",
+    "reward_decoupled_advantages",
     "whitened_advantages",
 ]
 
@@ -108,8 +110,7 @@ def group_advantages(
     constant = over_group(r, xp.max, xp.maximum) == over_group(r, xp.min, xp.minimum)
     advantages = centred * n / others if leave_one_out else centred
     if divide_by_std:
-        squares = over_group(centred * centred, xp.sum, xp.add)
-        advantages = advantages / xp.where(constant, 1.0, xp.sqrt(squares / others) + std_offset)
+        advantages = advantages / xp.where(constant, 1.0, _deviation(centred, n, over_group, xp=xp) + std_offset)
     if divide_by_mean:
         mean = over_group(r, xp.sum, xp.add) / n
         advantages = advantages / xp.where(constant, 1.0, mean)
@@ -170,6 +171,174 @@ def length_weighted_advantages(
     total = over_group(t, xp.sum, xp.add)
     baseline = over_group(t * r, xp.sum, xp.add) / xp.where(total == 0.0, 1.0, total)
     return xp.astype(r - baseline, rewards.dtype, copy=False)
+
+
+def reward_decoupled_advantages(
+    rewards: Float[Array, "*sequences rewards"],
+    *,
+    weights: Sequence[float] | None = None,
+    group_ids: Int[Array, " sequences"] | None = None,
+    divide_by_std: bool = True,
+    std_offset: float = 1e-6,
+    xp: Namespace | None = None,
+) -> Float[Array, "*sequences"]:
+    """Advantages of several rewards, each normalised in its group by itself: A = Σ_k w_k (R_k − mean) / (std + offset) (GDPO).
+
+    Summed first, as in GRPO, a reward of large spread drowns the others, and different sums become the same advantage.
+
+    Parameters
+    ----------
+    rewards
+        R_k per sequence, rewards last: (…, samples, rewards) with one group a row, or (sequences, rewards) with `group_ids`.
+    weights
+        w_k, a number for each reward; default: 1.
+    group_ids
+        Which group each sequence belongs to; any integers, in any order.
+    divide_by_std, std_offset
+        As in `drpo_core.group_advantages`.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        A per sequence, without the axis of rewards; of the dtype of `rewards`, computed in float32 at least. A reward that
+        is equal in all of a group adds exactly 0.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong, or a weight is no number.
+    ValueError
+        If the shapes differ, there is not a weight for each reward, a number is out of its range, or a reward of a NumPy
+        array is NaN.
+
+    Notes
+    -----
+    GDPO whitens the sums over the batch: `whitened_advantages` of the result (TRL, ms-swift: over sequences), or of it
+    expanded to tokens (verl).
+
+    References
+    ----------
+    arXiv:2601.05242 (GDPO); verl's ``compute_gdpo_outcome_advantage`` (verl/trainer/ppo/core_algos.py, 0.9.1), TRL's
+    ``multi_objective_aggregation="normalize_then_sum"`` (trl/trainer/grpo_trainer.py, 1.16.0; offset 1e-4).
+
+    Examples
+    --------
+    Two rewards count the same, though one is a hundred times as large:
+
+    >>> import numpy as np
+    >>> from drpo_core.advantages import reward_decoupled_advantages
+    >>> rewards = np.array([[[2.0, 0.0], [1.0, 100.0], [0.0, 0.0]]])
+    >>> reward_decoupled_advantages(rewards).round(3)
+    array([[ 0.423,  1.155, -1.577]])
+    """
+    xp = check_arrays(xp=xp, rewards=rewards)
+    if rewards.ndim < 2:
+        msg = f"rewards: expected (…, samples, rewards), got shape {tuple(rewards.shape)}"
+        raise ValueError(msg)
+    count = rewards.shape[-1]
+    numbers = [1.0] * count if weights is None else [check_number("weights", weight) for weight in weights]
+    if len(numbers) != count:
+        msg = f"weights: expected {count}, one for each reward, got {len(numbers)}"
+        raise ValueError(msg)
+    r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
+    options: dict[str, Any] = {"group_ids": group_ids, "divide_by_std": divide_by_std, "std_offset": std_offset, "xp": xp}
+    total = xp.sum(xp.zeros_like(r), axis=-1)
+    for k, weight in enumerate(numbers):
+        total = total + weight * group_advantages(r[..., k], **options)
+    return xp.astype(total, rewards.dtype, copy=False)
+
+
+def pass_at_k_advantages(
+    rewards: Float[Array, "*sequences"],
+    *,
+    k: int,
+    group_ids: Int[Array, " sequences"] | None = None,
+    divide_by_std: bool = False,
+    std_offset: float = 1e-6,
+    xp: Namespace | None = None,
+) -> Float[Array, "*sequences"]:
+    """Advantages for the best of k samples: A_i = E[max(R_i, M) − M], M the largest reward of k − 1 others of its group.
+
+    The mean is over all (k − 1)-subsets of the group's other samples. For rewards of 0 and 1 it is pass@k: a correct sample
+    has the probability that k − 1 others are all wrong, a wrong one 0. The expectation of (k/n) Σ_i A_i ∇log π_i over n
+    samples is the gradient of E[max of k rewards].
+
+    Parameters
+    ----------
+    rewards
+        R per sequence: (…, samples) with one group a row, or (sequences,) with `group_ids`.
+    k
+        k ≥ 2. A group of fewer samples is taken whole, as if k were its size. For one sample, pass@1, see
+        `drpo_core.group_advantages`.
+    group_ids
+        Which group each sequence belongs to; any integers, in any order.
+    divide_by_std
+        Divide A by (std + `std_offset`), with the sample standard deviation (n − 1) of the group's rewards.
+    std_offset
+        Added to the standard deviation, in units of the reward; 0 or more.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        A per sequence, 0 or more, of the shape and dtype of `rewards`, computed in float32 at least; exactly 0 in a group
+        of equal rewards or of one sequence.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong, or `k` is no whole number.
+    ValueError
+        If the shapes differ, a number is out of its range, or a reward of a NumPy array is NaN.
+
+    References
+    ----------
+    arXiv:2505.15201 (PKPO), eq. 33, times n/k. With k = n: arXiv:2503.19595, and verl's ``grpo_passk``
+    (verl/trainer/ppo/core_algos.py, 0.9.1), which gives the best sample its lead over the second and by default divides by
+    the standard deviation.
+
+    Examples
+    --------
+    The only right one of four always adds 1; one of two adds it where both others that are drawn are wrong, a third of the
+    time:
+
+    >>> import numpy as np
+    >>> from drpo_core.advantages import pass_at_k_advantages
+    >>> pass_at_k_advantages(np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), k=3).round(3)
+    array([[1.   , 0.   , 0.   , 0.   ],
+           [0.333, 0.333, 0.   , 0.   ]])
+    """
+    xp = check_arrays(xp=xp, rewards=rewards)
+    k = int(check_number("k", k, at_least=2, whole=True))
+    std_offset = check_number("std_offset", std_offset, at_least=0.0)
+    over_group = _groups("rewards", rewards, group_ids, xp=xp)
+    if 0 in rewards.shape:
+        return rewards
+    r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
+    order = xp.argsort(in_one_piece(r, xp=xp), axis=-1, stable=True)
+
+    def arranged(x: Array, order: Array) -> Array:
+        return xp.take_along_axis(in_one_piece(x, xp=xp), order, axis=-1)
+
+    ordered = arranged(r, order)
+    ids = None if group_ids is None else arranged(group_ids, order)
+    group = Sequences(xp.astype(xp.ones_like(ordered), xp.bool), ids, xp=xp)
+    n, lower = group.length(ordered), group.running_total(xp.ones_like(ordered)) - 1.0
+    gap = xp.where(lower > 0.0, ordered + group.smallest_before(-ordered, nothing=0.0), 0.0)
+    # between two neighbours the mean grows by their gap where all k − 1 others are among the lower ones
+    for j in range(k - 1):
+        left = n - 1.0 - j
+        gap = gap * xp.where(left > 0.0, xp.where(lower > j, lower - j, 0.0) / xp.where(left > 0.0, left, 1.0), 1.0)
+    advantages = arranged(group.running_total(gap), xp.argsort(order, axis=-1, stable=True))
+    if divide_by_std:
+        n = over_group(xp.ones_like(r), xp.sum, xp.add)
+        centred = r - over_group(r, xp.sum, xp.add) / n
+        std = _deviation(centred, n, over_group, xp=xp) + std_offset
+        advantages = advantages / xp.where(std == 0.0, 1.0, std)
+    return xp.astype(advantages, rewards.dtype, copy=False)
 
 
 def whitened_advantages(
@@ -395,6 +564,12 @@ def _groups(name: str, rewards: Array, group_ids: Array | None, *, xp: Namespace
             raise ValueError(msg)
     _check_no_nan(name, rewards, xp=xp)
     return _over_rows(xp) if group_ids is None or 0 in rewards.shape else _over_ids(group_ids, xp)
+
+
+def _deviation(centred: Array, n: Array, over_group: Callable[..., Array], *, xp: Namespace) -> Array:
+    """Sample standard deviation of each one's group of n; 0 in a group of one."""
+    squares = over_group(centred * centred, xp.sum, xp.add)
+    return xp.sqrt(squares / xp.where(n > 1.0, n - 1.0, 1.0))
 
 
 def _over_rows(xp: Namespace) -> Callable[..., Array]:

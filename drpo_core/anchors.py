@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from drpo_core._checks import check_part
-from drpo_core.tokens import saturated_both_ways
+from drpo_core._checks import check_arrays, check_dtype, check_part, check_shape, compute_dtype
+from drpo_core.tokens import constant, saturated_both_ways
 
 if TYPE_CHECKING:
-    from drpo_core._arrays import Array, Float, Namespace
+    from drpo_core._arrays import Array, Float, Int, Namespace
     from drpo_core._sequences import Sequences
 
-__all__ = ["Anchor", "Behavior", "Policies", "Prefix", "Proximal", "Sequence"]
+__all__ = ["Anchor", "Behavior", "Policies", "Prefix", "Proximal", "Sequence", "interpolated_proximal_log_prob"]
 
 
 class Policies(NamedTuple):
@@ -201,3 +201,61 @@ class Prefix(_OfAnother):
         total = sequences.running_total(x - self.of.log_prob(policies))
         count = sequences.running_total(xp.ones_like(x))
         return x - saturated_both_ways(total / xp.where(count == 0.0, 1.0, count), xp=xp)
+
+
+def interpolated_proximal_log_prob(
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    staleness: Int[Array, "*tokens"],
+    *,
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """Log π_old without a forward pass: log π + (log μ − log π)/d, for tokens sampled d updates ago (A-3PO).
+
+    It stands for the policy one update ago, on the straight line in log-space from μ, d updates ago, to π. With the anchor
+    `Proximal` the ratio is then R = (π/μ)^(1/d), and π_old/μ = (π/μ)^(1 − 1/d). It is log μ where d ≤ 1.
+
+    Parameters
+    ----------
+    log_prob, behavior_log_prob
+        log π and log μ of the sampled tokens, nats, ≤ 0; any shape, the same for both.
+    staleness
+        d: the trainer's version minus the one that sampled the token, in updates; of the same shape.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        To be passed as `proximal_log_prob`; a constant, anew for each log π. Of the inputs' common dtype, float32 at least.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ.
+
+    References
+    ----------
+    arXiv:2512.06547 (A-3PO), whose α is 1/d; AReaL's ``prox_logp_method="loglinear"`` (inclusionAI/AReaL,
+    areal/trainer/ppo/actor.py, 1.0.4, ``compute_prox_logp_approximations``), whose alpha is 1 − 1/d.
+
+    Examples
+    --------
+    Two updates ago: the geometric mean of 0.8 and 0.2; one update ago: μ itself.
+
+    >>> import numpy as np
+    >>> from drpo_core.anchors import interpolated_proximal_log_prob
+    >>> pi, mu = np.log([0.8, 0.8]), np.log([0.2, 0.2])
+    >>> np.exp(interpolated_proximal_log_prob(pi, mu, np.array([2, 1]))).round(6)
+    array([0.4, 0.2])
+    """
+    xp = check_arrays(xp=xp, log_prob=log_prob, behavior_log_prob=behavior_log_prob)
+    check_dtype("staleness", staleness, "integral", xp=xp)
+    check_shape("staleness", staleness, "log_prob", log_prob)
+    dtype = compute_dtype(log_prob, behavior_log_prob, xp=xp)
+    x, b = (xp.astype(constant(array), dtype, copy=False) for array in (log_prob, behavior_log_prob))
+    d = xp.astype(staleness, dtype)
+    stale = d > 1.0
+    return xp.where(stale, x + (b - x) / xp.where(stale, d, 1.0), b)

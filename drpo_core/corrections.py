@@ -9,16 +9,17 @@ ratio saturates at e²⁰ and e⁻²⁰.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from drpo_core._checks import check_flag, check_number
+from drpo_core._arrays import in_one_piece
+from drpo_core._checks import check_arrays, check_flag, check_mask, check_number, compute_dtype
 from drpo_core.divergence import binary_kl_of, k3_of
-from drpo_core.tokens import Tokens, saturated_both_ways
+from drpo_core.tokens import Tokens, constant, saturated_both_ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from drpo_core._arrays import Array, Bool, Float
+    from drpo_core._arrays import Array, Bool, Float, Namespace
     from drpo_core.anchors import Policies
 
 __all__ = [
@@ -34,11 +35,13 @@ __all__ = [
     "MinimumPrefixRatio",
     "NegativeSequenceMask",
     "OutwardMask",
+    "PrefixBudgetMask",
     "RatioMask",
     "SecondMomentMask",
     "SequenceTrustMask",
     "VariationalWeight",
     "Veto",
+    "clip_cov_weights",
 ]
 
 Edge: TypeAlias = Literal["proximal/behavior", "policy/behavior", "policy/proximal"]
@@ -796,6 +799,89 @@ class FutureRatio(_OnEdge):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixBudgetMask(_OnEdge):
+    """K = 0 at tokens that diverge beyond δ, or beyond what their prefix has left of its budget, else 1 (CPPO).
+
+    With D = abs(π − μ) of the sampled token, u_t = 1 − (1 − u_min)(t − 1)/max(T − 1, 1) over the T valid tokens, Z = u D,
+    S_t = Σ_{i≤t} Z_i and U_t = Σ_{i≤t} u_i, a token is kept iff A(ρ − 1) ≤ 0, or Z_t ≤ δ and S_t ≤ δ + b U_{t−1}. Dropped
+    tokens use up the budget too. CPPO multiplies the gradient by ρ: the objective ``PolicyGradient()``.
+
+    Parameters
+    ----------
+    edge
+        Between which policies; ``"policy/behavior"``: π and μ.
+    delta
+        δ > 0, a probability: the most that a first token may move.
+    min_weight
+        u_min in (0, 1], the weight of a last token: it may move by δ/u_min.
+    budget
+        δ_b > 0, a probability: what the weighted mean of D over a prefix may be.
+    calibrate
+        Whether b follows each sequence: the 0.9 quantile of its D (with linear interpolation), within [δ_b, 2δ_b]. Else
+        b = δ_b.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or a choice is unknown.
+
+    References
+    ----------
+    arXiv:2606.10968 (CPPO), eqs. 8 to 10 and 22, with its Binary-TV divergence. Defaults: its table 3, whose δ is 0.15, and
+    0.2 for a mixture of experts.
+
+    Examples
+    --------
+    The third token moves by less than δ, but the second has used up the budget:
+
+    >>> import numpy as np
+    >>> from drpo_core import PolicyGradient, token_loss_and_gradient
+    >>> from drpo_core.corrections import PrefixBudgetMask
+    >>> from drpo_core.modes import Mode
+    >>> mode = Mode(PolicyGradient(), corrections=(PrefixBudgetMask(delta=0.2),))
+    >>> pi, mu = np.log([[0.55, 0.39, 0.3]]), np.log([[0.5, 0.2, 0.2]])
+    >>> token_loss_and_gradient(mode, pi, mu, np.ones((1, 3))).weight.round(4)
+    array([[1., 1., 0.]])
+    """
+
+    edge: Edge = "policy/behavior"
+    delta: float
+    min_weight: float = 0.8
+    budget: float = 0.02
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep them as Python floats."""
+        _check_choice("edge", self.edge, EDGES)
+        for name in ("delta", "min_weight", "budget"):
+            _set_number(self, name)
+        if self.min_weight > 1.0:
+            msg = f"min_weight: expected 1 or less, got {self.min_weight:g}"
+            raise ValueError(msg)
+        check_flag("calibrate", self.calibrate)
+
+    def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
+        """1 where the token moves back, or its prefix is within the budget."""
+        tokens, sequences, xp = _tokens(evidence, self.edge), evidence.policies.sequences, evidence.policies.xp
+        divergence = xp.abs(tokens.shift)
+        before = sequences.running_total(xp.ones_like(divergence)) - 1.0
+        length = sequences.length(divergence)
+        slope = (1.0 - self.min_weight) / xp.where(length > 1.0, length - 1.0, 1.0)
+        weighted = (1.0 - slope * before) * divergence
+        spent = sequences.running_total(weighted)
+        budget: Any = self.budget
+        if self.calibrate:
+            own = sequences.quantile(divergence, 0.9)
+            budget = xp.where(own < budget, budget, xp.where(own > 2.0 * budget, 2.0 * budget, own))
+        # the weights before a token: an arithmetic series
+        allowed = self.delta + budget * (before - 0.5 * slope * before * (before - 1.0))
+        back = tokens.along_advantage(tokens.ratio_minus_one) <= 0.0
+        return _indicator(back | ((weighted <= self.delta) & (spent <= allowed)), evidence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SecondMomentMask(_OnEdge):
     """K = 0 at the tokens of largest ℓ², as many as it takes for the mean ℓ² of the rest to be below τ (M2PO).
 
@@ -853,6 +939,97 @@ class SecondMomentMask(_OnEdge):
         # means of the smallest ones rise with their number, so those below τ come first; a NaN comes last
         beyond = (xp.cumulative_sum(ordered) / count >= self.tau) & (ordered == ordered)
         return _indicator(squares < xp.min(xp.where(beyond, ordered, xp.inf)), evidence)
+
+
+def clip_cov_weights(
+    log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    noise: Float[Array, "*tokens"],
+    *,
+    share: float = 2e-4,
+    low: float = 1.0,
+    high: float = 5.0,
+    candidates: Bool[Array, "*tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, "*tokens"]:
+    """0 at a few random tokens of large covariance (A − mean A)(log π − mean log π), else 1: Clip-Cov.
+
+    Those tokens take the most entropy from the policy. Of the valid ones with low < covariance < high, as many lose their
+    gradient as a share of all valid tokens, one at least: those of the smallest noise. A mode has no room for an array of
+    random numbers, so this is no correction of a mode: the result is passed as `token_weights`, beside a mode or an
+    objective.
+
+    Parameters
+    ----------
+    log_prob, advantages
+        log π (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all arrays. The means are over the valid
+        tokens of this call.
+    mask
+        True at tokens that count; the others may hold anything.
+    noise
+        Independent random numbers of a continuous distribution, one a token, anew for each call.
+    share
+        > 0: of the valid tokens, how many are chosen; rounded down.
+    low, high
+        Bounds of the covariance, exclusive, nats times the unit of A.
+    candidates
+        True at tokens that may be chosen. verl and SkyRL leave out those that PPO's clip has stopped already.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        0 or 1 per token, 0 where the mask is False; a constant, in float32 at least.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, a number is out of its range, or `low` is not less than `high`.
+
+    References
+    ----------
+    arXiv:2505.22617 (Clip-Cov); verl's ``clip_cov`` (verl/trainer/ppo/core_algos.py, 0.9.1), with its defaults.
+
+    Examples
+    --------
+    Covariances 2.9, 0.8, 0.2 and 1.4, of which the band has two; the last has the smaller noise:
+
+    >>> import numpy as np
+    >>> from drpo_core.corrections import clip_cov_weights
+    >>> log_prob, advantages = np.array([-0.1, -1.5, -2.0, -4.0]), np.array([2.0, 2.0, -1.0, -1.0])
+    >>> clip_cov_weights(log_prob, advantages, np.ones(4, dtype=bool), np.array([0.5, 0.2, 0.1, 0.3]))
+    array([1., 1., 1., 0.])
+    """
+    xp = check_arrays(xp=xp, log_prob=log_prob, advantages=advantages, noise=noise)
+    check_mask(mask, "log_prob", log_prob, xp=xp)
+    if candidates is not None:
+        check_arrays(xp=xp, kind="bool", mask=mask, candidates=candidates)
+    share = check_number("share", share, above=0.0)
+    low, high = check_number("low", low), check_number("high", high)
+    _check_order(low, high)
+    dtype = compute_dtype(log_prob, advantages, xp=xp)
+    one = xp.astype(mask, dtype)
+    if 0 in mask.shape:
+        return one
+    n = xp.sum(one)
+
+    def centred(x: Array) -> Array:
+        x = xp.where(mask, xp.astype(constant(x), dtype, copy=False), 0.0)
+        return x - xp.sum(x) / xp.where(n == 0.0, 1.0, n)
+
+    covariance = centred(advantages) * centred(log_prob)
+    chosen = mask & (covariance > low) & (covariance < high)
+    chosen = chosen if candidates is None else chosen & candidates
+    order = xp.where(chosen, constant(noise), xp.inf)
+    count = xp.floor(share * n)
+    last = xp.astype(xp.where(count > 1.0, xp.where(count < n, count, n) - 1.0, 0.0), xp.int64)
+    ordered = xp.sort(xp.reshape(in_one_piece(order, xp=xp), (-1,)))
+    largest = xp.reshape(xp.take(ordered, xp.reshape(last, (1,))), ())
+    return xp.where(chosen & (order <= largest), 0.0, one)
 
 
 def _tokens(evidence: Evidence, edge: Edge) -> Tokens:

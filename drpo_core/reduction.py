@@ -1,4 +1,4 @@
-"""Reductions of per-token values to a scalar: the same weighted sum, with three choices of weight and denominator.
+"""Reductions of per-token values to a scalar: the same weighted sum, with four choices of weight and denominator.
 
 A padded array has one sequence a row, tokens on the last axis. A packed one is 1-D with `segment_ids`, which name the
 sequence of each token (any integers, in any order). Both give the same scalar.
@@ -25,6 +25,7 @@ from drpo_core._checks import (
     check_shape,
     compute_dtype,
 )
+from drpo_core._sequences import Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +36,7 @@ __all__ = [
     "MaskedSum",
     "Reduction",
     "masked_sum",
+    "prompt_mean",
     "reduction_coefficients",
     "reduction_count",
     "sequence_mean_token_mean",
@@ -64,7 +66,7 @@ class LinearReduction(Protocol):
 
 
 Reduction: TypeAlias = "Callable[..., Array] | LinearReduction"
-"""`token_mean`, `sequence_mean_token_mean`, `sequence_mean_token_sum`, each also with arguments bound by
+"""`token_mean`, `sequence_mean_token_mean`, `sequence_mean_token_sum`, `prompt_mean`, each also with arguments bound by
 `functools.partial`, or a `LinearReduction`."""
 
 
@@ -295,6 +297,82 @@ def sequence_mean_token_sum(
     return xp.sum(values) / horizon / _denominator(normalizer, sequences, xp=xp)
 
 
+def prompt_mean(
+    values: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    group_ids: Int[Array, "..."],
+    normalizer: float | Array | None = None,
+    token_weights: Float[Array, "*tokens"] | None = None,
+    segment_ids: Int[Array, " tokens"] | None = None,
+    xp: Namespace | None = None,
+) -> Float[Array, ""]:
+    """Mean over prompts of each prompt's token mean: Σ_g (Σ_{t in g} m u v / n_g) / G ("prompt_mean").
+
+    A prompt's group is all sequences sampled from it. n_g is the number of valid tokens of group g, over its sequences; G
+    counts groups that have one. Within a prompt every token counts the same, as in `token_mean`.
+
+    Parameters
+    ----------
+    values
+        v per token: (…, tokens) padded, or (tokens,) packed. Anything, NaN included, where the mask is False.
+    mask
+        m: True at tokens that count.
+    group_ids
+        Which prompt each sequence answers (any integers, in any order): one a row of padded tokens, (…), or one a token of
+        packed ones, (tokens,). A loss takes it bound: ``functools.partial(prompt_mean, group_ids=ids)``.
+    normalizer
+        G of the whole batch; default: of this mask.
+    token_weights
+        u: factors of the values (truncated importance weights, say). They do not enter n_g.
+    segment_ids
+        Accepted, checked and not needed: how a prompt's tokens are divided into sequences plays no part.
+    xp
+        Namespace of the arrays; inferred when omitted.
+
+    Returns
+    -------
+    array
+        0-d; 0 if no token is valid.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ, or the normalizer is negative or not finite.
+
+    Notes
+    -----
+    n_g counts the tokens of this call. Where the samples of a prompt lie in different micro-batches, take the coefficients
+    of the whole batch from `reduction_coefficients` and pass each part its own as `token_weights` of `token_mean`, with
+    ``normalizer=1``. A `drpo_core.modes.Mode` takes them so too, with its reduction ``"token_sum"``.
+
+    References
+    ----------
+    SkyRL's ``loss_reduction="prompt_mean"`` (NovaSky-AI/SkyRL, skyrl/backends/skyrl_train/utils/ppo_utils.py,
+    ``apply_loss_reduction_to_advantages_minibatch``) and prime-rl's ``loss_aggregation="prompt"``. The ``"prompt_mean"`` of
+    torchrl's GRPOLoss knows no prompts: it is `sequence_mean_token_mean`.
+
+    Examples
+    --------
+    Two samples of prompt 7 have three valid tokens together, one sample of prompt 4 has one:
+
+    >>> import numpy as np
+    >>> from drpo_core.reduction import prompt_mean
+    >>> values = np.array([[1.0, 2.0], [6.0, 0.0], [5.0, 0.0]])
+    >>> mask = np.array([[True, True], [True, False], [True, False]])
+    >>> float(prompt_mean(values, mask, group_ids=np.array([7, 7, 4])))
+    4.0
+    >>> packed = np.array([1.0, 2.0, 6.0, 5.0])
+    >>> float(prompt_mean(packed, np.ones(4, dtype=bool), group_ids=np.array([7, 7, 7, 4])))
+    4.0
+    """
+    values, mask, xp = _selected(values, mask, token_weights, xp)
+    tokens, prompts = _per_prompt(mask, segment_ids, values.dtype, xp=xp, group_ids=group_ids)
+    return xp.sum(values / tokens) / _denominator(normalizer, prompts, xp=xp)
+
+
 def reduction_coefficients(
     reduction: Reduction,
     mask: Bool[Array, "*tokens"],
@@ -364,7 +442,7 @@ def reduction_count(
     segment_ids: Int[Array, " tokens"] | None = None,
     xp: Namespace | None = None,
 ) -> Float[Array, ""]:
-    """Denominator of a reduction of this module: the number of valid tokens, or of sequences that have one.
+    """Denominator of a reduction of this module: the number of valid tokens, or of sequences or prompts that have one.
 
     Add those of micro-batches and shards to get the `normalizer` of the whole batch.
 
@@ -417,14 +495,18 @@ def _known(reduction: Reduction, given: dict[str, Any]) -> tuple[Callable[..., A
     divisors = _DIVISORS.get(function) if callable(function) and getattr(function, "__hash__", None) else None
     if divisors is None or (isinstance(reduction, partial) and reduction.args):
         msg = (
-            "reduction: expected token_mean, sequence_mean_token_mean, sequence_mean_token_sum (arguments may be bound by "
-            f"functools.partial) or a linear_reduction, whose coefficients are known beforehand, got {reduction!r}"
+            "reduction: expected token_mean, sequence_mean_token_mean, sequence_mean_token_sum, prompt_mean (arguments may be "
+            "bound by functools.partial) or a linear_reduction, whose coefficients are known beforehand, "
+            f"got {reduction!r}"
         )
         raise TypeError(msg)
     options = {name: value for name, value in bound.items() if name != "xp"}
-    unknown = options.keys() - {"normalizer", "token_weights", "segment_ids", "horizon"}
-    if unknown or ("horizon" in options and function is not sequence_mean_token_sum):
-        msg = f"reduction: {function.__name__} has no argument {', '.join(sorted(unknown)) or 'horizon'}"
+    own = _OWN.get(function)
+    if unknown := options.keys() - {"normalizer", "token_weights", "segment_ids", own}:
+        msg = f"reduction: {function.__name__} has no argument {', '.join(sorted(unknown))}"
+        raise TypeError(msg)
+    if own == "group_ids" and options.get(own) is None:
+        msg = f"reduction: expected group_ids bound, as in functools.partial(prompt_mean, group_ids=ids), got {reduction!r}"
         raise TypeError(msg)
     return divisors, given | {name: value for name, value in options.items() if given.get(name) is None}
 
@@ -482,20 +564,48 @@ def _per_horizon(
     return _number_or_array("horizon", horizon, above=0.0, like=sequences, xp=xp), sequences
 
 
+def _per_prompt(
+    mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace, group_ids: Array
+) -> tuple[Array, Array]:
+    """Divisor of each token, the valid tokens of its prompt, and what is counted: prompts."""
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, mask, xp=xp)
+    _check_has_tokens(mask)
+    check_dtype("group_ids", group_ids, "integral", xp=xp)
+    packed = mask.ndim == 1
+    rows = tuple(mask.shape if packed else mask.shape[:-1])
+    if tuple(group_ids.shape) != rows:
+        kind = "one a token" if packed else "one a row of the mask"
+        msg = f"group_ids: expected {kind}, shape {rows}, got {tuple(group_ids.shape)}"
+        raise ValueError(msg)
+    if packed:
+        # tokens of one prompt are counted as those of one sequence are
+        tokens, prompts = _sequences(mask, group_ids, dtype, xp=xp)
+        return _nonzero(tokens, xp=xp), prompts
+    length = xp.sum(xp.astype(mask, xp.int32), axis=-1, keepdims=True)
+    ids, flat = xp.reshape(group_ids, (-1,)), xp.reshape(length, (-1,))
+    _, prompts = _sequences(flat > 0, ids, dtype, xp=xp)
+    tokens = Segments(ids, xp=xp).whole(flat, xp.add) if 0 not in ids.shape else flat
+    return _nonzero(xp.astype(xp.reshape(tokens, length.shape), dtype), xp=xp), prompts
+
+
 _DIVISORS: dict[Any, Callable[..., Any]] = {
     token_mean: _per_token,
     sequence_mean_token_mean: _per_sequence,
     sequence_mean_token_sum: _per_horizon,
+    prompt_mean: _per_prompt,
 }
+
+_OWN: dict[Any, str] = {sequence_mean_token_sum: "horizon", prompt_mean: "group_ids"}
+"""The argument that a reduction has and the others have not."""
 
 
 def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Namespace) -> tuple[Array, Array]:
     """Number of valid tokens of each token's own sequence, and number of sequences that have a valid token."""
     if segment_ids is not None:
         check_segment_ids(segment_ids, mask, xp=xp)
-    elif mask.ndim == 0:
-        msg = "mask: expected at least one axis, the tokens of a sequence, got a 0-d array"
-        raise ValueError(msg)
+    else:
+        _check_has_tokens(mask)
     if segment_ids is None:
         length = xp.sum(xp.astype(mask, xp.int32), axis=-1, keepdims=True)
         return xp.astype(length, dtype), count_true(length > 0, dtype, xp=xp)
@@ -510,6 +620,12 @@ def _sequences(mask: Array, segment_ids: Array | None, dtype: object, *, xp: Nam
     length = xp.searchsorted(valid, place, side="right") - xp.searchsorted(valid, place, side="left")
     starts = xp.concat((xp.ones_like(mask[:1]), valid[1:] != valid[:-1]))
     return xp.astype(length, dtype), count_true(starts & (valid != n), dtype, xp=xp)
+
+
+def _check_has_tokens(mask: Array) -> None:
+    if mask.ndim == 0:
+        msg = "mask: expected at least one axis, the tokens of a sequence, got a 0-d array"
+        raise ValueError(msg)
 
 
 def count_true(condition: Bool[Array, "*tokens"], dtype: object, *, xp: Namespace) -> Float[Array, ""]:

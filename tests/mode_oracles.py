@@ -231,6 +231,25 @@ def future_ratio(c, rows):
     return [[weight(row, i) for i in range(len(row))] for row in rows]
 
 
+def prefix_budget_mask(c, rows):
+    def kept(row):
+        over, under = c.edge.split("/")
+        each = [float(MP.exp(getattr(t, over)) - MP.exp(getattr(t, under))) for t in row]
+        ordered, place = sorted(map(abs, each)), 0.9 * (len(row) - 1)
+        budget = c.budget
+        if c.calibrate:
+            i, after = int(place), ordered[min(int(place) + 1, len(row) - 1)]
+            budget = min(max(ordered[i] + (place - i) * (after - ordered[i]), budget), 2 * budget)
+        spent = weights = 0.0
+        for i, (t, shift) in enumerate(zip(row, each, strict=True)):
+            weight = 1 - (1 - c.min_weight) * i / max(len(row) - 1, 1)
+            limit = min(c.delta, c.delta + budget * weights - spent)
+            yield float(t.advantage * shift <= 0 or weight * abs(shift) <= limit)
+            spent, weights = spent + weight * abs(shift), weights + weight
+
+    return [list(kept(row)) if row else [] for row in rows]
+
+
 def second_moment_mask(c, rows):
     squares = sorted((ell(t, c.edge) ** 2 for row in rows for t in row), reverse=True)
     while squares and mean(squares) >= c.tau:
@@ -249,6 +268,7 @@ CORRECTIONS = {
     corrections.MinimumPrefixRatio: minimum_prefix_ratio,
     corrections.NegativeSequenceMask: negative_sequence_mask,
     corrections.OutwardMask: outward_mask,
+    corrections.PrefixBudgetMask: prefix_budget_mask,
     corrections.RatioMask: ratio_mask,
     corrections.SecondMomentMask: second_moment_mask,
     corrections.SequenceTrustMask: sequence_trust_mask,
@@ -314,6 +334,7 @@ EXAMPLES = (
     corrections.MinimumPrefixRatio(),
     corrections.NegativeSequenceMask(delta=0.1),
     corrections.OutwardMask(eps_low=0.3, eps_high=0.4),
+    corrections.PrefixBudgetMask(delta=0.15, min_weight=0.5, budget=0.04),
     corrections.RatioMask(low=0.7, high=1.4),
     corrections.RatioMask(high=1.1),
     corrections.RatioMask(low=0.9),

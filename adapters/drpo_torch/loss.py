@@ -146,9 +146,9 @@ def policy_loss(
     proximal_log_prob, reference_log_prob
         log π_old and log π_ref of the sampled tokens, where the mode needs them.
     reduction
-        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean` or `drpo_core.sequence_mean_token_sum`, also with
-        arguments bound by `functools.partial`; or a `linear_reduction` of a function of your own. Whatever is not linear
-        takes `token_loss`. None: the mode's own, or the mean over tokens.
+        `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean`, `drpo_core.sequence_mean_token_sum` or
+        `drpo_core.reduction.prompt_mean`, also with arguments bound by `functools.partial`; or a `linear_reduction` of a
+        function of your own. Whatever is not linear takes `token_loss`. None: the mode's own, or the mean over tokens.
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
     token_weights

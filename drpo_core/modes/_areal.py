@@ -83,7 +83,8 @@ def areal(loss: str = "ppo", /, **keys: Any) -> Mode:
     Notes
     -----
     With ``use_decoupled_loss=True`` and no ``rejection_sampling``, AReaL weighs with nothing: π_old/μ is missing from the
-    gradient. Masked tokens count in its denominator. It averages the advantages of a sequence at that level.
+    gradient. Masked tokens count in its denominator. It averages the advantages of a sequence at that level. For
+    ``prox_logp_method="loglinear"`` see `drpo_core.anchors.interpolated_proximal_log_prob`.
 
     References
     ----------

@@ -97,7 +97,8 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
     ------
     TypeError, ValueError
         If the name, a key or a value is unknown, a key is given that these settings do not use, or a value asks for
-        what no mode does: ``"prompt_mean"`` and ``"token_mean_legacy"``; a KL loss, which SkyRL always averages by
+        what no mode does: ``"prompt_mean"``, which needs the prompts' ids (its coefficients may be `token_weights` of a mode:
+        `drpo_core.reduction.prompt_mean`), and ``"token_mean_legacy"``; a KL loss, which SkyRL always averages by
         sequence, with another reduction (so ``use_kl_loss`` is False here unless it is given, True in SkyRL); a token mask
         with weights or masks of sequences, which SkyRL takes over the tokens that are left.
 

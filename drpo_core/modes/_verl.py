@@ -80,7 +80,8 @@ def verl(loss_mode: str = "vanilla", /, **keys: Any) -> Mode:
     Parameters
     ----------
     loss_mode
-        See the table. ``clip_cov`` and ``kl_cov`` are no modes: they choose tokens at random, or by rank.
+        See the table. ``clip_cov`` and ``kl_cov`` are no modes: they choose tokens at random, or by rank. For
+        ``clip_cov`` see `drpo_core.corrections.clip_cov_weights`.
     **keys
         ``loss_agg_mode`` (``"token-mean"``, ``"token-sum"``, ``"seq-mean-token-sum"``, ``"seq-mean-token-mean"``,
         ``"seq-mean-token-sum-norm"``, which needs ``loss_scale_factor``); ``use_kl_loss`` with ``kl_loss_coef`` (0.001) and

@@ -218,7 +218,11 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((ValueError,), "segment_ids", "segment ids are of packed tokens"),
     ),
     (
-        lambda _, c: c.get("group_ids", Given.ABSENT) is not Given.ABSENT and c["shape"] not in {Shape.PACKED, Shape.ONE},
+        lambda s, c: (
+            _named(s, "group_advantages")
+            and c["group_ids"] is not Given.ABSENT
+            and c["shape"] not in {Shape.PACKED, Shape.ONE}
+        ),
         Refusal((ValueError,), "rewards", "group ids are of a list of rewards"),
     ),
     (
@@ -302,7 +306,10 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     (
         lambda s, c: (
             c["shape"] is Shape.NUMBER
-            and (_sequences(c) or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum", "global_coefficients"))
+            and (
+                _sequences(c)
+                or _named(s, "sequence_mean_token_mean", "sequence_mean_token_sum", "prompt_mean", "global_coefficients")
+            )
         ),
         Refusal((ValueError,), "mask", "a number is no sequence"),
     ),

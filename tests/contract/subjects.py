@@ -195,6 +195,17 @@ def _reductions() -> dict[str, Subject]:
 
         return reduce
 
+    def of_prompts(values: torch.Tensor, mask: torch.Tensor, *, group_ids: torch.Tensor, **options: Any) -> Any:
+        """Tokens of one prompt, wherever they are, as the packed tokens of one sequence."""
+        ids = group_ids if mask.ndim == 1 else group_ids[..., None].expand(mask.shape)
+        weights = options.get("token_weights")
+        options["token_weights"] = None if weights is None else weights.reshape(-1)
+        known = {key: options[key] for key in ("normalizer", "token_weights") if key in options}
+        mean = axes.Reduction("sequence_mean_token_mean")
+        return oracle.reduced(
+            values.reshape(-1), oracle.coefficients(mean, mask.reshape(-1), segment_ids=ids.reshape(-1), **known)
+        )
+
     def total(values: torch.Tensor, mask: torch.Tensor, *, token_weights: torch.Tensor | None = None, **_: Any) -> Any:
         c = oracle.coefficients(axes.REDUCTIONS[0], mask, normalizer=1.0, token_weights=token_weights)
         return oracle.reduced(values, c, "total") | {"count": mask.sum().double()}
@@ -212,6 +223,7 @@ def _reductions() -> dict[str, Subject]:
         f"drpo_core.{name}": Subject(of(name), ("values",))
         for name in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")
     }
+    table["drpo_core.reduction.prompt_mean"] = Subject(of_prompts, ("values",), world={"group_ids": "prompt_ids"})
     table["drpo_core.reduction.masked_sum"] = Subject(total, ("values",))
     table["drpo_core.reduction.reduction_coefficients"] = Subject(coefficients, call=_coefficients)
     table["drpo_core.reduction.reduction_count"] = Subject(count, call=_count)

@@ -87,6 +87,8 @@ def world(shape: Shape, regime: Regime, masked: Masked) -> dict[str, NDArray]:
         "mask": _mask(shape, masked),
         "segment_ids": ids.reshape(leading),
         "group_ids": ids.reshape(leading),
+        # one a row of padded tokens, one a packed token
+        "prompt_ids": np.resize([5, -100, 5], leading[:-1]) if len(leading) > 1 else ids.reshape(leading),
         "sequence_ids": np.resize([0, 0, 1, 0, 2, 1], n).reshape(leading),
         "sequence_advantages": normal(3 if len(leading) < 2 else leading[0]),
     }

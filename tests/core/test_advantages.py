@@ -11,7 +11,14 @@ import pytest
 from backends import Backend
 
 from drpo_core import expand_advantages, group_advantages
-from drpo_core.advantages import generalized_advantages, informative_groups, length_weighted_advantages, whitened_advantages
+from drpo_core.advantages import (
+    generalized_advantages,
+    informative_groups,
+    length_weighted_advantages,
+    pass_at_k_advantages,
+    reward_decoupled_advantages,
+    whitened_advantages,
+)
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
 NUMPY = [b for b in Backend if b.value.startswith("numpy")]
@@ -323,6 +330,100 @@ def test_the_baseline_of_least_variance_weighs_by_length(backend):
     rows = backend.run(length_weighted_advantages, rewards.reshape(10, 6), lengths.reshape(10, 6))
     assert rows.shape == (10, 6)
     np.testing.assert_allclose((rows * lengths.reshape(10, 6)).sum(-1), 0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value, indirect=True)
+def test_each_reward_is_normalised_in_its_group_by_itself(backend):
+    """GDPO: one group and one reward after the other; a reward without spread adds nothing."""
+    rewards, ids = groups(24, 4)
+    several = np.stack([rewards, 100.0 * np.cos(np.arange(24.0)), np.where(ids == ids[0], 7.0, rewards)], axis=-1)
+    options = {"divide_by_std": True, "leave_one_out": False, "std_offset": 0.1}
+    for weights in ((1.0, 0.5, -2.0), None):
+        parts = [loop(several[:, i], ids, **options) * (1.0 if weights is None else weights[i]) for i in range(3)]
+        found = backend.run(reward_decoupled_advantages, several, weights=weights, group_ids=ids, std_offset=0.1)
+        np.testing.assert_allclose(found, sum(parts), rtol=1e-12, atol=1e-13)
+        if backend is Backend.JAX_JIT:
+            return  # each choice is compiled
+    rows = backend.run(reward_decoupled_advantages, several.reshape(4, 6, 3), divide_by_std=False)
+    total = several.sum(-1).reshape(4, 6)
+    np.testing.assert_allclose(rows, total - total.mean(-1, keepdims=True), atol=1e-12)
+    with pytest.raises(ValueError, match="weights: expected 3, one for each reward, got 2"):
+        backend.run(reward_decoupled_advantages, several, weights=(1.0, 2.0), group_ids=ids)
+    with pytest.raises(ValueError, match=r"rewards: expected \(…, samples, rewards\), got shape \(24,\)"):
+        backend.run(reward_decoupled_advantages, rewards)
+
+
+def marginal_gains(rewards, k):
+    """Mean over all subsets of k − 1 others of what a sample adds to the best of them."""
+    gains = []
+    for i, own in enumerate(rewards):
+        others = [r for j, r in enumerate(rewards) if j != i]
+        best = [max(subset) for subset in itertools.combinations(others, min(k, len(rewards)) - 1) if subset]
+        gains.append(math.fsum(max(own, b) - b for b in best) / max(len(best), 1))
+    return gains
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value, indirect=True)
+def test_what_a_sample_adds_to_the_best_of_k(backend):
+    """Groups of one, of fewer than k and of more, with ties, in any order, against every subset."""
+    rewards, ids = groups(18, 1)
+    rewards[3] = 100.25
+    for k in (3, 2, 8):
+        expected = np.zeros(18)
+        for group in set(ids.tolist()):
+            expected[ids == group] = marginal_gains(rewards[ids == group].tolist(), k)
+        found = backend.run(pass_at_k_advantages, rewards, k=k, group_ids=ids)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
+        assert (found >= 0.0).all()
+        if backend is Backend.JAX_JIT:
+            return  # each k is compiled
+    rows = backend.run(pass_at_k_advantages, REWARDS, k=3, divide_by_std=True, std_offset=0.5)
+    np.testing.assert_allclose(rows, [np.divide(marginal_gains(REWARDS[0], 3), STD + 0.5), [0.0] * 4], rtol=1e-12)
+    assert backend.run(pass_at_k_advantages, np.ones((1, 3)), k=2, divide_by_std=True, std_offset=0.0).tolist() == [[0.0] * 3]
+
+
+def test_the_best_of_k_is_climbed_without_bias():
+    """Over all samples of n: E[(k/n) Σ A ∇log π] is ∇E[max of k], of a softmax over four rewards; k = n gives the lead."""
+    values, n, k = np.array([0.0, 1.0, 1.0, 3.5]), 4, 3
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+
+    def mean_of_best(p):
+        return math.fsum(
+            math.prod(p[i] for i in draw) * max(values[i] for i in draw) for draw in itertools.product(range(4), repeat=k)
+        )
+
+    draws = np.array(list(itertools.product(range(4), repeat=n)))
+    a = pass_at_k_advantages(values[draws], k=k)
+    scores = np.eye(4)[draws] - p
+    found = np.einsum("d,di,dij->j", p[draws].prod(-1), a, scores) * k / n
+    h = 1e-5
+    moved = [[np.exp(sign * h * np.eye(4)[j]) * p for sign in (1, -1)] for j in range(4)]
+    exact = [(mean_of_best(up / up.sum()) - mean_of_best(down / down.sum())) / (2 * h) for up, down in moved]
+    np.testing.assert_allclose(found, exact, rtol=1e-8)
+    lead = pass_at_k_advantages(np.array([[1.0, 4.0, -1.0, 2.5]]), k=4)
+    assert lead.tolist() == [[0.0, 1.5, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"k": 1}, ValueError, "k: expected a finite number, 2 or more, got 1"),
+        ({"k": 2.0}, TypeError, "k: expected a whole number, got float 2.0"),
+        ({"k": 2, "std_offset": -1.0}, ValueError, "std_offset: expected a finite number, 0 or more, got -1.0"),
+        ({"k": 2, "group_ids": IDS}, ValueError, r"group_ids: expected the shape of rewards, \(2, 4\), got \(8,\)"),
+    ],
+)
+def test_errors_of_the_best_of_k(options, error, message):
+    with pytest.raises(error, match=message):
+        pass_at_k_advantages(REWARDS, **options)
+
+
+def test_advantages_of_no_rewards_and_of_sixteen_bits():
+    assert pass_at_k_advantages(np.zeros((0, 4)), k=2).shape == (0, 4)
+    assert reward_decoupled_advantages(np.zeros((0, 4, 2))).shape == (0, 4)
+    assert reward_decoupled_advantages(np.zeros((3, 4, 0))).tolist() == [[0.0] * 4] * 3
+    half = np.float16([[2000.0, 1.0, 2.0]])
+    assert pass_at_k_advantages(half, k=2).dtype == reward_decoupled_advantages(half[..., None]).dtype == np.float16
 
 
 def test_whitening_is_over_valid_tokens(backend):

@@ -5,13 +5,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mode_oracles import LogRatio, anchor_log_prob, arguments_for, batch, examples_of, made_by, packed, sequences, spread_out
 
 from drpo_core import DRPO, PolicyGradient, PPOClip, anchors, policy_loss_and_gradient, token_loss_and_gradient
-from drpo_core.anchors import Behavior, Prefix, Proximal, Sequence
+from drpo_core.anchors import Behavior, Prefix, Proximal, Sequence, interpolated_proximal_log_prob
 from drpo_core.modes import Mode
 
 EXAMPLES = examples_of(anchors)
@@ -178,3 +179,39 @@ def test_arguments_and_policies():
 def test_the_anchor_of_an_anchor_is_checked(kind, wrong):
     with pytest.raises(TypeError, match=r"of: expected an anchor such as Proximal\(\), got"):
         kind(wrong)
+
+
+# --- without a forward pass ---------------------------------------------------------------------------------------------
+
+
+def areal_s_loglinear(policy, behavior, version, current):
+    """(1 − α) log μ + α log π, with AReaL's α = (v_proximal − v)/(v_π − v) within [0, 1], and 0 where v = v_π."""
+    alpha = min(max((current - 1 - version) / (current - version), 0.0), 1.0) if current > version else 0.0
+    return (1 - alpha) * behavior + alpha * policy
+
+
+def test_the_proximal_policy_between_the_sampler_and_the_current_one(backend):
+    """The ratio against it is that against μ to the power of 1/d; masked tokens hold junk, which stays their own."""
+    arrays = batch(seed=12)
+    mask, current = arrays["mask"], 9
+    versions = np.random.default_rng(0).integers(0, current + 1, mask.shape)
+    x, b = arrays["log_prob"], arrays["behavior_log_prob"]
+    with np.errstate(invalid="ignore"):
+        found = backend.run(interpolated_proximal_log_prob, x, b, current - versions)
+    wanted = [areal_s_loglinear(*token, current) for token in zip(x[mask], b[mask], versions[mask], strict=True)]
+    np.testing.assert_allclose(found[mask], wanted, rtol=1e-13)
+    mode = Mode(LogRatio(), anchor=Proximal())
+    given = {name: arrays[name] for name in ("behavior_log_prob", "advantages", "mask")}
+    ratios = backend.run(token_loss_and_gradient, mode, x, **given, proximal_log_prob=found).weight
+    power = 1.0 / np.maximum(current - versions, 1)
+    np.testing.assert_allclose(ratios[mask], power[mask] * (x[mask] - b[mask]), rtol=1e-9, atol=1e-12)
+
+
+def test_it_is_a_constant_in_float32_at_least_and_checks_its_arrays():
+    x, d = torch.full((2,), -1.0, dtype=torch.bfloat16, requires_grad=True), torch.tensor([1, 3])
+    found = interpolated_proximal_log_prob(x, torch.full((2,), -4.0), d)
+    assert (found.dtype, found.requires_grad, found.tolist()) == (torch.float32, False, [-4.0, -2.0])
+    with pytest.raises(TypeError, match=r"staleness: expected an integral dtype, got .*float64"):
+        interpolated_proximal_log_prob(np.zeros(2), np.zeros(2), np.zeros(2))
+    with pytest.raises(ValueError, match=r"staleness: expected the shape of log_prob, \(2,\), got \(1,\)"):
+        interpolated_proximal_log_prob(np.zeros(2), np.zeros(2), np.zeros(1, int))

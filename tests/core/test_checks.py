@@ -91,6 +91,7 @@ PARAMETERS = [
     *of_objectives(),
     *(Parameter(partial(reduce, X, MASK), "normalizer", **NORMALIZER) for reduce in REDUCTIONS),
     Parameter(partial(of_sum, X, MASK), "horizon", above=0.0, arrays=True),
+    Parameter(partial(reduction.prompt_mean, X, MASK, group_ids=np.zeros(1, int)), "normalizer", **NORMALIZER),
     Parameter(
         partial(reduction.reduction_coefficients, drpo_core.token_mean, MASK, dtype=np.float64), "normalizer", **NORMALIZER
     ),

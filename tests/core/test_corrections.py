@@ -36,17 +36,21 @@ from drpo_core.corrections import (
     MinimumPrefixRatio,
     NegativeSequenceMask,
     OutwardMask,
+    PrefixBudgetMask,
     RatioMask,
     SecondMomentMask,
     SequenceTrustMask,
     VariationalWeight,
     Veto,
+    clip_cov_weights,
 )
 
 EXAMPLES = examples_of(corrections)
 ONE_OF_EACH = list({type(example): example for example in reversed(EXAMPLES)}.values())
 OF_A_BATCH = [ImportanceWeight(high=1.5, normalize=True), SecondMomentMask(tau=0.2)]
 """They look at all valid tokens of a call."""
+IN_ORDER = (MinimumPrefixRatio, FutureRatio, PrefixBudgetMask)
+"""They look at the tokens before or after each one."""
 each = pytest.mark.parametrize("kind", CORRECTIONS, ids=lambda kind: kind.__name__)
 FUZZ = settings(max_examples=60, derandomize=True, deadline=None)
 
@@ -64,6 +68,11 @@ def expected(correction, arrays):
     return spread_out(CORRECTIONS[type(correction)](correction, sequences(arrays)), arrays["mask"])
 
 
+def skip_scans_on_eager_jax(backend, kind):
+    if backend is Backend.JAX and kind in IN_ORDER:
+        pytest.skip("the same operations as under jit, each compiled for each shape")
+
+
 def test_every_public_correction_has_an_oracle_and_an_example():
     assert made_by(corrections, "factor") == set(CORRECTIONS) == {type(example) for example in EXAMPLES}
 
@@ -72,9 +81,10 @@ def test_every_public_correction_has_an_oracle_and_an_example():
 def test_padded_and_packed(backend, kind):
     """Masked tokens hold NaN and infinities; packed sequences are interleaved."""
     examples = [example for example in EXAMPLES if type(example) is kind]
+    skip_scans_on_eager_jax(backend, kind)
     if backend in {Backend.JAX, Backend.JAX_JIT}:
-        # each is compiled
-        examples = examples[:: max(1, len(examples) // 6)]
+        # each is compiled, and scans take longest
+        examples = examples[:: max(1, len(examples) // (2 if kind in IN_ORDER else 6))]
     for seed, correction in enumerate(examples):
         arrays = batch(seed=seed % 7)
         wanted = expected(correction, arrays)
@@ -110,6 +120,7 @@ def test_packed_without_masked_tokens(kind):
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (3, 4), (1, 1)], ids=str)
 @each
 def test_nothing_or_one_token(backend, kind, shape):
+    skip_scans_on_eager_jax(backend, kind)
     correction = next(example for example in EXAMPLES if type(example) is kind)
     arrays = batch(shape, seed=4)
     if shape != (1, 1):
@@ -147,7 +158,7 @@ def test_sequences_come_in_any_order_and_do_not_know_each_other(correction):
         np.testing.assert_allclose(np.concatenate(parts), found, rtol=1e-12)
 
 
-@pytest.mark.parametrize("correction", [e for e in ONE_OF_EACH if type(e) not in {MinimumPrefixRatio, FutureRatio}], ids=str)
+@pytest.mark.parametrize("correction", [e for e in ONE_OF_EACH if not isinstance(e, IN_ORDER)], ids=str)
 def test_the_order_within_a_sequence_does_not_matter(correction):
     """But to what looks at earlier or later tokens."""
     arrays = batch(seed=7)
@@ -311,6 +322,27 @@ def test_second_moments():
         assert np.concatenate(by_hand(SecondMomentMask(tau=tau), ell[:2], ell[2:])).tolist() == kept
 
 
+def test_a_prefix_spends_its_budget():
+    """D = 0.05, 0.1, 0.05 of weights 1, 0.9, 0.8: the sums are 0.05, 0.14 and 0.18, the weights before a token 0, 1, 1.9."""
+    arrays = rows([0.0] * 3, [0.0] * 3, advantages=np.array([[1.0] * 3, [-1.0, 1.0, -1.0]]))
+    arrays["behavior_log_prob"] = np.log(np.full((2, 3), 0.2))
+    arrays["log_prob"] = np.log([[0.25, 0.3, 0.25]] * 2)
+    for keys, kept in (
+        ({"delta": 0.0901, "budget": 0.0500}, [1, 1, 1]),
+        ({"delta": 0.0901, "budget": 0.0498}, [1, 0, 1]),
+        ({"delta": 0.0901, "budget": 0.0470}, [1, 0, 0]),
+        ({"delta": 0.0899, "budget": 0.9}, [1, 0, 1]),
+        ({"delta": 0.16, "budget": 0.01}, [1, 1, 0]),
+    ):
+        found = factor(Backend.NUMPY, PrefixBudgetMask(**keys, calibrate=False), arrays)
+        # what moves back is kept, and spends as much
+        assert found.tolist() == [kept, [1.0, kept[1], 1.0]]
+    # the 0.9 quantile, 0.09, within [δ_b, 2 δ_b]
+    for budget, kept in ((0.0101, 1.0), (0.0099, 0.0)):
+        calibrated = PrefixBudgetMask(delta=0.142, budget=budget)
+        assert factor(Backend.NUMPY, calibrated, arrays)[0].tolist() == [1.0, 1.0, kept]
+
+
 def test_second_moments_that_tie_go_together():
     """Dropping one of two equal ones would depend on their order; keeping both would leave the mean above τ."""
     assert by_hand(SecondMomentMask(tau=0.6), [1.0, -1.0, 0.0]) == [[0.0, 0.0, 1.0]]
@@ -392,6 +424,8 @@ def test_a_wider_mask_keeps_what_a_narrower_one_keeps(ell, limit, times):
         (NegativeSequenceMask(delta=limit), NegativeSequenceMask(delta=times * limit)),
         (SequenceTrustMask(delta=limit), SequenceTrustMask(delta=times * limit)),
         (SecondMomentMask(tau=limit), SecondMomentMask(tau=times * limit)),
+        (PrefixBudgetMask(delta=0.01 * limit), PrefixBudgetMask(delta=0.01 * times * limit)),
+        (PrefixBudgetMask(delta=0.01, budget=0.01 * limit), PrefixBudgetMask(delta=0.01, budget=0.01 * times * limit)),
         (
             OutwardMask(edge="policy/behavior", eps_low=limit, eps_high=limit),
             OutwardMask(edge="policy/behavior", eps_low=times * limit, eps_high=times * limit),
@@ -447,7 +481,7 @@ def over_ranks(correction, arrays, cut):
     return np.concatenate(reduced_over(of), axis=1)
 
 
-ORDERED = (MinimumPrefixRatio, FutureRatio, SecondMomentMask)
+ORDERED = (*IN_ORDER, SecondMomentMask)
 """They need an order, of the tokens of a sequence or of the batch."""
 
 
@@ -469,6 +503,54 @@ def test_packed_sequences_are_on_one_rank():
     mode = quiet(Veto())
     with pytest.raises(ValueError, match="segment_ids: expected None with `across`"):
         token_loss_and_gradient(mode, **arguments_for(mode, flat), across=lambda array, _: array)
+
+
+# --- token weights with random numbers -----------------------------------------------------------------------------------
+
+
+def chosen_by_covariance(x, a, mask, noise, *, share, low, high, candidates):
+    """Clip-Cov as in verl: of the tokens in the band, the first in a random order, as many as the share or one."""
+    valid = list(zip(*np.nonzero(mask), strict=True))
+    mean_a, mean_x = (math.fsum(array[i] for i in valid) / len(valid) for array in (a, x))
+    band = [i for i in valid if low < (a[i] - mean_a) * (x[i] - mean_x) < high and candidates[i]]
+    return sorted(band, key=lambda i: noise[i])[: max(int(share * len(valid)), 1)]
+
+
+@pytest.mark.parametrize("backend", [b for b in Backend if b is not Backend.JAX], ids=lambda b: b.value, indirect=True)
+def test_tokens_of_large_covariance_lose_their_gradient_at_random(backend):
+    arrays = batch((6, 9), seed=12)
+    mask, rng = arrays["mask"], np.random.default_rng(1)
+    noise, candidates = np.where(mask, rng.random(mask.shape), np.nan), rng.random(mask.shape) < 0.7
+    given = (arrays["log_prob"], arrays["advantages"], mask, noise)
+    for share, count in ((0.15, int(0.15 * mask.sum())), (1e-6, 1), (5.0, None)):
+        options = {"share": share, "low": 0.02, "high": 1.5}
+        found = backend.run(clip_cov_weights, *given, **options, candidates=candidates)
+        chosen = chosen_by_covariance(*given, **options, candidates=candidates)
+        expected = mask.astype(float)
+        expected[tuple(np.transpose(chosen))] = 0.0
+        assert len(chosen) == (len(chosen) if count is None else count) > 0
+        np.testing.assert_array_equal(found, expected)
+        if backend is Backend.JAX_JIT:
+            return  # each number is compiled
+    nothing = backend.run(clip_cov_weights, *given[:2], mask & False, noise)
+    assert (nothing == 0.0).all()
+    assert (backend.run(clip_cov_weights, *given, low=1e3, high=1e4) == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0.0}, "share: expected a finite number greater than 0, got 0.0"),
+        ({"low": 5.0}, "low: expected less than high, 5, got 5"),
+        ({"candidates": np.ones(2, bool)}, r"candidates: expected the shape of mask, \(3,\), got \(2,\)"),
+    ],
+)
+def test_arguments_of_clip_cov_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        clip_cov_weights(np.zeros(3), np.zeros(3), np.ones(3, bool), np.zeros(3), **options)
+    with pytest.raises(ValueError, match=r"noise: expected the shape of log_prob, \(3,\), got \(2,\)"):
+        clip_cov_weights(np.zeros(3), np.zeros(3), np.ones(3, bool), np.zeros(2))
+    assert clip_cov_weights(np.zeros((0, 3)), np.zeros((0, 3)), np.ones((0, 3), bool), np.zeros((0, 3))).shape == (0, 3)
 
 
 # --- errors and text ----------------------------------------------------------------------------------------------------
@@ -503,6 +585,10 @@ def test_packed_sequences_are_on_one_rank():
         (lambda: FutureRatio(delta=1.0, half_life=0.0), ValueError, "half_life: expected a finite number greater than 0"),
         (lambda: FutureRatio(delta=1.0, low=1.3), ValueError, "low: expected less than high, 1.2, got 1.3"),
         (lambda: SecondMomentMask(tau=math.inf), ValueError, "tau: expected a finite number greater than 0"),
+        (lambda: PrefixBudgetMask(delta=0.0), ValueError, "delta: expected a finite number greater than 0"),
+        (lambda: PrefixBudgetMask(delta=0.1, budget=-1.0), ValueError, "budget: expected a finite number greater than 0"),
+        (lambda: PrefixBudgetMask(delta=0.1, min_weight=1.1), ValueError, "min_weight: expected 1 or less, got 1.1"),
+        (lambda: PrefixBudgetMask(delta=0.1, calibrate=1), TypeError, "calibrate: expected True or False, got 1"),
         (lambda: MinimumPrefixRatio(edge=None), ValueError, "edge: expected 'proximal/behavior'"),
     ],
 )

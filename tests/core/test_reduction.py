@@ -16,7 +16,8 @@ from drpo_core import (
     token_loss_and_gradient,
     token_mean,
 )
-from drpo_core.reduction import masked_sum, reduction_coefficients, reduction_count
+from drpo_core.modes import Mode
+from drpo_core.reduction import masked_sum, prompt_mean, reduction_coefficients, reduction_count
 
 VALUES = np.array([[1.0, 2.0, 6.0, np.nan], [5.0, np.inf, np.nan, -np.inf]])
 MASK = np.array([[True, True, True, False], [True, False, False, False]])
@@ -371,8 +372,8 @@ class NotHashable:
 )
 def test_one_error_for_every_reduction_that_is_not_known(unknown):
     message = (
-        r"^reduction: expected token_mean, sequence_mean_token_mean, sequence_mean_token_sum \(arguments may be bound by "
-        r"functools\.partial\) or a linear_reduction, whose coefficients are known beforehand, got "
+        r"^reduction: expected token_mean, sequence_mean_token_mean, sequence_mean_token_sum, prompt_mean \(arguments may be "
+        r"bound by functools\.partial\) or a linear_reduction, whose coefficients are known beforehand, got "
     )
     mask = TOKENS["mask"]
     for call in (
@@ -390,6 +391,12 @@ def test_one_error_for_every_reduction_that_is_not_known(unknown):
         (partial(token_mean, horizon=3.0), "^reduction: token_mean has no argument horizon$"),
         (partial(sequence_mean_token_mean, horizon=3.0), "^reduction: sequence_mean_token_mean has no argument horizon$"),
         (partial(token_mean, dim=0), "^reduction: token_mean has no argument dim$"),
+        (partial(token_mean, group_ids=np.arange(3)), "^reduction: token_mean has no argument group_ids$"),
+        (partial(prompt_mean, horizon=3.0), "^reduction: prompt_mean has no argument horizon$"),
+        (
+            prompt_mean,
+            r"^reduction: expected group_ids bound, as in functools.partial\(prompt_mean, group_ids=ids\), got <func",
+        ),
         (partial(token_mean, dim=0, axis=1), "^reduction: token_mean has no argument axis, dim$"),
     ],
 )
@@ -397,6 +404,113 @@ def test_a_bound_argument_that_there_is_not(reduction, message):
     for call in (loss_and_gradient, partial(reduction_count, mask=TOKENS["mask"], dtype=np.float64)):
         with pytest.raises(TypeError, match=message):
             call(reduction)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def prompts(seed):
+    """Seven rows of four prompts, with masked tokens that hold junk; the last prompt, and one row of another, have none."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((7, 6)) < 0.6
+    ids = rng.permutation([-5, 40, -5, 7, 40, 40, 99])
+    mask[ids == 99] = False
+    mask[int(np.flatnonzero(ids == 40)[0])] = False
+    mask[int(np.flatnonzero(ids == 7)[0]), 0] = True
+    values, weights = np.where(mask, rng.normal(size=(2, *mask.shape)), np.nan)
+    return values, mask, ids, weights
+
+
+def mean_over_prompts(values, mask, ids, weights=None, normalizer=None):
+    """One prompt after the other, one token after the other."""
+    means = []
+    for prompt in sorted(set(ids.tolist())):
+        tokens = [(i, t) for i, t in zip(*np.nonzero(mask), strict=True) if ids[i] == prompt]
+        if tokens:
+            means.append(math.fsum(values[k] * (1.0 if weights is None else weights[k]) for k in tokens) / len(tokens))
+    return math.fsum(means) / (len(means) if normalizer is None else normalizer)
+
+
+# eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
+NOT_EAGER_JAX = pytest.mark.parametrize(
+    "backend", [b for b in Backend if b is not Backend.JAX], ids=lambda b: b.value, indirect=True
+)
+
+
+@NOT_EAGER_JAX
+@pytest.mark.parametrize("given", [(), ("normalizer", "token_weights")], ids=["", "normalised and weighted"])
+def test_a_mean_over_prompts_of_each_ones_tokens(backend, given):
+    """Padded, and packed in any order: the samples of a prompt share a denominator."""
+    values, mask, ids, weights = prompts(seed=len(given))
+    options = {name: {"normalizer": 5.0, "token_weights": weights}[name] for name in given}
+    wanted = mean_over_prompts(values, mask, ids, options.get("token_weights"), options.get("normalizer"))
+    order = np.random.default_rng(3).permutation(mask.size)
+    flat = {name: value.ravel()[order] if name == "token_weights" else value for name, value in options.items()}
+    for arrays, own in (
+        ((values, mask), options | {"group_ids": ids}),
+        ((values.ravel()[order], mask.ravel()[order]), flat | {"group_ids": np.repeat(ids, 6)[order]}),
+    ):
+        np.testing.assert_allclose(backend.run(prompt_mean, *arrays, **own), wanted, rtol=1e-13)
+        bound = partial(prompt_mean, **own)
+        coefficients = reduction_coefficients(bound, arrays[1], dtype=np.float64)
+        np.testing.assert_allclose(np.where(arrays[1], coefficients * arrays[0], 0.0).sum(), wanted, rtol=1e-13)
+        assert reduction_count(bound, arrays[1], dtype=np.float64) == 3.0
+
+
+def test_rows_of_prompts_may_have_several_axes():
+    values, mask, ids, _ = prompts(seed=1)
+    found = prompt_mean(values.reshape(7, 1, 6), mask.reshape(7, 1, 6), group_ids=ids.reshape(7, 1))
+    np.testing.assert_allclose(found, mean_over_prompts(values, mask, ids), rtol=1e-13)
+
+
+def test_a_prompt_is_not_the_mean_of_its_sequences():
+    """Rows of 3 and 1 tokens of one prompt: 14/4, not (3 + 5)/2."""
+    assert prompt_mean(VALUES, MASK, group_ids=np.array([2, 2])) == 14 / 4
+    assert prompt_mean(VALUES, MASK, group_ids=np.array([2, 1])) == (3 + 5) / 2
+
+
+@NOT_EAGER_JAX
+def test_prompts_without_tokens_count_nothing(backend):
+    for shape in ((0, 3), (2, 3)) if backend is Backend.JAX_JIT else ((0,), (0, 3), (2, 0), (2, 3)):
+        ids = np.zeros(shape[:1], dtype=np.int64)
+        assert backend.run(prompt_mean, np.ones(shape), np.zeros(shape, dtype=bool), group_ids=ids) == 0.0
+
+
+@each_engine
+def test_a_loss_over_prompts_and_over_its_micro_batches(engine):
+    """A mode takes the coefficients of the whole batch as token weights, and so do parts that divide a prompt."""
+    ids = np.array([8, 8, -2])
+    bound = partial(prompt_mean, group_ids=ids)
+    loss, gradient = loss_and_gradient(bound, engine=engine)
+    parts = token_loss_and_gradient(OBJECTIVE, **TOKENS)
+    np.testing.assert_allclose(loss, mean_over_prompts(parts.loss, TOKENS["mask"], ids), rtol=1e-13)
+    coefficients = reduction_coefficients(bound, TOKENS["mask"], dtype=np.float64)
+    shares = np.broadcast_to(coefficients, TOKENS["mask"].shape)
+    np.testing.assert_allclose(gradient, np.where(TOKENS["mask"], shares * parts.gradient, 0.0), rtol=1e-13)
+    mode = Mode(OBJECTIVE, reduction="token_sum")
+    found = [
+        policy_loss_and_gradient(
+            mode, **{n: a[i : i + 1] for n, a in TOKENS.items()}, token_weights=shares[i : i + 1], engine=engine
+        )
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(sum(part.loss for part in found), loss, rtol=1e-13)
+    np.testing.assert_allclose(np.concatenate([part.gradient for part in found]), gradient, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "error", "message"),
+    [
+        (np.zeros(2), MASK, TypeError, "group_ids: expected an integral dtype, got .*float64"),
+        (np.zeros(3, int), MASK, ValueError, r"group_ids: expected one a row of the mask, shape \(2,\), got \(3,\)"),
+        (np.zeros((2, 4), int), MASK, ValueError, r"group_ids: expected one a row of the mask, shape \(2,\), got \(2, 4\)"),
+        (np.zeros(1, int), MASK[0], ValueError, r"group_ids: expected one a token, shape \(4,\), got \(1,\)"),
+        (np.zeros((), int), MASK[0, 0], ValueError, "mask: expected at least one axis, the tokens of a sequence"),
+    ],
+)
+def test_group_ids_are_checked(backend, ids, mask, error, message):
+    with pytest.raises(error, match=message):
+        backend.run(prompt_mean, np.zeros(np.shape(mask)), np.asarray(mask), group_ids=ids)
 
 
 class Own:

@@ -342,6 +342,22 @@ MUTANTS = (
         _CORRECTIONS,
         "test_second_moments",
     ),
+    ModeMutant(
+        "a token's own weight in the budget before it",
+        corrections.PrefixBudgetMask.factor,
+        "before - 0.5 * slope * before * (before - 1.0)",
+        "before + 1.0 - 0.5 * slope * before * (before + 1.0)",
+        _CORRECTIONS,
+        "test_a_prefix_spends_its_budget",
+    ),
+    ModeMutant(
+        "tokens that move back are masked",
+        corrections.PrefixBudgetMask.factor,
+        "back | ((",
+        "((",
+        _CORRECTIONS,
+        "test_a_prefix_spends_its_budget",
+    ),
     # order
     ModeMutant(
         "a token's own ratio among the earlier ones",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from drpo_core import sequence_mean_token_mean, sequence_mean_token_sum, token_mean
+from drpo_core.reduction import prompt_mean
 
 ROWS, WIDTH, HORIZON = 2, 3, 4.0
 MASKS = [np.array(bits, dtype=bool).reshape(ROWS, WIDTH) for bits in product([False, True], repeat=ROWS * WIDTH)]
@@ -66,3 +67,14 @@ def test_token_weights(name):
     for mask in MASKS:
         weighted = coefficients(REDUCTIONS[name], mask, token_weights=weights)
         np.testing.assert_allclose(weighted, stated(name, mask) * weights, rtol=1e-15)
+
+
+@pytest.mark.parametrize("prompts", [(4, 4), (4, 9)], ids=["one prompt", "two prompts"])
+def test_prompts(prompts):
+    """enumeration: all rows of one prompt have m/N, each of its own prompt m/(n_s S); packed too, for all 64 masks."""
+    of_rows = np.array(prompts)
+    for mask in MASKS:
+        expected = stated("token mean" if prompts[0] == prompts[1] else "mean of means", mask)
+        np.testing.assert_allclose(coefficients(prompt_mean, mask, group_ids=of_rows), expected, rtol=1e-15)
+        packed = coefficients(prompt_mean, mask.ravel(), group_ids=np.repeat(of_rows, WIDTH))
+        np.testing.assert_allclose(packed.reshape(mask.shape), expected, rtol=1e-15)

@@ -13,6 +13,7 @@ from torch_cases import batch, each_reduction
 from variants import FULL, KINDS
 
 from drpo_core import DPPO, DRPO, sequence_mean_token_mean, token_diagnostics
+from drpo_core.reduction import prompt_mean, reduction_coefficients
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,15 @@ def test_packed_tokens():
         return policy_loss(objective, **flat, reduction=sequence_mean_token_mean, segment_ids=ids)
 
     assert_compiled_equals_eager(step, [DRPO(delta=0.15)])
+
+
+def test_prompts_by_their_ids():
+    def coefficients(ids, mask):
+        return reduction_coefficients(functools.partial(prompt_mean, group_ids=ids), mask, dtype=torch.float64, xp=xp)
+
+    ids, mask = torch.tensor([7, 7, -1, 7]), batch((4, 6))["mask"]
+    compiled = torch.compile(coefficients, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, mask), coefficients(ids, mask), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
