@@ -182,7 +182,7 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@each_objective
+@each_kind
 @pytest.mark.parametrize("shape", [(4, 6), (24,), (3, 7), (2, 4)])
 def test_chunks_add_up_to_the_whole(objective, shape):
     data = batch(shape)
@@ -194,7 +194,7 @@ def test_chunks_add_up_to_the_whole(objective, shape):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@each_objective
+@each_kind
 @pytest.mark.parametrize("shape", [(4, 6), (21,)])
 def test_diagnostics_of_chunks_add_up(objective, shape):
     data = batch(shape)

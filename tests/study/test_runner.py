@@ -50,7 +50,7 @@ for seed in range(3):
 
 def test_killed_and_resumed_gives_the_files_of_one_go(tmp_path, starts):
     """A process is killed by SIGKILL in the middle of its second run; what it finished is not computed again."""
-    rollouts = 30
+    rollouts = 12
     cells = [Cell("dense-bf16", "drpo", 0.15, seed, replace(TINY, rollouts=rollouts)) for seed in range(3)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for cell in cells:
@@ -141,7 +141,7 @@ def test_every_method_trains(method, start):
 def test_every_setting_trains_and_shows_its_mismatch(setting, start):
     architecture = SETTINGS[setting].architecture
     parameters = start[0] if architecture == "dense" else initial(SHAPES["moe"], 0)
-    found = train.run(Cell(setting, "drpo", 0.15, 0, replace(TINY, rollouts=4)), parameters, Task())
+    found = train.run(Cell(setting, "drpo", 0.15, 0, replace(TINY, rollouts=2)), parameters, Task())
     assert all(tv > 0.0 for tv in found["curves"]["tv"])
     assert np.isfinite(found["curves"]["tv_last"]).all()
 

@@ -74,7 +74,7 @@ def test_the_start_is_right_now_and_then_and_samples_rare_tokens(start, engine):
     parameters, about = start
     assert 0.1 <= about["reward"] <= 0.4
     task, generator = Task(), torch.Generator().manual_seed(3)
-    prompts = task.prompts(1024, generator)
+    prompts = task.prompts(512, generator)
     rollout = sample(
         prepared(parameters, ENGINES[engine]), SHAPES["dense"], prompts, ENGINES[engine], uniforms(prompts, generator)
     )

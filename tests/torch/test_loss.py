@@ -227,7 +227,7 @@ def test_the_no_synchronisation_mode_can_fail():
 
 
 @each_engine
-@each_objective
+@each_kind
 @each_reduction
 def test_nothing_synchronises(objective, reduction, engine):
     data = batch()
@@ -236,6 +236,13 @@ def test_nothing_synchronises(objective, reduction, engine):
         options = {"reduction": reduction, "engine": engine}
         policy_loss(objective, **data, normalizer=torch.tensor(9.0), token_weights=torch.ones(4, 6), **options)
         policy_loss(objective, **packed(data), **options)
+
+
+@each_objective
+def test_no_objective_synchronises(objective):
+    data = batch()
+    with NoSynchronisation():
+        policy_loss(objective, **data, engine="arrays")
         token_loss(objective, **data)
 
 
