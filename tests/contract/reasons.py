@@ -115,6 +115,14 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "a mean is divided by where rewards are 0 or more, and these are of either sign",
     ),
     (
+        lambda _, c: str(c.get("objective")).startswith("Band-KL") and c["regime"] is Regime.CERTAIN,
+        "at π = 1 the bound of a KL band and the ratio are the same but for a rounding",
+    ),
+    (
+        lambda _, c: _has(c, "logit_softcap") and c["regime"] is Regime.DISTANT and c["use"] is not Use.FORWARD,
+        "1 − tanh² of logits far beyond a soft-cap has few digits left, autograd's too",
+    ),
+    (
         lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
         "a statistic of nothing is NaN",
     ),
