@@ -44,6 +44,51 @@ def verl_policy_losses(tokens: Any) -> dict[str, Function]:
     return {f"verl {mode}": partial(run, mode) for mode in ("vanilla", "dppo_tv", "dppo_kl")}
 
 
+VERL_MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gspo": ("gspo", {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4, "loss_agg_mode": "seq-mean-token-mean"}),
+    "decoupled_geo_rs_token_tis": (
+        "vanilla",
+        {"rollout_is": "token", "rollout_is_threshold": 2.0, "rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.99_1.01"},
+    ),
+}
+"""By verl's own word, its loss and keys: PPO clip of the sequence's ratio, and PPO clip corrected for the rollout."""
+
+
+def verl_modes(tokens: Any, proximal: torch.Tensor) -> dict[str, Function]:
+    """Those modes as verl's trainer puts them together: its correction from log-probs, its loss, its backward pass."""
+    try:
+        from verl.trainer.ppo.core_algos import get_policy_loss_fn  # noqa: PLC0415
+        from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask  # noqa: PLC0415
+        from verl.workers.config import ActorConfig  # noqa: PLC0415
+    except ImportError:
+        return {}
+
+    def run(loss_mode: str, keys: dict[str, Any]) -> object:
+        tokens.log_prob.grad = None
+        clip = {name: value for name, value in keys.items() if name.startswith("clip_")}
+        config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **clip)
+        weights, mask = None, tokens.mask
+        correction = {name: value for name, value in keys.items() if name.startswith("rollout_")}
+        if correction:
+            found, mask, _ = compute_rollout_correction_and_rejection_mask(
+                proximal, tokens.behavior_log_prob, tokens.mask, **correction
+            )
+            weights = found.batch["rollout_is_weights"]
+        loss, _ = get_policy_loss_fn(loss_mode)(
+            old_log_prob=proximal,
+            log_prob=tokens.log_prob,
+            advantages=tokens.advantages,
+            response_mask=mask,
+            loss_agg_mode=keys.get("loss_agg_mode", "token-mean"),
+            config=config,
+            rollout_is_weights=weights,
+        )
+        loss.backward()
+        return loss
+
+    return {name: partial(run, *mode) for name, mode in VERL_MODES.items()}
+
+
 def log_probs() -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Log-probs of sampled tokens from logits."""
     found: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}

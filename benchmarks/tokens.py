@@ -16,6 +16,7 @@ from drpo_core import (
     Objective,
     PolicyGradient,
     PPOClip,
+    modes,
     policy_loss_and_gradient,
 )
 from drpo_core.engines import numba_loop
@@ -82,10 +83,12 @@ def autograd(tokens: Batch, *, metrics: bool = False) -> object:
     return loss
 
 
-def ours(tokens: Batch, engine: Any, *, diagnostics: bool = False, objective: Objective = OBJECTIVES["DRPO"]) -> object:
+def ours(
+    tokens: Batch, engine: Any, *, diagnostics: bool = False, objective: Any = OBJECTIVES["DRPO"], **others: Any
+) -> object:
     """The adapter's loss and its backward pass."""
     tokens.log_prob.grad = None
-    loss, _ = policy_loss(objective, **tokens._asdict(), engine=engine, diagnostics=diagnostics)
+    loss, _ = policy_loss(objective, **tokens._asdict(), engine=engine, diagnostics=diagnostics, **others)
     loss.backward()
     return loss
 
@@ -125,9 +128,24 @@ def cases(shape: tuple[int, ...], threads: int) -> Iterator[Case]:
         functions = {"torch eager autograd of the formula": partial(autograd, tokens), **verl}
         functions |= {"DRPO, torch compiled, diagnostics": partial(ours, tokens, "compiled", diagnostics=True)}
         yield Case(f"verl {shape}", f"verl's policy losses with their metrics, {shown}", n, functions, seconds=8)
+    yield from _modes(tokens, shown)
     for engine in ("arrays", "compiled"):
         functions = {name: partial(ours, tokens, engine, objective=value) for name, value in OBJECTIVES.items()}
         yield Case(f"objectives {engine} {shape}", f"every objective, torch {engine}, {shown}", n, functions, seconds=8)
+
+
+def _modes(tokens: Batch, shown: str) -> Iterator[Case]:
+    """Modes of verl's keys beside verl itself, with the metrics that it always computes and with our diagnostics."""
+    proximal = (tokens.behavior_log_prob + 0.02 * torch.randn_like(tokens.behavior_log_prob)).clamp(max=0.0)
+    theirs = peers.verl_modes(tokens, proximal)
+    for name, (loss_mode, keys) in peers.VERL_MODES.items():
+        mode = modes.verl(loss_mode, **keys)
+        functions = {f"verl {name}": theirs[name]} if theirs else {}
+        functions |= {
+            f"ours, {engine}": partial(ours, tokens, engine, objective=mode, proximal_log_prob=proximal, diagnostics=True)
+            for engine in ("arrays", "compiled")
+        }
+        yield Case(f"mode {name}", f"verl's {name} with metrics, {shown}", tokens.mask.numel(), functions, seconds=8)
 
 
 def jax_cases(shape: tuple[int, ...]) -> Iterator[Case]:
