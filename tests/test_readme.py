@@ -20,7 +20,7 @@ def test_both_commands_install_with_the_tested_pins():
     for command in (main_job, tests):
         assert command.startswith("pip install -c constraints.txt torch==2.13.0 && pip install -c constraints.txt -e ")
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    assert tests.endswith("&& pytest -n 2")
+    assert tests.endswith("&& pytest -n 2 --dist worksteal")
 
 
 def test_code_stands_within_the_first_ten_lines():
