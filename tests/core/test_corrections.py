@@ -85,6 +85,8 @@ def test_padded_and_packed(backend, kind):
     if backend in {Backend.JAX, Backend.JAX_JIT}:
         # each is compiled, and scans take longest
         examples = examples[:: max(1, len(examples) // (2 if kind in IN_ORDER else 6))]
+    elif backend is not Backend.NUMPY:
+        examples = examples[::2]
     for seed, correction in enumerate(examples):
         arrays = batch(seed=seed % 7)
         wanted = expected(correction, arrays)

@@ -502,6 +502,6 @@ IMPLEMENTATIONS = [
 ]
 
 
-@parametrize_with_checks(IMPLEMENTATIONS, settings="ci")
+@parametrize_with_checks(IMPLEMENTATIONS, settings="dev")
 def test_kit(check):
     check()

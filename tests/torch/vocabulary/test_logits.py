@@ -282,7 +282,7 @@ def of_logits_in_loops(objective, logits, **batch):
         *(through_the_kit("logits", of_logits, *claims) for claims in IN_THE_KIT),
         *(through_the_kit("logits-compiled", of_logits_in_loops, *claims) for claims in IN_THE_KIT),
     ],
-    settings="ci",
+    settings="dev",
 )
 def test_the_kit(check):
     check()
