@@ -155,7 +155,7 @@ def test_lag_makes_the_first_step_of_a_batch_stale(start):
 
 
 def test_training_raises_the_reward(start):
-    how = replace(DEFAULT, rollouts=25)
+    how = replace(DEFAULT, rollouts=14)
     rewards = train.run(Cell("dense-bf16", "drpo", 12.5, 0, how), start[0], Task())["curves"]["reward"]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.05
 

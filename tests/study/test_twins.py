@@ -9,7 +9,7 @@ from study.cells import EXACT, SETTINGS, TUNED_IN
 from study.precision import TRAINERS
 from study.task import Task
 
-ROLLOUTS = 3
+ROLLOUTS = 2
 
 
 def test_the_forward_pass_of_the_twin_is_the_transformers():
