@@ -723,7 +723,7 @@ class Expression:
         return tokens.xp.ones_like(tokens.ratio)
 
 
-@pytest.mark.parametrize(("expression", "dtype"), zip(EXPRESSIONS, itertools.cycle(["float32", "float64"])))
+@pytest.mark.parametrize(("expression", "dtype"), list(zip(EXPRESSIONS, itertools.cycle(["float32", "float64"]))))
 def test_every_pair_of_special_values(expression, dtype):
     """Each pair as a batch of one token, whose loss it is: as NumPy computes the expression, NaN for NaN."""
     objective, one = Expression(EXPRESSIONS[expression]), np.ones(1, bool)
