@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOT = claims.DOCS.parent
 LABEL = re.compile(r"[A-Z]\d+\.")
 CLAIM = re.compile(r"(\w+):([A-Z]\d+)")
-INNER = re.compile(r"drpo_core\.(?:diagnostics|reduction)\.(.+)")
+INNER = re.compile(r"drpo_core\.(?:advantages|diagnostics|reduction)\.(.+)")
 SOURCES: set[Path] = set()
 
 
