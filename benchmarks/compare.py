@@ -46,19 +46,19 @@ def main() -> None:
 
 def _compare(other: Path, group: str, renamed: list[tuple[str, str]], rounds: int) -> dict[str, list[float]]:
     workers = [_Worker(root, group) for root in (HERE, other)]
-    mine, theirs = (worker.cases for worker in workers)
+    mine, theirs = ({key: key for key in worker.functions} for worker in workers)
     for old, new in renamed:
-        theirs = {(case.replace(old, new), label.replace(old, new)): place for (case, label), place in theirs.items()}
+        theirs = {(case.replace(old, new), label.replace(old, new)): key for (case, label), key in theirs.items()}
     ratios = {}
     for key in mine:
         if key not in theirs:
             continue
-        places = (mine[key], theirs[key])
+        names = (mine[key], theirs[key])
         seconds: list[list[float]] = [[], []]
         for done in range(rounds + 1):
             order = [0, 1] if random.getrandbits(1) else [1, 0]
             for i in order:
-                taken = workers[i].call(places[i])
+                taken = workers[i].call(*names[i])
                 if done:
                     seconds[i].append(taken)
         each = [theirs_ / mine_ for mine_, theirs_ in zip(*seconds, strict=True)]
@@ -79,12 +79,12 @@ class _Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment | _threads(root, group)
         )
-        self.cases: dict[tuple[str, str], int] = {tuple(key): i for i, key in enumerate(self._read())}
+        self.functions: list[tuple[str, str]] = [(case, label) for case, label in self._read()]
 
-    def call(self, place: int) -> float:
+    def call(self, case: str, label: str) -> float:
         """Seconds of one call."""
         pipe: IO[str] = self._process.stdin  # type: ignore[assignment]
-        pipe.write(f"{place}\n")
+        pipe.write(json.dumps([case, label]) + "\n")
         pipe.flush()
         return float(self._read())
 
@@ -106,15 +106,15 @@ def _work(root: Path, group: str) -> None:
     warnings.simplefilter("ignore")
     from run import _cases  # noqa: PLC0415 -- of this root
 
-    functions, keys = [], []
-    for case in _cases(group):
-        for label, function in case.functions.items():
-            functions.append(function)
-            keys.append((case.name, label))
-    print(json.dumps(keys), flush=True)
+    print(json.dumps([[case.name, label] for case in _cases(group) for label in case.functions]), flush=True)
+    case = None
     for line in sys.stdin:
+        name, label = json.loads(line)
+        if case is None or case.name != name:
+            # a case's functions share variables with the next one's, so that it runs before the next is made
+            case = next(case for case in _cases(group) if case.name == name)
         started = time.perf_counter()
-        functions[int(line)]()
+        case.functions[label]()
         print(json.dumps(time.perf_counter() - started), flush=True)
 
 
