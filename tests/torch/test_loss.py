@@ -26,7 +26,7 @@ def test_gradcheck(objective):
         assert torch.autograd.gradcheck(in_log_prob(objective, data, function), data["log_prob"], check_batched_grad=True)
 
 
-@each_objective
+@each_kind
 def test_grad_vmap_and_jacrev(objective):
     data = batch()
     detached = {name: tensor.detach() for name, tensor in data.items()}
@@ -156,7 +156,7 @@ def test_only_log_prob_needs_a_graph(engine):
 
 
 @each_engine
-@each_objective
+@each_kind
 def test_non_contiguous_and_expanded_inputs(objective, engine):
     data = batch((6, 4))
     data["advantages"] = data["advantages"][:, :1].expand(6, 4)

@@ -81,7 +81,7 @@ SINGLE = {"dtypes": ("float32", "bfloat16"), **NO_DIVERGENCES}
 ON_NUMPY = [
     from_core(EVERY_OBJECTIVE[0]),
     *(
-        from_core(objective, **(AGAIN_WITHOUT if type(objective) is type(before) else NO_DIVERGENCES))
+        from_core(objective, **NO_DIVERGENCES, cost=4.0 if type(objective) is type(before) else 1.0)
         for before, objective in itertools.pairwise(EVERY_OBJECTIVE)
     ),
     *(from_core(objective, "numpy-readonly", **AGAIN_WITHOUT) for objective in TYPICAL),
@@ -130,7 +130,7 @@ REDUCTIONS = ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum
 ON_TORCH = [
     from_core(ASYMMETRIC_DRPO, "torch"),
     *(from_core(objective, "torch", **AGAIN_WITHOUT) for objective in TYPICAL[1:]),
-    *(from_core(objective, "torch", autodiff=True, **AGAIN_WITHOUT) for objective in RATIO_FORMS),
+    *(from_core(objective, "torch", autodiff=True, cost=4.0, **NO_DIVERGENCES) for objective in RATIO_FORMS),
     *(from_adapter(objective, "torch", **AGAIN) for objective in [*TYPICAL, CISPO(max_ratio=5.0)]),
     *(from_adapter(ASYMMETRIC_DRPO, "torch", reduction=reduction, **AGAIN) for reduction in REDUCTIONS),
     from_adapter(ASYMMETRIC_DRPO, "torch", transform="vmap"),
