@@ -258,4 +258,5 @@ def interpolated_proximal_log_prob(
     x, b = (xp.astype(constant(array), dtype, copy=False) for array in (log_prob, behavior_log_prob))
     d = xp.astype(staleness, dtype)
     stale = d > 1.0
-    return xp.where(stale, x + (b - x) / xp.where(stale, d, 1.0), b)
+    line = x + (xp.where(x == -xp.inf, 0.0, b) - xp.where(x == -xp.inf, 0.0, x)) / xp.where(stale, d, 1.0)
+    return xp.where(stale, line, b)

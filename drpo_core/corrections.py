@@ -422,8 +422,8 @@ class NegativeSequenceMask(_OnEdge):
 
     def factor(self, evidence: Evidence) -> Float[Array, "..."]:
         """0 where A < 0 and mean(−ℓ) > δ."""
-        far = evidence.policies.sequences.mean(-evidence.log_ratio(self.edge)) > self.delta
-        return _indicator(~(far & (evidence.advantages < 0.0)), evidence)
+        near = evidence.policies.sequences.mean(-evidence.log_ratio(self.edge)) <= self.delta
+        return _indicator(near | (evidence.advantages >= 0.0), evidence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -473,8 +473,8 @@ class SequenceTrustMask(_OnEdge):
     def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
         """0 where mean(abs(ρ − 1)) > δ and A ℓ > 0."""
         tokens = _tokens(evidence, self.edge)
-        far = evidence.policies.sequences.mean(tokens.xp.abs(tokens.ratio_minus_one)) > self.delta
-        return _indicator(~(far & (tokens.along_advantage(tokens.ratio_minus_one) > 0.0)), evidence)
+        near = evidence.policies.sequences.mean(tokens.xp.abs(tokens.ratio_minus_one)) <= self.delta
+        return _indicator(near | (tokens.along_advantage(tokens.ratio_minus_one) <= 0.0), evidence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -526,7 +526,7 @@ class OutwardMask(_OnEdge):
     def factor(self, evidence: Evidence) -> Float[Array, "*tokens"]:
         """0 where the token is outward beyond ε."""
         ell, a = evidence.log_ratio(self.edge), evidence.advantages
-        return _indicator(~(((a > 0.0) & (ell > self.eps_high)) | ((a < 0.0) & (ell < -self.eps_low))), evidence)
+        return _indicator(((a <= 0.0) | (ell <= self.eps_high)) & ((a >= 0.0) | (ell >= -self.eps_low)), evidence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,6 +153,8 @@ def token_diagnostics(
     (0.666667, 0.285714)
     """
     check_objective(objective)
+    # a mode's own are those of its losses, which have what it looks at
+    objective = getattr(objective, "alone", objective)
     log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     tokens = Tokens.checked(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     weight = weight_of(objective, tokens)

@@ -284,10 +284,12 @@ def policy_loss_and_gradient(
     if numpy and may_compile(engine):
         try:
             result = compiled_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads)
-            return mode.added(result, coefficients, xp=xp)  # type: ignore[no-any-return]
         except UntraceableError:
             if engine == "compiled":
                 raise
+        else:
+            result = mode.added(result, coefficients, xp=xp)
+            return result._replace(gradient=result.gradient.astype(log_prob.dtype, copy=False))  # type: ignore[no-any-return]
     result = (chunked_pass if numpy else policy_pass)(objective, *arrays, dtype=dtype, diagnostics=diagnostics, xp=xp)
     result = mode.added(result, coefficients, xp=xp)
     return result._replace(  # type: ignore[no-any-return]
@@ -434,7 +436,7 @@ def compiled_pass(
     loss, statistics = numba_loop.run(
         policy_pass, objective, arrays, gradient.reshape(-1), diagnostics=diagnostics, **threading
     )
-    return PolicyLoss(loss, gradient.astype(log_prob.dtype, copy=False), statistics)
+    return PolicyLoss(loss, gradient, statistics)
 
 
 def is_elementwise(objective: Objective, *, diagnostics: bool = True) -> bool:

@@ -345,8 +345,9 @@ def prompt_mean(
     Notes
     -----
     n_g counts the tokens of this call. Where the samples of a prompt lie in different micro-batches, take the coefficients
-    of the whole batch from `reduction_coefficients` and pass each part its own as `token_weights` of `token_mean`, with
-    ``normalizer=1``. A `drpo_core.modes.Mode` takes them so too, with its reduction ``"token_sum"``.
+    of the whole batch from `reduction_coefficients`, broadcast to the mask's shape, and pass each part its own as
+    `token_weights` of `token_mean`, with ``normalizer=1``. A `drpo_core.modes.Mode` takes them so too, with its reduction
+    ``"token_sum"``.
 
     References
     ----------

@@ -16,6 +16,7 @@ from drpo_core import DRPO, PPOClip, policy_loss_and_gradient, summarize, token_
 from drpo_core.anchors import Prefix, Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, LengthScale, RatioMask, Veto
 from drpo_core.modes import DoubleRatioWarning, Mode
+from drpo_core.objectives import Reinforce
 from drpo_core.penalties import Penalty
 
 
@@ -188,3 +189,32 @@ def test_plain_objectives_refuse_the_other_policies():
         drpo_torch.policy_loss(DRPO(delta=0.1), **{n: torch.tensor(a) for n, a in arrays.items()})
     with pytest.raises(ValueError, match=r"proximal_log_prob: expected None, because DRPO\(.* is no Mode that uses it"):
         drpo_jax.token_loss(DRPO(delta=0.1), **{n: jnp.asarray(a) for n, a in arrays.items()})
+
+
+CANCELLING = Mode(Reinforce(), penalties=(Penalty(coefficient=1.0, estimator="k2"),))
+"""−A + ℓ_ref: with A = 1.003 and ℓ_ref = 1 it is −0.003, and 0 where −A is rounded to 16 bits first."""
+TOKEN = {"log_prob": -1.0, "behavior_log_prob": -1.0, "advantages": 1.003, "reference_log_prob": -2.0, "mask": True}
+
+
+@pytest.mark.parametrize("function", ["policy_loss", "token_loss"])
+def test_gradients_of_penalties_are_added_before_they_are_rounded(function):
+    tensors = {n: torch.tensor([[v]]) for n, v in TOKEN.items()}
+    tensors["log_prob"] = tensors["log_prob"].bfloat16().requires_grad_()
+    found = getattr(drpo_torch, function)(CANCELLING, **tensors)
+    (found[0] if isinstance(found, tuple) else found.sum()).backward()
+    assert float(tensors["log_prob"].grad) == pytest.approx(-0.003, rel=0.01)
+    arrays = {n: jnp.asarray([[v]], jnp.float32 if isinstance(v, float) else bool) for n, v in TOKEN.items()}
+
+    def loss(log_prob):
+        found = getattr(drpo_jax, function)(CANCELLING, **arrays | {"log_prob": log_prob})
+        return found[0] if isinstance(found, tuple) else found.sum()
+
+    assert float(jax.grad(loss)(arrays["log_prob"].astype(jnp.bfloat16))[0, 0]) == pytest.approx(-0.003, rel=0.01)
+
+
+@pytest.mark.parametrize("engine", ["arrays", "compiled"])
+def test_the_core_adds_them_before_too(engine):
+    arrays = {n: np.array([[v]]) for n, v in TOKEN.items()} | {"log_prob": np.array([[-1.0]], np.float16)}
+    found = policy_loss_and_gradient(CANCELLING, **arrays | {"advantages": np.array([[1.0003]], np.float32)}, engine=engine)
+    assert found.gradient.dtype == np.float16
+    assert float(found.gradient[0, 0]) == pytest.approx(-0.0003, rel=0.01)

@@ -90,7 +90,8 @@ def global_coefficients(
     """Coefficients c in the whole batch's reduction Σ m c L, where sequences lie across devices.
 
     A device that holds a part of each sequence can't count the tokens of a sequence by itself. Pass the coefficients as
-    `token_weights`, with ``reduction=token_mean, normalizer=1``, and sum the losses of all devices.
+    `token_weights`, with ``reduction=token_mean, normalizer=1`` or beside a mode whose reduction is ``"token_sum"``, and sum
+    the losses of all devices.
 
     Parameters
     ----------
@@ -143,8 +144,9 @@ def global_coefficients(
 def across(axis_name: str | tuple[str, ...]) -> Across:
     """How devices that hold parts of the same padded rows combine what each has found of them (context parallelism).
 
-    Pass it as `across` to `drpo_jax.policy_loss` or `token_loss`, inside `shard_map` or a named `vmap`. Means over sequences
-    in a reduction need `global_coefficients` besides.
+    Pass it as `across` to `drpo_jax.policy_loss` or `token_loss`, inside `shard_map` or a named `vmap`. A mode's
+    own reduction counts the tokens of this device: take ``dataclasses.replace(mode, reduction="token_sum")``, with
+    `global_coefficients` as `token_weights`, and sum the losses of all devices.
 
     Parameters
     ----------

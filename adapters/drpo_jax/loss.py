@@ -110,7 +110,9 @@ def token_loss(
     sequences = {"segment_ids": segment_ids, "across": across}
     mode = _resolved(objective, **arrays, **others, **sequences, mask=mask, diagnostics=False, dtype=dtype)
     if isinstance(objective, Mode):
-        against: dict[str, Any] = arrays | {"behavior_log_prob": mode.anchor_log_prob}
+        # the gradients of the objective and of its penalties are rounded together
+        log_prob = log_prob if mode.penalty is None else log_prob.astype(dtype)
+        against: dict[str, Any] = arrays | {"log_prob": log_prob, "behavior_log_prob": mode.anchor_log_prob}
         loss = token_loss(mode.objective, **against, mask=mask, divergence=divergence)
         loss = loss if mode.factor is None else mode.factor * loss
         penalty = _penalty_loss(objective, mode, log_prob, behavior_log_prob, **others, mask=mask, dtype=dtype)
@@ -256,6 +258,8 @@ def mode_loss(
     sequences = {"segment_ids": options["segment_ids"], "across": across}
     mode = _resolved(objective, **tokens, **others, **sequences, mask=mask, diagnostics=diagnostics, dtype=dtype)
     coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
+    # the gradients of the objective and of its penalties are rounded together
+    log_prob = log_prob if mode.penalty is None else log_prob.astype(dtype)
     arrays = (log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
     loss, statistics = checked_policy_loss(mode.objective, *arrays, dtype=dtype, diagnostics=diagnostics)
     penalty = _penalty_loss(objective, mode, log_prob, behavior_log_prob, **others, mask=mask, dtype=dtype)

@@ -103,7 +103,8 @@ def global_coefficients(
     """What each token's loss is multiplied with in the reduction of the whole batch, where sequences lie across ranks.
 
     A rank that holds a part of each sequence can't count the tokens of a sequence. With these coefficients c the whole
-    reduction is Σ m c L over all ranks: pass them as `token_weights`, with ``reduction=token_mean, normalizer=1``.
+    reduction is Σ m c L over all ranks: pass them as `token_weights`, with ``reduction=token_mean, normalizer=1``, or
+    beside a mode whose reduction is ``"token_sum"``.
 
     Parameters
     ----------
@@ -144,8 +145,9 @@ def across(group: dist.ProcessGroup | None = None) -> Across:
     """How ranks that hold parts of the same padded rows combine what each has found of them (context parallelism).
 
     Pass it as `across` to `drpo_torch.policy_loss` or `token_loss`, with a mode that looks at sequences: every rank then
-    takes part in an all-reduce of one number a row for each sum. Means over sequences in a reduction need
-    `global_coefficients` besides.
+    takes part in an all-reduce of one number a row for each sum. A mode's own
+    reduction counts the tokens of this rank: take ``dataclasses.replace(mode, reduction="token_sum")``, with
+    `global_coefficients` as `token_weights`, and add up the losses of all ranks.
 
     Parameters
     ----------
@@ -171,7 +173,8 @@ def all_reduce_diagnostics(diagnostics: Diagnostics | None, *, group: dist.Proce
     """Diagnostics of all ranks, as if they had been one: the same on each of them, with one small collective.
 
     Merge those of a rank's micro-batches first, with `drpo_core.merge_diagnostics`. A rank that has none takes those of
-    tensors without elements, ``drpo_core.token_diagnostics(objective, empty, empty, empty)``.
+    `policy_loss` of tensors without elements, or of an objective
+    ``drpo_core.token_diagnostics(objective, empty, empty, empty)``.
 
     Parameters
     ----------

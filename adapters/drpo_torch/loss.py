@@ -230,9 +230,11 @@ def policy_loss(
         # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
         kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
         batch = Batch(log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
-        result = run_pass(mode.objective, batch, engine, dtype=dtype, gradient_dtype=kept, diagnostics=diagnostics)
+        # what penalties add comes before anything is rounded
+        unrounded = kept if mode.penalty is None else dtype
+        result = run_pass(mode.objective, batch, engine, dtype=dtype, gradient_dtype=unrounded, diagnostics=diagnostics)
         result = mode.added(result, coefficients, xp=xp)
-    return with_gradient(log_prob, result.loss, result.gradient), result.diagnostics
+    return with_gradient(log_prob, result.loss, result.gradient.to(kept)), result.diagnostics
 
 
 def linear_reduction(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> LinearReduction:

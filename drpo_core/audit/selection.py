@@ -153,12 +153,7 @@ def as_row(objective: Row | Objective) -> Row:
     """
     if isinstance(objective, Row):
         return objective
-    if not isinstance(objective, Mode):
-        return Row(objective)
-    if Mode(objective.objective, reduction=objective.reduction, horizon=objective.horizon) != objective:
-        msg = f"objective: expected a mode without anchor, corrections and penalties, got {objective!r}"
-        raise ValueError(msg)
-    return Row(objective.objective)
+    return Row(objective.alone if isinstance(objective, Mode) else objective)
 
 
 def swept_by(name: str) -> list[Family]:

@@ -45,8 +45,9 @@ class Mode:
     """A policy loss: gradient −c K A R w in log π, plus that of the penalties.
 
     R = e^(log π − a) is the ratio against the `anchor`'s a, w the `objective`'s weight at R, K the product of the
-    `corrections`, c the coefficient of the `reduction`. Anchors and corrections are constants. A mode is accepted wherever
-    an objective is; it is hashable, and its repr is the line that makes it.
+    `corrections`, c the coefficient of the `reduction`. Anchors and corrections are constants. The losses of
+    the core and of the adapters take a mode in the place of an objective. It is hashable, and its repr is the line that
+    makes it.
 
     Parameters
     ----------
@@ -149,6 +150,14 @@ class Mode:
         """The reduction as a function."""
         function = REDUCTIONS[self.reduction]
         return function if self.horizon is None else partial(function, horizon=self.horizon)
+
+    @property
+    def alone(self) -> Objective:
+        """The objective of a mode that is no more than that and a reduction; of any other raises `ValueError`."""
+        if Mode(self.objective, reduction=self.reduction, horizon=self.horizon) != self:
+            msg = f"objective: expected a mode without anchor, corrections and penalties, got {self!r}"
+            raise ValueError(msg)
+        return self.objective
 
     def loss(self, tokens: Tokens) -> Float[Array, "*tokens"]:
         """The objective's loss."""

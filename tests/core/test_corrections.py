@@ -134,6 +134,26 @@ def test_nothing_or_one_token(backend, kind, shape):
     np.testing.assert_allclose(factor(backend, correction, flat), expected(correction, arrays)[places], rtol=1e-12)
 
 
+# a weight that counts no ratio; and a mask whose bound is of the tokens that are left
+NO_MASK_OF_ITS_OWN = (FutureRatio, SecondMomentMask)
+MASKS = [e for e in EXAMPLES if e.counts is None and not isinstance(e, NO_MASK_OF_ITS_OWN)]
+
+
+@pytest.mark.parametrize("correction", MASKS, ids=str)
+def test_a_mask_keeps_nothing_more_for_a_nan(correction):
+    """What is dropped stays so when any one of the ratios of its sequence becomes a NaN."""
+    for seed in range(3):
+        arrays = batch(seed=seed)
+        clean = factor(Backend.NUMPY, correction, arrays)
+        for place in zip(*np.nonzero(arrays["mask"]), strict=True):
+            spoilt_by = arrays | {}
+            for name in ("behavior_log_prob", "proximal_log_prob"):
+                spoilt_by[name] = arrays[name].copy()
+                spoilt_by[name][place] = np.nan
+            found = factor(Backend.NUMPY, correction, spoilt_by)
+            assert not (found[place[0]] > clean[place[0]]).any()
+
+
 @pytest.mark.parametrize("correction", ONE_OF_EACH + OF_A_BATCH, ids=str)
 def test_padding_changes_nothing(correction):
     arrays = batch(seed=5)

@@ -272,6 +272,26 @@ def test_a_mode_of_an_objective_alone_in_every_backend(backend, objective):
         np.testing.assert_array_equal(one[1], other[1])
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"anchor": Proximal()},
+        {"corrections": (Veto(),)},
+        {"penalties": (Penalty(coefficient=0.1, estimator="k2"),)},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_diagnostics_by_token_are_those_of_the_objective_or_refused(more):
+    arrays = batch(seed=8)
+    tokens = [arrays[n] for n in ("log_prob", "behavior_log_prob", "advantages")]
+    objective = drpo_core.PPOClip(eps=0.2)
+    assert summarize(drpo_core.token_diagnostics(Mode(objective), *tokens, mask=arrays["mask"])) == pytest.approx(
+        summarize(drpo_core.token_diagnostics(objective, *tokens, mask=arrays["mask"])), nan_ok=True
+    )
+    with pytest.raises(ValueError, match=r"^objective: expected a mode without anchor, corrections and penalties, got"):
+        drpo_core.token_diagnostics(Mode(objective, **more), *tokens, mask=arrays["mask"])
+
+
 def test_a_mode_has_the_methods_of_its_objective():
     arrays = batch(seed=7)
     tokens = drpo_core.Tokens.checked(

@@ -125,6 +125,8 @@ def per_datum_loss(
     ------
     UntraceableError
         If the objective does something that can't be recorded.
+    ValueError
+        If a mode is more than an objective whose tokens are added up.
 
     Examples
     --------
@@ -134,6 +136,10 @@ def per_datum_loss(
         result = training_client.forward_backward_custom(per_datum_inputs(data), handle).result()
         figures = summarize_metrics(result.metrics)
     """
+    if getattr(objective, "reduction", "token_sum") != "token_sum":
+        msg = f"objective: tinker adds up tokens, expected a mode whose reduction is 'token_sum', got {objective!r}"
+        raise ValueError(msg)
+    objective = getattr(objective, "alone", objective)
     trace = Trace()
     symbols: dict[str, Any] = dict(
         zip(_RECORDED, (trace.input(name, BOOL if name == "mask" else FLOAT) for name in _RECORDED), strict=True)

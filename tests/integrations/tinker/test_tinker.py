@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tinker.lib.public_interfaces.custom_loss import trace_loss
 from torch.nn.utils.rnn import pad_sequence
 
 from drpo_core import DPPO, DRPO, PolicyGradient, PPOClip, sequence_mean_token_mean, summarize, token_mean
+from drpo_core.anchors import Behavior, Sequence
+from drpo_core.modes import Mode
 from drpo_core.objectives import OBJECTIVES as FAMILIES
 from drpo_core.objectives import label
 
@@ -234,6 +237,15 @@ def test_refusals(changes, message, server):
 def test_weights_of_a_traced_loss_are_refused(server):
     with pytest.raises(ValueError, match=r"\['weights'\]: expected none"):
         per_datum_inputs(batch(server, weights=torch.ones))
+
+
+def test_a_mode_is_its_objective_or_is_refused():
+    summed = Mode(PPOClip(eps=0.2), reduction="token_sum")
+    assert callable(per_datum_loss(summed))
+    with pytest.raises(ValueError, match=r"^objective: tinker adds up tokens"):
+        per_datum_loss(dataclasses.replace(summed, reduction="token_mean"))
+    with pytest.raises(ValueError, match=r"^objective: expected a mode without anchor"):
+        per_datum_loss(dataclasses.replace(summed, anchor=Sequence(Behavior())))
 
 
 def test_a_divergence_of_ones_own_can_not_be_traced():
