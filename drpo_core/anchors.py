@@ -258,5 +258,7 @@ def interpolated_proximal_log_prob(
     x, b = (xp.astype(constant(array), dtype, copy=False) for array in (log_prob, behavior_log_prob))
     d = xp.astype(staleness, dtype)
     stale = d > 1.0
-    line = x + (xp.where(x == -xp.inf, 0.0, b) - xp.where(x == -xp.inf, 0.0, x)) / xp.where(stale, d, 1.0)
-    return xp.where(stale, line, b)
+    # of log π = −∞ the line has no other point
+    known = x != -xp.inf
+    way = xp.where(known, b, 0.0) - xp.where(known, x, 0.0)
+    return xp.where(stale, x + way / xp.where(stale, d, 1.0), b)

@@ -259,7 +259,7 @@ def policy_loss_and_gradient(
     log_prob, behavior_log_prob, advantages, divergence = map(constant, (log_prob, behavior_log_prob, advantages, divergence))
     xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
-    reduction = reduction_of(objective, reduction)
+    reduction = reduction_of(objective, reduction, across=across)
     mode = resolve(
         objective,
         log_prob,
@@ -298,9 +298,15 @@ def policy_loss_and_gradient(
     )
 
 
-def reduction_of(objective: Objective, reduction: Reduction | None) -> Reduction:
+def reduction_of(objective: Objective, reduction: Reduction | None, *, across: Across | None = None) -> Reduction:
     """The reduction that is given; else a mode's, or the mean over tokens."""
     if isinstance(objective, Mode):
+        if across is not None and objective.reduction not in {"token_mean", "token_sum"}:
+            msg = (
+                "across: a rank can't count sequences that others share: expected a mode whose reduction is 'token_sum' "
+                f"(with global_coefficients as token_weights) or 'token_mean', got {objective.reduction!r}"
+            )
+            raise ValueError(msg)
         if reduction is not None:
             msg = f"reduction: expected None, because {objective!r} has its own, got {reduction!r}"
             raise ValueError(msg)

@@ -13,9 +13,10 @@ import torch
 from mode_oracles import EXAMPLES, arguments_for, batch, packed
 
 from drpo_core import DRPO, PPOClip, policy_loss_and_gradient, summarize, token_loss_and_gradient
-from drpo_core.anchors import Prefix, Proximal, Sequence
+from drpo_core.anchors import Behavior, Prefix, Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, LengthScale, RatioMask, Veto
 from drpo_core.modes import DoubleRatioWarning, Mode
+from drpo_core.modes.mode import REDUCTIONS
 from drpo_core.objectives import Reinforce
 from drpo_core.penalties import Penalty
 
@@ -218,3 +219,26 @@ def test_the_core_adds_them_before_too(engine):
     found = policy_loss_and_gradient(CANCELLING, **arrays | {"advantages": np.array([[1.0003]], np.float32)}, engine=engine)
     assert found.gradient.dtype == np.float16
     assert float(found.gradient[0, 0]) == pytest.approx(-0.0003, rel=0.01)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("library", ["core", "torch", "jax"])
+def test_means_over_sequences_that_ranks_share_are_refused(library, reduction):
+    mode = Mode(PPOClip(eps=0.2), anchor=Sequence(Behavior()), reduction=reduction)
+    arrays = arguments_for(mode, batch(seed=2))
+    arrays.pop("proximal_log_prob", None)
+    names = ("log_prob", "behavior_log_prob", "advantages", "mask")
+    make, function = {
+        "core": (np.asarray, policy_loss_and_gradient),
+        "torch": (torch.tensor, drpo_torch.policy_loss),
+        "jax": (jnp.asarray, drpo_jax.policy_loss),
+    }[library]
+
+    def run(across):
+        return float(function(mode, **{n: make(arrays[n]) for n in names}, across=across)[0])
+
+    if reduction in {"token_mean", "token_sum"}:
+        assert run(lambda array, _: array) == pytest.approx(run(None), rel=1e-12)
+    else:
+        with pytest.raises(ValueError, match=f"^across: .*'token_sum'.*, got '{reduction}'"):
+            run(lambda array, _: array)

@@ -144,8 +144,8 @@ def global_coefficients(
 def across(axis_name: str | tuple[str, ...]) -> Across:
     """How devices that hold parts of the same padded rows combine what each has found of them (context parallelism).
 
-    Pass it as `across` to `drpo_jax.policy_loss` or `token_loss`, inside `shard_map` or a named `vmap`. A mode's
-    own reduction counts the tokens of this device: take ``dataclasses.replace(mode, reduction="token_sum")``, with
+    Pass it as `across` to `drpo_jax.policy_loss` or `token_loss`, inside `shard_map` or a named `vmap`. A mean
+    over sequences, which no device can count, is refused: take ``dataclasses.replace(mode, reduction="token_sum")``, with
     `global_coefficients` as `token_weights`, and sum the losses of all devices.
 
     Parameters

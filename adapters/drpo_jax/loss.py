@@ -228,7 +228,7 @@ def policy_loss(
         **others,
         mask=mask,
         divergence=divergence,
-        reduction=reduction_of(objective, reduction),
+        reduction=reduction_of(objective, reduction, across=across),
         options=options,
         across=across,
         dtype=dtype,

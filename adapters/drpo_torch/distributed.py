@@ -145,8 +145,8 @@ def across(group: dist.ProcessGroup | None = None) -> Across:
     """How ranks that hold parts of the same padded rows combine what each has found of them (context parallelism).
 
     Pass it as `across` to `drpo_torch.policy_loss` or `token_loss`, with a mode that looks at sequences: every rank then
-    takes part in an all-reduce of one number a row for each sum. A mode's own
-    reduction counts the tokens of this rank: take ``dataclasses.replace(mode, reduction="token_sum")``, with
+    takes part in an all-reduce of one number a row for each sum. A mean over
+    sequences, which no rank can count, is refused: take ``dataclasses.replace(mode, reduction="token_sum")``, with
     `global_coefficients` as `token_weights`, and add up the losses of all ranks.
 
     Parameters

@@ -225,7 +225,7 @@ def policy_loss(
             dtype=dtype,
             xp=xp,
         )
-        reduction = reduction_of(objective, reduction)
+        reduction = reduction_of(objective, reduction, across=across)
         coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
         # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
         kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype

@@ -207,6 +207,13 @@ def test_the_proximal_policy_between_the_sampler_and_the_current_one(backend):
     np.testing.assert_allclose(ratios[mask], power[mask] * (x[mask] - b[mask]), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_probabilities_of_0_give_no_nan(backend, staleness):
+    x, b = np.array([-np.inf, -np.inf, -1.0]), np.array([-1.0, -np.inf, -np.inf])
+    found = backend.run(interpolated_proximal_log_prob, x, b, np.full(3, staleness))
+    np.testing.assert_array_equal(found, b if staleness <= 1 else np.full(3, -np.inf))
+
+
 def test_it_is_a_constant_in_float32_at_least_and_checks_its_arrays():
     x, d = torch.full((2,), -1.0, dtype=torch.bfloat16, requires_grad=True), torch.tensor([1, 3])
     found = interpolated_proximal_log_prob(x, torch.full((2,), -4.0), d)
