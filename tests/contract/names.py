@@ -14,7 +14,12 @@ import drpo_torch.distributed
 from array_api_compat import array_namespace
 
 import drpo_core
+import drpo_core.advantages
+import drpo_core.anchors
+import drpo_core.corrections
 import drpo_core.diagnostics
+import drpo_core.modes
+import drpo_core.penalties
 import drpo_core.reduction
 from drpo_core import UntraceableError
 from drpo_core.engines.numba_loop import compilations
@@ -26,6 +31,12 @@ MODULES = (
     drpo_core,
     drpo_core.reduction,
     drpo_core.diagnostics,
+    drpo_core.objectives,
+    drpo_core.advantages,
+    drpo_core.anchors,
+    drpo_core.corrections,
+    drpo_core.penalties,
+    drpo_core.modes,
     drpo_torch,
     drpo_torch.distributed,
     drpo_jax,

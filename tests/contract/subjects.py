@@ -6,6 +6,7 @@ function without a subject, or a new parameter in none of the tables, fails `tes
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -15,6 +16,8 @@ import jax
 import torch
 from contract import axes, names, oracle
 from contract.axes import DType, Engine, Given, Library, Number, Use
+
+import drpo_core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -359,13 +362,28 @@ def _jax_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any
 
 SUBJECTS: dict[str, Subject] = _core() | _reductions() | _adapters() | _distributed()
 
+PART_OF_A_MODE = "is called by the losses: tests/core/test_modes.py, test_anchors.py, test_corrections.py, test_penalties.py"
 VALUES = "holds what a function returned or will be given: its arrays are compared where they are returned"
 CLASSES = {
     "BehaviorPolicyWarning": "a warning",
     "SlowEngineWarning": "a warning",
     "UntraceableError": "an error",
     "VacuousTrustRegionWarning": "a warning",
-    "Objective": "a protocol",
+    "DoubleRatioWarning": "a warning",
+    **dict.fromkeys(("Objective", "Anchor", "Correction", "TokenBounds"), "a protocol"),
+    **{
+        name: PART_OF_A_MODE
+        for module in (drpo_core.anchors, drpo_core.corrections, drpo_core.penalties)
+        for name in module.__all__
+        if dataclasses.is_dataclass(getattr(module, name))
+    },
+    **dict.fromkeys(
+        ("DCPOBounds", "RIPOBounds", "ChiSquareBounds", "KLBounds", "TVBounds"),
+        "a value of TokenwiseClip, which is on the axis: tests/core/objectives/test_tokenwise.py",
+    ),
+    "Family": "a line of the table of objectives: tests/core/objectives/test_table.py",
+    "Mode": "has no rows yet, for its reduction is its own: tests/core/test_modes.py and tests/test_adapter_modes.py",
+    **dict.fromkeys(("KeptGroups", "Policies", "Evidence"), VALUES),
     **dict.fromkeys(("PolicyLoss", "TokenLoss", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
     **dict.fromkeys(("TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
     **dict.fromkeys(
@@ -380,6 +398,30 @@ NO_SUBJECTS = {
         ("drpo_torch.distributed.across", "drpo_jax.distributed.across"),
         "returns a function for the argument `across`: tests/torch/test_distributed.py and tests/jax/test_distributed.py",
     ),
+    **dict.fromkeys(
+        (f"drpo_core.objectives.{name}" for name in ("family_of", "is_known", "label", "parameters_of")),
+        "takes an objective and no array: tests/core/objectives/test_table.py",
+    ),
+    **dict.fromkeys(
+        (f"drpo_core.modes.{name}" for name in drpo_core.modes.__all__ if inspect.isfunction(getattr(drpo_core.modes, name))),
+        "takes a framework's keys and no array: tests/modes",
+    ),
+    **dict.fromkeys(
+        (
+            f"drpo_core.advantages.{name}"
+            for name in (
+                "generalized_advantages",
+                "informative_groups",
+                "length_weighted_advantages",
+                "pass_at_k_advantages",
+                "reward_decoupled_advantages",
+                "whitened_advantages",
+            )
+        ),
+        "has no rows yet: tests/core/test_advantages.py chooses its dtypes, shapes and values by hand",
+    ),
+    "drpo_core.anchors.interpolated_proximal_log_prob": "has no rows yet: tests/core/test_anchors.py",
+    "drpo_core.corrections.clip_cov_weights": "has no rows yet: tests/core/test_corrections.py",
     "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`",
 }
 """Public functions that are no subjects, and why."""

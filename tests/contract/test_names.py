@@ -9,6 +9,7 @@ import pytest
 from contract import names
 from contract.subjects import ARRAYS, CHOICES, CLASSES, ELSEWHERE, FLAGS, NO_SUBJECTS, NUMBERS, SUBJECTS, parameters_of
 
+from drpo_core.modes import Mode
 from drpo_core.objectives import OBJECTIVES
 
 FUNCTIONS = {name: value for name, value in names.public().items() if inspect.isfunction(value)}
@@ -16,7 +17,7 @@ TYPES = {name: value for name, value in names.public().items() if inspect.isclas
 
 
 def is_objective(value):
-    return dataclasses.is_dataclass(value) and hasattr(value, "loss") and hasattr(value, "weight")
+    return dataclasses.is_dataclass(value) and hasattr(value, "loss") and hasattr(value, "weight") and value is not Mode
 
 
 def test_every_public_function_is_a_subject():
