@@ -12,15 +12,18 @@ import numpy as np
 from array_api_compat import is_numpy_namespace
 
 from drpo_core._checks import check_number
+from drpo_core._sequences import Sequences
 from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
 from drpo_core.engines.trace import Trace, UntraceableError
-from drpo_core.modes.mode import Mode, resolve
+from drpo_core.modes.mode import Mode, check_others, evaluated, is_whole_mode, resolve
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, ratio_weight_of, weight_of
 from drpo_core.reduction import reduction_coefficients, token_mean
 from drpo_core.tokens import Tokens, check_tokens, constant
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drpo_core._arrays import Array, Bool, Float, Int, Namespace
     from drpo_core._sequences import Across
     from drpo_core.diagnostics import Diagnostics
@@ -260,27 +263,36 @@ def policy_loss_and_gradient(
     xp, dtype = check_tokens(log_prob, behavior_log_prob, advantages, mask=mask, divergence=divergence, xp=xp)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     reduction = reduction_of(objective, reduction, across=across)
+    others = {"proximal_log_prob": constant(proximal_log_prob), "reference_log_prob": constant(reference_log_prob)}
+
+    def coefficients_of(counted: Array) -> Array:
+        return constant(reduction_coefficients(reduction, counted, dtype=dtype, **options, xp=xp))
+
+    numpy = is_numpy_namespace(xp)
+    if engine == "compiled" and not numpy:
+        msg = f"engine: 'compiled' takes NumPy arrays, got {type(log_prob).__module__}.{type(log_prob).__name__}"
+        raise ValueError(msg)
+    tokens = (log_prob, behavior_log_prob, advantages, mask)
+    if numpy and is_whole_mode(objective) and segment_ids is None and across is None and may_compile(engine):
+        check_others(objective, others, log_prob, xp=xp)
+        settings: dict[str, Any] = {"dtype": dtype, "diagnostics": diagnostics, "threads": threads}
+        whole = compiled_mode(objective, coefficients_of, *tokens, divergence, *others.values(), **settings)
+        if whole is not None:
+            return whole._replace(gradient=whole.gradient.astype(log_prob.dtype, copy=False))
     mode = resolve(
         objective,
-        log_prob,
-        behavior_log_prob,
-        advantages,
+        *tokens[:3],
         mask=mask,
-        proximal_log_prob=constant(proximal_log_prob),
-        reference_log_prob=constant(reference_log_prob),
+        **others,
         segment_ids=segment_ids,
         across=across,
         diagnostics=diagnostics,
         dtype=dtype,
         xp=xp,
     )
-    coefficients = constant(reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp))
+    coefficients = coefficients_of(mode.counted)
     objective, scaled = mode.objective, mode.scaled(coefficients)
     arrays = (log_prob, mode.anchor_log_prob, advantages, mask, scaled, divergence)
-    numpy = is_numpy_namespace(xp)
-    if engine == "compiled" and not numpy:
-        msg = f"engine: 'compiled' takes NumPy arrays, got {type(log_prob).__module__}.{type(log_prob).__name__}"
-        raise ValueError(msg)
     if numpy and may_compile(engine):
         try:
             result = compiled_pass(objective, *arrays, dtype=dtype, diagnostics=diagnostics, threads=threads)
@@ -324,7 +336,7 @@ def policy_pass(
     advantages: Float[Array, "*tokens"],
     mask: Bool[Array, "*tokens"],
     coefficients: Float[Array, "..."],
-    divergence: Float[Array, "*tokens"] | None,
+    divergence: Float[Array, "*tokens"] | None = None,
     *,
     dtype: Any,
     diagnostics: bool,
@@ -346,6 +358,53 @@ def policy_pass(
         gradient_of(tokens, weight, ratio_weight, mask=mask, coefficients=coefficients),
         diagnostics_of(tokens, weight, ratio_weight, inside_of(objective, tokens), mask) if diagnostics else None,
     )
+
+
+def mode_pass(
+    mode: Mode,
+    log_prob: Float[Array, "rows tokens"],
+    behavior_log_prob: Float[Array, "rows tokens"],
+    advantages: Float[Array, "rows tokens"],
+    mask: Bool[Array, "rows tokens"],
+    coefficients: Float[Array, "..."],
+    divergence: Float[Array, "rows tokens"] | None = None,
+    proximal_log_prob: Float[Array, "rows tokens"] | None = None,
+    reference_log_prob: Float[Array, "rows tokens"] | None = None,
+    *,
+    dtype: Any,
+    diagnostics: bool,
+    select: bool = True,
+    xp: Namespace,
+) -> PolicyLoss:
+    """`policy_pass` of a whole mode: with its anchor, corrections and penalties; a row is a sequence."""
+    log_probs = (log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob)
+    found = evaluated(mode, *log_probs, advantages, Sequences(mask, None, xp=xp), diagnostics=diagnostics, dtype=dtype)
+    arrays = (log_prob, found.anchor_log_prob, advantages, mask, found.scaled(coefficients), divergence)
+    result = policy_pass(found.objective, *arrays, dtype=dtype, diagnostics=diagnostics, select=select, xp=xp)
+    return found.added(result, coefficients, xp=xp)  # type: ignore[no-any-return]
+
+
+def counted_pass(
+    mode: Mode,
+    log_prob: Float[Array, "rows tokens"],
+    behavior_log_prob: Float[Array, "rows tokens"],
+    advantages: Float[Array, "rows tokens"],
+    mask: Bool[Array, "rows tokens"],
+    coefficients: Float[Array, "..."],  # noqa: ARG001 -- what they depend on is found here
+    divergence: Float[Array, "rows tokens"] | None = None,  # noqa: ARG001
+    proximal_log_prob: Float[Array, "rows tokens"] | None = None,
+    reference_log_prob: Float[Array, "rows tokens"] | None = None,
+    *,
+    dtype: Any,
+    diagnostics: bool,
+    select: bool = True,  # noqa: ARG001
+    xp: Namespace,
+) -> PolicyLoss:
+    """In the place of the gradient, 1 at the tokens that the mode's reduction counts, else 0; the arguments of `mode_pass`."""
+    log_probs = (log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob)
+    found = evaluated(mode, *log_probs, advantages, Sequences(mask, None, xp=xp), diagnostics=diagnostics, dtype=dtype)
+    counted = xp.astype(found.counted, dtype)
+    return PolicyLoss(xp.sum(counted), counted, None)
 
 
 def gradient_of(
@@ -413,34 +472,53 @@ def chunked_pass(
     return PolicyLoss(xp.sum(xp.stack(losses)), xp.reshape(gradient, log_prob.shape), merged)
 
 
+def compiled_mode(
+    mode: Mode, coefficients_of: Callable[[Array], Array], *arrays: Array | None, **options: Any
+) -> PolicyLoss | None:
+    """`mode_pass` of NumPy arrays as a compiled loop; None where the mode can't be compiled as a whole.
+
+    `coefficients_of`: those of the reduction, from the mask of the tokens that it counts. The arrays are those of
+    `mode_pass`, without coefficients.
+    """
+    before, after = arrays[:4], arrays[4:]
+    try:
+        counted: Array = before[-1]
+        if mode.corrections and not mode.count_masked:
+            one = np.ones((), np.float32)
+            found = compiled_pass(mode, *before, one, *after, **options | {"diagnostics": False}, run=counted_pass)
+            counted = found.gradient != 0.0
+        return compiled_pass(mode, *before, coefficients_of(counted), *after, **options, run=mode_pass)
+    except UntraceableError:
+        return None
+
+
 def compiled_pass(
     objective: Objective,
-    log_prob: Array,
-    behavior_log_prob: Array,
-    advantages: Array,
-    mask: Array,
-    coefficients: Array,
-    divergence: Array | None,
-    *,
+    *arrays: Array | None,
     dtype: Any,
     diagnostics: bool,
+    run: Callable[..., PolicyLoss] = policy_pass,
     **threading: Any,
 ) -> PolicyLoss:
-    """`policy_pass` of NumPy arrays as a compiled loop; raises `UntraceableError` if the objective can't be compiled."""
+    """A pass over NumPy arrays as a compiled loop; raises `UntraceableError` if the objective can't be compiled."""
     from drpo_core.engines import numba_loop  # noqa: PLC0415 -- numba is an extra
 
-    def flat(array: Array, dtype: Any = dtype) -> Array:
-        return np.asarray(array, dtype, order="C").reshape(-1)
+    gradient = np.empty(arrays[0].shape, dtype)  # type: ignore[union-attr]
 
-    gradient = np.empty(log_prob.shape, dtype)
-    arrays = (
-        *(flat(array) for array in (log_prob, behavior_log_prob, advantages)),
-        flat(mask, np.bool_),
-        flat(coefficients),
-        None if divergence is None else flat(divergence),
-    )
+    def flat(array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        kept = array.dtype if array.dtype == np.bool_ else dtype
+        return np.asarray(array, kept, order="C").reshape(-1)
+
     loss, statistics = numba_loop.run(
-        policy_pass, objective, arrays, gradient.reshape(-1), diagnostics=diagnostics, **threading
+        run,
+        objective,
+        tuple(map(flat, arrays)),
+        gradient.reshape(-1),
+        diagnostics=diagnostics,
+        width=max(1, gradient.shape[-1]) if gradient.ndim else None,
+        **threading,
     )
     return PolicyLoss(loss, gradient, statistics)
 

@@ -48,3 +48,14 @@ def backend(request):
 def low_precision_backend(request):
     """The namespaces that have bfloat16."""
     return request.param
+
+
+@pytest.fixture
+def interpreted_loops(monkeypatch):
+    """Compiled loops that are made in the test are run by Python: the same source, without a second of compilation each."""
+    from interpreted_loops import interpreted  # noqa: PLC0415 -- numba takes a second to import
+
+    from drpo_core.engines import numba_loop  # noqa: PLC0415
+
+    monkeypatch.setattr(numba_loop, "_compile", interpreted)
+    monkeypatch.setattr(numba_loop, "_programs", {})

@@ -8,13 +8,13 @@ import torch
 
 from drpo_core import token_loss_and_gradient
 from drpo_core.loss import check_engine, reduction_of
-from drpo_core.modes.mode import resolve
+from drpo_core.modes.mode import check_others, is_whole_mode, resolve
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
 from drpo_torch._checks import check_shape, check_tensor, check_tensors
 from drpo_torch.autograd import with_gradient
-from drpo_torch.engines import Batch, run_pass
+from drpo_torch.engines import Batch, run_mode, run_pass
 from drpo_torch.engines._namespace import namespace
 
 if TYPE_CHECKING:
@@ -214,26 +214,37 @@ def policy_loss(
     # without a graph, outside the autograd.Function, where Dynamo could not share an objective's thresholds
     with torch.no_grad():
         xp, dtype = check_tokens(**tensors, mask=mask, divergence=divergence, xp=namespace())
-        mode = resolve(
-            objective,
-            **tensors,
-            **others,
-            mask=mask,
-            segment_ids=segment_ids,
-            across=across,
-            diagnostics=diagnostics,
-            dtype=dtype,
-            xp=xp,
-        )
-        reduction = reduction_of(objective, reduction, across=across)
-        coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
         # in float16, a gradient divided by the number of tokens would underflow before a loss scaler's factor reaches it
         kept = dtype if log_prob.dtype == torch.float16 else log_prob.dtype
-        batch = Batch(log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
-        # what penalties add comes before anything is rounded
-        unrounded = kept if mode.penalty is None else dtype
-        result = run_pass(mode.objective, batch, engine, dtype=dtype, gradient_dtype=unrounded, diagnostics=diagnostics)
-        result = mode.added(result, coefficients, xp=xp)
+        reduction = reduction_of(objective, reduction, across=across)
+
+        def coefficients_of(counted: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = reduction_coefficients(reduction, counted, dtype=dtype, **options, xp=xp)
+            return found
+
+        result = None
+        if is_whole_mode(objective) and segment_ids is None and across is None:
+            check_others(objective, others, log_prob, xp=xp)
+            everything = (*tensors.values(), mask, divergence, *others.values())
+            result = run_mode(objective, everything, coefficients_of, engine, dtype=dtype, diagnostics=diagnostics)
+        if result is None:
+            mode = resolve(
+                objective,
+                **tensors,
+                **others,
+                mask=mask,
+                segment_ids=segment_ids,
+                across=across,
+                diagnostics=diagnostics,
+                dtype=dtype,
+                xp=xp,
+            )
+            coefficients = coefficients_of(mode.counted)
+            batch = Batch(log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
+            # what penalties add comes before anything is rounded
+            unrounded = kept if mode.penalty is None else dtype
+            result = run_pass(mode.objective, batch, engine, dtype=dtype, gradient_dtype=unrounded, diagnostics=diagnostics)
+            result = mode.added(result, coefficients, xp=xp)
     return with_gradient(log_prob, result.loss, result.gradient.to(kept)), result.diagnostics
 
 

@@ -27,8 +27,8 @@ class Functions(NamedTuple):
     """Compiled scalar functions of one dtype, to be inlined into loops.
 
     `decay` is exp for arguments that are not positive. `add` and `largest` are the steps of a sum and a maximum that LLVM
-    may spread over the lanes of a vector. `largest` works on integers in the order of the floats, as `ordered` makes them,
-    in which NaN is the largest of all.
+    may spread over the lanes of a vector. `largest` works on integers in the order of the floats, as `ordered` makes them and
+    `unordered` takes them, in which NaN is the largest of all.
     """
 
     exp: Callable[..., Any]
@@ -39,6 +39,7 @@ class Functions(NamedTuple):
     add: Callable[..., Any]
     largest: Callable[..., Any]
     ordered: Callable[..., Any]
+    unordered: Callable[..., Any]
     select: Callable[..., Any]
 
 
@@ -73,7 +74,7 @@ def functions(dtype: np.dtype[Any]) -> Functions:
     smallest_normal, scale, log2_scale = np.finfo(dtype).tiny, number(2.0 ** (form.fraction + 1)), number(form.fraction + 1)
     exp_series = _horner([1.0 / factorial(n) for n in range(2, form.exp_terms + 1)], number)
     log_series = _horner([2.0 / (2 * n + 1) for n in range(1, form.log_terms)], number)
-    power_of_two, exponent, significand, ordered_bits = _bit_operations(form)
+    power_of_two, exponent, significand, ordered_bits, unordered = _bit_operations(form)
     jit = numba.njit(error_model="numpy", fastmath={"contract"})
 
     @jit
@@ -130,7 +131,7 @@ def functions(dtype: np.dtype[Any]) -> Functions:
         # the NaN of an invalid operation is negative
         return ordered_bits(select(x == x, x, nan))
 
-    return Functions(exp, decay, expm1, log, log1p, add, largest, ordered, select)
+    return Functions(exp, decay, expm1, log, log1p, add, largest, ordered, unordered, select)
 
 
 def _horner(coefficients: list[float], number: type[np.floating[Any]]) -> Callable[..., Any]:
@@ -218,4 +219,6 @@ def _bit_operations(form: _Format) -> tuple[Callable[..., Any], ...]:
         operation(of_float, of_float, exponent),
         operation(of_float, of_float, significand),
         operation(of_float, of_int, ordered),
+        # the same again undoes it
+        operation(of_int, of_float, lambda b, x: b.bitcast(ordered(b, b.bitcast(x, floating)), floating)),
     )

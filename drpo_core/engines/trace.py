@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["BOOL", "FLOAT", "Symbol", "Trace", "UntraceableError"]
+__all__ = ["BOOL", "FLOAT", "ROW_REDUCTIONS", "Symbol", "Trace", "UntraceableError"]
 
 FLOAT, BOOL = "float", "bool"
 
@@ -63,6 +63,7 @@ _ALIASES = {
 _OPPOSITES = {"equal": "not_equal", "not_equal": "equal"}
 _EXTREMA = {"maximum": "select({0} < {1}, {1}, {0})", "minimum": "select({0} > {1}, {1}, {0})"}
 _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"}
+ROW_REDUCTIONS = ("row_sum", "row_max")
 _ON_HOST: dict[str, Any] = {
     **{name: getattr(math, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "tanh")},
     "abs": abs,
@@ -97,22 +98,29 @@ def _operator(name: str, *, reflected: bool = False) -> Callable[..., Any]:
 class Symbol:
     """The result of an operation on the symbols of a token.
 
-    `uniform`: the same for all tokens, known before them, as constants and parameters are. `reduced`: made of sums and
-    maxima over all tokens, known after them.
+    `uniform`: the same for all tokens, known before them, as constants and parameters are. `row`: the same for all tokens of
+    a row, made of sums and maxima over it, and known after `stage` passes over its tokens. `reduced`: made of sums and maxima
+    over all tokens, known after them.
     """
 
-    __slots__ = ("arguments", "kind", "name", "operation", "reduced", "trace", "uniform")
+    __slots__ = ("arguments", "kind", "name", "operation", "reduced", "row", "stage", "trace", "uniform")
 
-    shape = ("tokens",)
     ndim = 1
 
     def __init__(self, trace: Trace, operation: str, arguments: tuple[Symbol, ...], kind: str, name: str) -> None:
         """Use `Trace.apply`, which shares what was recorded before."""
         self.trace, self.operation, self.arguments, self.kind, self.name = trace, operation, arguments, kind, name
         self.reduced: bool = operation in ("sum", "max") or any(argument.reduced for argument in arguments)
-        self.uniform: bool = operation in ("constant", "parameter") or (
-            operation in _TEMPLATES and all(argument.uniform for argument in arguments)
-        )
+        computed = operation in _TEMPLATES
+        self.uniform: bool = operation in ("constant", "parameter") or (computed and all(a.uniform for a in arguments))
+        over_row = operation in ROW_REDUCTIONS
+        self.row: bool = over_row or (computed and not self.uniform and all(a.uniform or a.row for a in arguments))
+        self.stage: int = max((argument.stage for argument in arguments), default=0) + over_row
+
+    @property
+    def shape(self) -> tuple[_Extent]:
+        """Of unknown length."""
+        return (_Extent(),)
 
     @property
     def dtype(self) -> str:
@@ -172,6 +180,22 @@ class Symbol:
     __hash__ = object.__hash__
 
 
+class _Extent:
+    """How many tokens there are: more than none, and otherwise not known when they are recorded."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is another extent of this recording."""
+        return isinstance(other, _Extent)
+
+    def _refused(self, _: object) -> bool:
+        msg = "what depends on how many tokens there are"
+        raise UntraceableError(msg)
+
+    __lt__ = __le__ = __gt__ = __ge__ = _refused
+
+
 class TracedNamespace:
     """The part of the Array API that a trace knows; anything else raises `UntraceableError`."""
 
@@ -227,22 +251,36 @@ class TracedNamespace:
         """min(max(x, low), high)."""
         return self._trace.apply("minimum", self._trace.apply("maximum", x, low), high)
 
-    def sum(self, x: Symbol) -> Symbol:
-        """Over all tokens."""
-        return self._trace.reduce("sum", x)
+    def broadcast_to(self, x: Symbol, shape: object) -> Symbol:  # noqa: ARG002
+        """The symbol: what is the same for all tokens of a row is there for each of them."""
+        return x
+
+    def sum(self, x: Symbol, *, axis: int | None = None, keepdims: bool = False) -> Symbol:
+        """Over all tokens, or those of a row."""
+        return self._trace.reduce(_over("sum", axis, keepdims=keepdims), x)
 
     def count_nonzero(self, x: Symbol) -> Symbol:
         """Over all tokens."""
         return self.sum(self.astype(self.astype(x, BOOL), FLOAT))
 
-    def max(self, x: Symbol) -> Symbol:
-        """Over all tokens; −inf if there are none."""
-        return self._trace.reduce("max", x)
+    def max(self, x: Symbol, *, axis: int | None = None, keepdims: bool = False) -> Symbol:
+        """Over all tokens, or those of a row; −inf if there are none."""
+        return self._trace.reduce(_over("max", axis, keepdims=keepdims), x)
 
     def min(self, x: Symbol) -> Symbol:
         """Over all tokens; +inf if there are none."""
         apply = self._trace.apply
         return apply("negative", self.max(apply("negative", x)))
+
+
+def _over(operation: str, axis: int | None, *, keepdims: bool) -> str:
+    """The reduction over all tokens, or over those of a row."""
+    if axis is None and not keepdims:
+        return operation
+    if axis != -1 or not keepdims:
+        msg = f"xp.{operation} over axis {axis}"
+        raise UntraceableError(msg)
+    return f"row_{operation}"
 
 
 class FloatInfo(NamedTuple):
@@ -251,10 +289,19 @@ class FloatInfo(NamedTuple):
     eps: float
 
 
+class RowStage(NamedTuple):
+    """A pass over the tokens of a row: what is done for each, what is reduced of that, and what is made of the results."""
+
+    per_token: list[str]
+    reductions: list[Symbol]
+    after: list[str]
+
+
 class Statements(NamedTuple):
-    """Source of a trace: what is done once before the tokens, for each token, and with the sums and maxima after them."""
+    """Source of a trace: what is done before the tokens, first for each row, for each token, and with the sums and maxima."""
 
     uniform: list[str]
+    rows: list[RowStage]
     per_token: list[str]
     reduced: list[str]
 
@@ -304,9 +351,12 @@ class Trace:
         return self._shared(key, operation, arguments, kind, f"v{len(self._symbols)}")
 
     def reduce(self, operation: str, x: Symbol) -> Symbol:
-        """The ``"sum"`` or ``"max"`` of a symbol over all tokens."""
+        """A symbol's ``"sum"`` or ``"max"`` over all tokens, or its ``"row_sum"`` or ``"row_max"`` over those of a row."""
         if x.reduced:
             msg = "a sum or maximum over tokens in what is done for each token"
+            raise UntraceableError(msg)
+        if x.row:
+            msg = "a sum or maximum over rows"
             raise UntraceableError(msg)
         return self.apply(operation, x)
 
@@ -323,14 +373,37 @@ class Trace:
         used = {a.name: a for s in self._symbols.values() if not s.uniform for a in s.arguments if a.uniform}
         return [symbol for symbol in used.values() if symbol.operation != "constant"]
 
-    def statements(self) -> Statements:
-        """Assignments in an order in which they can be executed."""
+    def inputs(self) -> list[Symbol]:
+        """All symbols that the caller passes for each token."""
+        return [symbol for symbol in self._symbols.values() if symbol.operation == "input"]
+
+    def statements(self, *outputs: Symbol) -> Statements:
+        """Assignments in an order in which they can be executed; `outputs`: what is wanted of each token."""
         computed = [symbol for symbol in self._symbols.values() if symbol.operation in _TEMPLATES]
+        over_rows = [symbol for symbol in self._symbols.values() if symbol.operation in ROW_REDUCTIONS]
+        reduced = [s.arguments[0] for operation in ("sum", "max") for s in self.reductions(operation)]
+        rows = []
+        for stage in range(1, max((symbol.stage for symbol in over_rows), default=0) + 1):
+            reductions = [symbol for symbol in over_rows if symbol.stage == stage]
+            after = _source(s for s in computed if s.row and s.stage == stage)
+            rows.append(RowStage(self._for_each_token(s.arguments[0] for s in reductions), reductions, after))
         return Statements(
             _source(s for s in computed if s.uniform),
-            _source(s for s in computed if not s.uniform and not s.reduced),
+            rows,
+            self._for_each_token((*outputs, *reduced)),
             _source(s for s in computed if not s.uniform and s.reduced),
         )
+
+    def _for_each_token(self, wanted: Iterable[Symbol]) -> list[str]:
+        """Assignments of what these are made of, apart from what is the same for several tokens."""
+        needed: dict[str, Symbol] = {}
+        left = list(wanted)
+        while left:
+            symbol = left.pop()
+            if symbol.name not in needed and not (symbol.uniform or symbol.row or symbol.operation == "input"):
+                needed[symbol.name] = symbol
+                left += symbol.arguments
+        return _source(symbol for symbol in self._symbols.values() if symbol.name in needed)
 
     def on_host(self, statements: list[str], given: dict[str, Any]) -> dict[str, Any]:
         """All values by name, after statements on Python floats; `given` has those that they start from."""
@@ -351,20 +424,22 @@ class Trace:
 def parametrised(thing: Any, trace: Trace) -> Any:
     """A copy of an object whose attributes that are floats are parameters of the trace, in the order of `floats_of`.
 
-    So are those of the dataclasses that it keeps. The object itself where it has none.
+    So are those of the dataclasses that it keeps, also in tuples. The object itself where it has none.
     """
     return _with_parameters(thing, trace, count())
 
 
 def _with_parameters(thing: Any, trace: Trace, numbers: Iterator[int]) -> Any:
+    if isinstance(thing, _FLOATS):
+        return trace.parameter(f"p{next(numbers)}")
     if not floats_of(thing):
         return thing
-    attributes = _attributes(thing)
-    for name, value in attributes.items():
-        if isinstance(value, _FLOATS):
-            attributes[name] = trace.parameter(f"p{next(numbers)}")
-        elif _is_nested(value):
-            attributes[name] = _with_parameters(value, trace, numbers)
+    if type(thing) is tuple:
+        return tuple(_with_parameters(part, trace, numbers) if _has_parts(part) else part for part in thing)
+    attributes = {
+        name: _with_parameters(value, trace, numbers) if isinstance(value, _FLOATS) or _has_parts(value) else value
+        for name, value in _attributes(thing).items()
+    }
     in_tuple = {name: attributes.pop(name) for name in getattr(type(thing), "_fields", ())}
     copy = thing._replace(**in_tuple) if in_tuple else object.__new__(type(thing))
     for name, value in attributes.items():
@@ -374,23 +449,27 @@ def _with_parameters(thing: Any, trace: Trace, numbers: Iterator[int]) -> Any:
 
 def floats_of(thing: Any) -> list[float]:
     """The values of an object's attributes that are floats, NumPy's included, and of the dataclasses that it keeps."""
+    if type(thing) is tuple:
+        return [number for part in thing if _has_parts(part) for number in floats_of(part)]
     found: list[float] = []
     for value in _attributes(thing).values():
-        found += [float(value)] if isinstance(value, _FLOATS) else floats_of(value) if _is_nested(value) else []
+        found += [float(value)] if isinstance(value, _FLOATS) else floats_of(value) if _has_parts(value) else []
     return found
 
 
-def statics_of(thing: Any) -> tuple[tuple[str, Any], ...]:
+def statics_of(thing: Any) -> tuple[Any, ...]:
     """An object's attributes, with a float's type in the place of its value."""
+    if type(thing) is tuple:
+        return tuple((type(part), statics_of(part)) if _has_parts(part) else part for part in thing)
     return tuple(
-        (name, float if isinstance(value, _FLOATS) else (type(value), statics_of(value)) if _is_nested(value) else value)
+        (name, float if isinstance(value, _FLOATS) else (type(value), statics_of(value)) if _has_parts(value) else value)
         for name, value in _attributes(thing).items()
     )
 
 
-def _is_nested(value: object) -> bool:
-    """Whether it is a dataclass, whose numbers are parameters too."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+def _has_parts(value: object) -> bool:
+    """Whether it is a dataclass, whose numbers are parameters too, or a tuple, which may hold some."""
+    return type(value) is tuple or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 _FLOATS = (float, np.floating)

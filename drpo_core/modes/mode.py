@@ -7,7 +7,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from drpo_core import anchors, corrections, objectives, penalties
 from drpo_core import reduction as reductions
@@ -152,9 +152,14 @@ class Mode:
         return function if self.horizon is None else partial(function, horizon=self.horizon)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is no more than an objective and a reduction."""
+        return not (self.corrections or self.penalties or self.anchor != anchors.Behavior())
+
+    @property
     def alone(self) -> Objective:
-        """The objective of a mode that is no more than that and a reduction; of any other raises `ValueError`."""
-        if Mode(self.objective, reduction=self.reduction, horizon=self.horizon) != self:
+        """The objective of a plain mode; of any other raises `ValueError`."""
+        if not self.is_plain:
             msg = f"objective: expected a mode without anchor, corrections and penalties, got {self!r}"
             raise ValueError(msg)
         return self.objective
@@ -285,6 +290,26 @@ def _of_dict(values: Any) -> Any:
     return kind(**fields)
 
 
+def parts_of(objective: Objective) -> list[Any]:
+    """A mode with its objective, anchors, corrections and penalties; or an objective alone."""
+    if not isinstance(objective, Mode):
+        return [objective]
+    parts: list[Any] = [objective, objective.objective, objective.anchor]
+    while (inner := getattr(parts[-1], "of", None)) is not None:
+        parts.append(inner)
+    return [*parts, *objective.corrections, *objective.penalties]
+
+
+def is_known(objective: Objective) -> bool:
+    """Whether all of it is the library's: what it does depends on nothing but its fields."""
+    if not isinstance(objective, Mode):
+        return objectives.is_known(objective)
+    _, own, *others = parts_of(objective)
+    return objectives.is_known(own) and all(
+        any(type(part) is getattr(room, name) for room in _ROOMS[1:] for name in room.__all__) for part in others
+    )
+
+
 # --- with arrays -----------------------------------------------------------------------------------------------------
 
 
@@ -335,18 +360,37 @@ def resolve(
     check_others(objective, others, log_prob, xp=xp)
     if segment_ids is not None:
         check_segment_ids(segment_ids, log_prob if mask is None else mask, xp=xp)
-    if not isinstance(objective, Mode):
-        return Resolved(objective, behavior_log_prob, None, mask, None, {})
-    mode = objective
-    if not (mode.corrections or mode.penalties or mode.anchor != anchors.Behavior()):
-        return Resolved(mode.objective, behavior_log_prob, None, mask, None, {})
-
+    if not is_whole_mode(objective):
+        return Resolved(getattr(objective, "objective", objective), behavior_log_prob, None, mask, None, {})
     if mask is None:
         mask = xp.astype(xp.ones_like(log_prob), xp.bool)
+    sequences = Sequences(mask, segment_ids, across=across, xp=xp)
+    log_probs = (log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob)
+    return evaluated(objective, *log_probs, advantages, sequences, diagnostics=diagnostics, dtype=dtype)
 
+
+def is_whole_mode(objective: Objective) -> TypeGuard[Mode]:
+    """Whether it is a mode with more to it than an objective and a reduction."""
+    return isinstance(objective, Mode) and not objective.is_plain
+
+
+def evaluated(
+    mode: Mode,
+    log_prob: Float[Array, "*tokens"],
+    behavior_log_prob: Float[Array, "*tokens"],
+    proximal_log_prob: Float[Array, "*tokens"] | None,
+    reference_log_prob: Float[Array, "*tokens"] | None,
+    advantages: Float[Array, "*tokens"],
+    sequences: Sequences,
+    *,
+    diagnostics: bool,
+    dtype: Any,
+) -> Resolved:
+    """`resolve` of checked arrays."""
+    mask, xp = sequences.mask, sequences.xp
     policies = _policies(
         log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob, mask=mask, dtype=dtype, xp=xp
-    )._replace(sequences=Sequences(mask, segment_ids, across=across, xp=xp))
+    )._replace(sequences=sequences)
     evidence = corrections.Evidence(policies, xp.astype(xp.where(mask, advantages, 0.0), dtype, copy=False))
     factor, counted = None, mask
     statistics: Diagnostics = {}

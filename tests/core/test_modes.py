@@ -61,8 +61,8 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
-    """So that a few tokens make many chunks."""
+def _small_chunks(monkeypatch, interpreted_loops):  # noqa: ARG001 -- a fixture
+    """So that a few tokens make many chunks; and no mode is compiled, which `tests/core/engines/test_rows.py` does."""
     monkeypatch.setitem(loss.chunked_pass.__kwdefaults__, "chunk", 11)
 
 

@@ -1,0 +1,34 @@
+"""A compiled loop run by Python instead."""
+
+import numpy as np
+
+from drpo_core.engines import numba_loop
+
+
+def interpreted(source, _, constants, dtype):
+    """For `drpo_core.engines.numba_loop._compile`: the loop as a Python function of NumPy scalars."""
+    number, integer = dtype.type, numba_loop._integer(dtype)  # noqa: SLF001 -- it stands in for a function there
+    functions = {
+        **{name: getattr(np, name) for name in ("empty", "exp", "expm1", "log", "log1p", "sqrt", "tanh")},
+        "decay": np.exp,
+        "add": lambda total, x: total + x,
+        "largest": max,
+        "ordered": lambda x: int(numba_loop._flipped(number(x if x == x else np.nan).view(integer))),  # noqa: SLF001
+        "unordered": lambda bits: numba_loop._flipped(np.asarray(bits, integer)).view(dtype)[()],  # noqa: SLF001
+        "select": lambda condition, x, y: x if condition else y,
+        "lowest": numba_loop._lowest(dtype),  # noqa: SLF001
+        "wide_vectors": lambda: None,
+        "number": number,
+        "dtype": dtype,
+        "zero": number(0),
+        "one": number(1),
+        "infinity": number(np.inf),
+    }
+    namespace = functions | {name: number(value) for name, value in constants}
+    exec(source, namespace)  # noqa: S102
+
+    def loop(*arguments):
+        with np.errstate(all="ignore"):
+            namespace["loop"](*arguments)
+
+    return loop
