@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from framework_batches import batch
 
 from drpo_core import policy_loss_and_gradient
-
-ROWS, WIDTH = 16, 9
 
 
 class Row(NamedTuple):
@@ -20,27 +19,18 @@ class Row(NamedTuple):
     a: torch.Tensor
 
 
-def batch(seed=0, *, drift=0.2, mismatch=0.05):
-    """Arrays by the names of our arguments: |log π − log π_old| is about `drift`, |log π_old − log μ| about `mismatch`."""
-    random = np.random.default_rng(seed)
-    behavior = -np.exp(random.normal(size=(ROWS, WIDTH)))
-
-    def near(log_prob, scale):
-        return np.minimum(log_prob + scale * random.normal(size=log_prob.shape), -1e-3)
-
-    proximal = near(behavior, mismatch)
-    log_prob = near(proximal, drift)
-    advantages = np.repeat(random.normal(size=(ROWS, 1)), WIDTH, axis=1)
-    advantages[2] = 0.0
-    lengths = np.concatenate(([1, WIDTH], random.integers(1, WIDTH + 1, size=ROWS - 2)))
-    return {
-        "log_prob": log_prob,
-        "behavior_log_prob": behavior,
-        "proximal_log_prob": proximal,
-        "reference_log_prob": near(log_prob, 0.3),
-        "advantages": advantages,
-        "mask": np.arange(WIDTH) < lengths[:, None],
-    }
+def differentiated(loss, arrays):
+    """Value and gradient of `loss`, a function of rows."""
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    x = tensors["log_prob"].requires_grad_()
+    names = ("behavior_log_prob", "proximal_log_prob", "reference_log_prob")
+    rows = [
+        Row(x[i][m], *(tensors[name][i][m] for name in names), tensors["advantages"][i, 0])
+        for i, m in enumerate(tensors["mask"])
+    ]
+    value = loss(rows)
+    (gradient,) = torch.autograd.grad(value, x)
+    return value.item(), gradient.numpy()
 
 
 def assert_same(mode, loss, *, value=True, tolerance=1e-9, arrays=None):
@@ -51,20 +41,11 @@ def assert_same(mode, loss, *, value=True, tolerance=1e-9, arrays=None):
     arrays = batch() if arrays is None else arrays
     others = {name: arrays[name] for name in ("mask", *mode.arguments)}
     ours = policy_loss_and_gradient(mode, *(arrays[n] for n in ("log_prob", "behavior_log_prob", "advantages")), **others)
-    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-    x = tensors["log_prob"].requires_grad_()
-    names = ("behavior_log_prob", "proximal_log_prob", "reference_log_prob")
-    rows = [
-        Row(x[i][m], *(tensors[name][i][m] for name in names), tensors["advantages"][i, 0])
-        for i, m in enumerate(tensors["mask"])
-    ]
-    theirs = loss(rows)
-    (gradient,) = torch.autograd.grad(theirs, x)
-    expected = gradient.numpy()
+    theirs, expected = differentiated(loss, arrays)
     assert np.any(expected)
     np.testing.assert_allclose(ours.gradient, expected, rtol=0.0, atol=tolerance * np.abs(expected).max())
     if value:
-        np.testing.assert_allclose(ours.loss, theirs.item(), rtol=tolerance, atol=1e-12)
+        np.testing.assert_allclose(ours.loss, theirs, rtol=tolerance, atol=1e-12)
 
 
 def keeps_some(kept):
