@@ -69,6 +69,12 @@ def table() -> list[str]:
     return lines
 
 
+def functions() -> list[str]:
+    """Lines of Markdown: the reference of the functions."""
+    documented = [f".. autofunction:: drpo_core.modes.{name}\n" for name in FRAMEWORKS]
+    return ["```{eval-rst}", *documented, "```"]
+
+
 def _row(framework: str, name: str, differs: str) -> Row:
     function = getattr(modes, framework)
     keys = dict(_NEEDED.get((framework, name), {}))

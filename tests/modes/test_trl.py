@@ -1,4 +1,4 @@
-"""The modes of TRL against its formulas, sequence by sequence, and its keys. The installed TRL: tests/integrations/trl."""
+"""The modes of TRL against its formulas, sequence by sequence, and its keys. TRL itself: tests/parity."""
 
 import math
 

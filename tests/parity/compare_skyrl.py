@@ -1,28 +1,27 @@
 """SkyRL: its registered losses under its own configuration."""
 
-import runpy
-from pathlib import Path
+from sources import checkout, isolate
 
-# on Python 3.11 SkyRL's request types need this; no loss depends on it
-runpy.run_path(str(Path(__file__).parents[1] / "integrations" / "skyrl" / "python311" / "sitecustomize.py"))
+RELEASE = "a956457"
+PLACEHOLDERS = ("skyrl.backends.skyrl_train.inference_servers",)
+values = {"skyrl.train.config": {"AlgorithmConfig": object}}
+isolate("skyrl", root=checkout("skyrl", RELEASE), placeholders=PLACEHOLDERS, values=values)
 
 from skyrl.backends.skyrl_train.utils.ppo_utils import (  # noqa: E402
     PolicyLossRegistry,
     apply_loss_reduction_to_advantages_minibatch,
 )
-from skyrl.train.config import SkyRLTrainConfig  # noqa: E402
+from skyrl.train.config.config import SkyRLTrainConfig  # noqa: E402
 from tensors import by_autograd  # noqa: E402
 
 from drpo_core.modes._skyrl import LOSSES, REDUCTIONS  # noqa: E402
 
 FUNCTION = "`PolicyLossRegistry` and `apply_loss_reduction_to_advantages_minibatch` of `ppo_utils`"
-PACKAGES = ("skyrl", "torch")
+PACKAGES = ("torch", "omegaconf")
 PRECISION = "float32"
-OWN_VALUE = ("rollout_is",)
 SECTIONS = {"cispo": "cispo", "delta": "dppo", "dppo": "dppo", "tau": "sapo"}
 SECTIONS |= dict.fromkeys(("tis", "token", "sequence", "geo", "product", "outlier"), "off_policy_correction")
 OWN = {
-    # in 0.3.0 these two default to what are ratios in 0.4, and cispo has no anchor to choose
     "cispo": {"cispo_eps_clip_low": 0.05, "cispo_eps_clip_high": 0.1},
     "dppo": {"delta_low": 0.02, "delta_high": 0.03},
     "sapo": {},
@@ -48,10 +47,13 @@ def algorithm(name, keys):
     return SkyRLTrainConfig.from_cli_overrides(overrides).trainer.algorithm
 
 
+def own_value(name, _keys):
+    """SkyRL: −A r log π."""
+    return name == "rollout_is"
+
+
 def theirs(name, keys):
     """Loss and gradient of SkyRL."""
-    if name == "cispo":
-        keys = {"cispo_eps_clip_low": 1.0, "cispo_eps_clip_high": 4.0, **keys}
     config = algorithm(name, keys)
 
     def loss(batch):
@@ -72,6 +74,10 @@ def _settings():
         for reduction in REDUCTIONS:
             width = {"max_seq_len": 20} if reduction == "seq_mean_token_sum_norm" else {}
             yield name, {**own, "loss_reduction": reduction, **width}
+        if name == "cispo":
+            yield name, {**own, "cispo_anchor": "rollout"}
+        if name == "dppo":
+            yield name, {"dppo_type": "binary_kl", "delta_low": 1e-3, "delta_high": 2e-3}
         if name in ("dppo", "rollout_is"):
             yield name, {**own, "tis_ratio_type": "token"}
         elif name != "importance_sampling":

@@ -7,7 +7,6 @@ from torchrl.objectives import llm
 
 FUNCTION = "`forward` of `GRPOLoss`, `DAPO` and `CISPOLoss`"
 PACKAGES = ("torchrl", "tensordict", "torch")
-OWN_VALUE = ("CISPOLoss",)
 KEYS = [
     {"clip_epsilon": (0.05, 0.1)},
     {"clip_epsilon": 0.1, "aggregation": "prompt_mean"},
@@ -35,6 +34,11 @@ class Actor(torch.nn.Module):
     def get_dist(self, tensordict, logits_key="logits"):  # noqa: ARG002 -- TorchRL's name
         """As TorchRL calls it when it has log-probs to compute."""
         return Given(tensordict["given"], tensordict["mask"])
+
+
+def own_value(name, _keys):
+    """TorchRL's is constant outside of the bounds."""
+    return name == "CISPOLoss"
 
 
 def theirs(name, keys):

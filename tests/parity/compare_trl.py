@@ -12,7 +12,6 @@ from drpo_core.modes._trl import DEFAULTS
 
 FUNCTION = "`GRPOTrainer._compute_loss`; `GMPOTrainer._compute_loss`"
 PACKAGES = ("trl", "torch")
-OWN_VALUE = ("gmpo",)
 EPSILON = {"epsilon": 0.1, "epsilon_high": 0.15}
 CASES = [
     *((name, EPSILON) for name in ("grpo", "bnpo", "dapo", "dr_grpo", "luspo", "gmpo")),
@@ -33,6 +32,11 @@ SETTINGS = [(name, {**keys, **({} if name == "gmpo" else variant)}) for name, ke
 
 # SAPO and VESPO choose between Python numbers by the advantage, in torch's default dtype
 torch.set_default_dtype(torch.float64)
+
+
+def own_value(name, _keys):
+    """TRL: −A times the ratio of the sequence."""
+    return name == "gmpo"
 
 
 def theirs(loss_type, keys):

@@ -16,7 +16,6 @@ FUNCTION = (
     "`POLICY_LOSS_REGISTRY`, `agg_loss` and `kl_penalty` of `core_algos`; `compute_rollout_correction_and_rejection_mask`"
 )
 PACKAGES = ("verl", "torch")
-OWN_VALUE = ("dppo_tv", "dppo_kl", "geo_mean")
 ACTOR = {"clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg"}
 ACTOR |= {"loss_agg_mode", "loss_scale_factor", "use_kl_loss", "kl_loss_coef", "kl_loss_type"}
 KEYS = {
@@ -28,6 +27,11 @@ KEYS = {
 }
 LIMITS = {"token": 1e-3, "seq_sum": 0.008, "seq_mean": 1e-3, "seq_max": 4e-3}
 KL = ("kl", "mse", "low_var_kl", "k1+", "k2+", "k3+", "kl+", "mse+", "low_var_kl+")
+
+
+def own_value(name, _keys):
+    """verl: −A min(r, c) log π, and −A times the ratio of the sequence."""
+    return name in ("dppo_tv", "dppo_kl", "geo_mean")
 
 
 def theirs(loss_mode, keys):
@@ -106,7 +110,7 @@ def _settings():
         bounds = {"rollout_rs_threshold": "0.9_1.1"} if preset.get("rollout_rs_threshold") == "0.999_1.001" else {}
         yield "vanilla", {**preset, **bounds}
     yield "bypass_mode", {"loss_type": "reinforce", "rollout_is": "token"}
-    yield "bypass_mode", {"loss_type": "reinforce", "rollout_is": "sequence", "rollout_is_threshold": "0.5_2.0"}
+    yield "bypass_mode", {"loss_type": "reinforce", "rollout_is": "sequence", "rollout_is_threshold": "0.1_9.0"}
 
 
 SETTINGS = tuple(_settings())

@@ -1,3 +1,8 @@
-"""Only what is committed is tested here: the other modules need a framework and run in its environment (see noxfile.py)."""
+"""Only what needs no framework is tested here: the rest runs in the frameworks' environments (see noxfile.py)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 collect_ignore_glob = ["compare_*.py", "measure.py", "run.py", "sources.py", "tensors.py"]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "tests/modes", "tests/parity", "docs/_ext")]
 
 from measure import LIMITS, Difference, difference, made  # noqa: E402 -- found through the line above
-from named_modes import rows, title  # noqa: E402
+from named_modes import rows  # noqa: E402
 
 from drpo_core import modes  # noqa: E402
 
@@ -34,7 +34,7 @@ def main() -> None:
     precision = getattr(compared, "PRECISION", "float64")
     result = {
         "framework": framework,
-        "title": title(framework),
+        "release": getattr(compared, "RELEASE", None) or version(compared.PACKAGES[0]),
         "function": compared.FUNCTION,
         "precision": precision,
         "packages": {name: version(name) for name in compared.PACKAGES},
@@ -48,13 +48,14 @@ def main() -> None:
 def measured(compared, row, limit):
     """One mode: at the call that the docs show, and at the module's settings."""
     found = Difference()
-    value = row.name not in getattr(compared, "OWN_VALUE", ())
+    own_value = getattr(compared, "own_value", lambda _name, _keys: False)
     settings = [row.keys, *({**row.keys, **keys} for name, keys in compared.SETTINGS if name == row.name)]
     for keys in settings:
         mode = made(getattr(modes, row.framework), row.names, keys)
         try:
             theirs = compared.theirs(row.name, keys)
-            difference(mode, theirs, found, value=value, holes=getattr(compared, "HOLES", True))
+            value = not own_value(row.name, keys)
+            difference(mode, theirs, found, value=value, limit=limit)
             found.check(limit)
         except Exception as error:
             error.add_note(f"{row.framework} {row.name} {keys}")
@@ -68,6 +69,7 @@ def measured(compared, row, limit):
         "cases": found.cases,
         "loss": rounded(found.loss),
         "gradient": rounded(found.gradient),
+        "empty": sorted(found.empty),
     }
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class _Anything(type):
-    """A class that stands for any name: to be imported, subclassed, subscripted or to decorate with, but not to compute with."""
+    """A class that stands for any name: to import, subclass, subscript, call or decorate with; false, and no number."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -19,12 +19,18 @@ class _Anything(type):
     def __call__(cls, *arguments, **keywords):
         if len(arguments) == 1 and not keywords and callable(arguments[0]):
             return arguments[0]
-        if cls is Placeholder:
+        if cls is Placeholder or vars(cls).get("stands_for_another"):
             return Placeholder
         return super().__call__(*arguments, **keywords)
 
     def __getitem__(cls, _):
         return Placeholder
+
+    def __iter__(cls):
+        return iter(())
+
+    def __bool__(cls):
+        return False
 
     def __or__(cls, _):
         return Placeholder
@@ -45,7 +51,8 @@ class _PlaceholderModule(ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return Placeholder
+        # a class each, because no class has one base twice
+        return _Anything(name, (Placeholder,), {"stands_for_another": True})
 
 
 class _Finder:
