@@ -99,11 +99,12 @@ class NamedModes(SphinxDirective):
         makers = {
             "table": named_modes.table,
             "functions": named_modes.functions,
-            "parity": parity.table,
+            "parity": lambda: [parity.summary(), "", *parity.table()],
             "compared": parity.functions,
             "sizes": sizes.table,
         }
-        return self.parse_text_to_nodes(makers[self.arguments[0] if self.arguments else "table"]())
+        lines = makers[self.arguments[0] if self.arguments else "table"]()
+        return self.parse_text_to_nodes("\n".join(lines))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

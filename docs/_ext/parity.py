@@ -30,10 +30,21 @@ def table() -> list[str]:
     lines = _head(head)
     for row in named_modes.rows():
         each = found().get((row.framework, row.name))
-        release = results().get(row.framework, {}).get("release", "–")
-        cells = (row.framework, release, f"`{row.call}`", *(("not compared", *["–"] * 5) if each is None else _cells(each)))
-        lines.append("| " + " | ".join((" ".join(cells[:2]), *cells[2:])) + " |")
+        measured = ("not compared", *["–"] * 5) if each is None else _cells(each)
+        # a formula is of no release
+        release = f" {results()[row.framework]['release']}" if measured[0] == "ran" else ""
+        lines.append("| " + " | ".join((_linked(row.framework) + release, f"`{row.call}`", *measured)) + " |")
     return lines
+
+
+def summary() -> str:
+    """How many modes were compared, and how."""
+    compared = [each["compared"] for each in found().values()]
+    cases = sum(each["cases"] for each in found().values())
+    return (
+        f"Of {len(list(named_modes.rows()))} modes {compared.count('ran')} were compared with the framework's function, "
+        f"{compared.count('formula')} with a formula, in {cases:,} cases."
+    )
 
 
 def functions() -> list[str]:
@@ -42,8 +53,12 @@ def functions() -> list[str]:
     for framework, result in results().items():
         packages = ", ".join(f"{name} {number}" for name, number in result["packages"].items())
         placeholders = ", ".join(f"`{name}`" for name in result["placeholders"]) or "–"
-        lines.append(f"| {framework} {result['release']} | {result['function']} | {packages} | {placeholders} |")
+        lines.append(f"| {_linked(framework)} {result['release']} | {result['function']} | {packages} | {placeholders} |")
     return lines
+
+
+def _linked(framework: str) -> str:
+    return f"{{py:func}}`~drpo_core.modes.{framework}`"
 
 
 def _head(names: tuple[str, ...]) -> list[str]:
