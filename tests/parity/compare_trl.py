@@ -1,5 +1,6 @@
 """TRL: `_compute_loss` of its trainers on a stand-in for the trainer, with log-probs in the place of a model's."""
 
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from trl.experimental.gmpo import GMPOTrainer
 
 from drpo_core.modes._trl import DEFAULTS
 
-FUNCTION = "`GRPOTrainer._compute_loss`; `GMPOTrainer._compute_loss`"
+FUNCTION = "`GRPOTrainer._compute_loss` and `GMPOTrainer._compute_loss`; the ratio of vLLM's sampler is a formula"
 PACKAGES = ("trl", "torch")
 EPSILON = {"epsilon": 0.1, "epsilon_high": 0.15}
 CASES = [
@@ -25,10 +26,27 @@ VARIANTS = [
     {"beta": 0.2},
     {"beta": 0.2, "use_bias_correction_kl": False, "importance_sampling_level": "sequence"},
     {"importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.02},
-    {"use_vllm": True, "beta": 0.2, "vllm_importance_sampling_clip_max": 1.1},
     {"use_vllm": True, "vllm_importance_sampling_correction": False, "off_policy_mask_threshold": 0.02},
 ]
-SETTINGS = [(name, {**keys, **({} if name == "gmpo" else variant)}) for name, keys in CASES for variant in VARIANTS]
+SAMPLING = [
+    {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": 1.3}
+    for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    for low in (None, 0.7)
+]
+
+
+def _settings():
+    for name, keys in CASES:
+        if name == "gmpo":
+            yield name, keys
+            continue
+        yield from ((name, {**keys, **variant}) for variant in VARIANTS)
+        for sampling in SAMPLING:
+            if name != "vespo" or sampling["vllm_importance_sampling_mode"] == "token_mask":
+                yield name, {**keys, "use_vllm": True, "beta": 0.2, **sampling}
+
+
+SETTINGS = tuple(_settings())
 
 # SAPO and VESPO choose between Python numbers by the advantage, in torch's default dtype
 torch.set_default_dtype(torch.float64)
@@ -80,15 +98,19 @@ def theirs(loss_type, keys):
         if vllm:
             inputs["sampling_per_token_logps"] = sampling
             if values["vllm_importance_sampling_correction"]:
-                inputs["importance_sampling_ratio"] = sampler_ratio(old, sampling, mask, values)
+                inputs["importance_sampling_ratio"] = sampler_ratio((old - sampling) * mask, values)
         method = GMPOTrainer if loss_type == "gmpo" else GRPOTrainer
         return method._compute_loss(trainer, trainer.model, inputs)
 
     return by_autograd(loss)
 
 
-def sampler_ratio(old, sampling, mask, values):
-    """What TRL puts into the inputs of its loss, in its default mode."""
-    ratio = torch.exp(((old - sampling) * mask).sum(dim=-1, keepdim=True))
-    high = values["vllm_importance_sampling_clip_max"]
-    return ratio if high is None else ratio.masked_fill(ratio > high, 0.0)
+def sampler_ratio(log_ratio, values):
+    """What TRL puts into the inputs of its loss while it generates, in our words: it is no function of its own there."""
+    level, kind = values["vllm_importance_sampling_mode"].split("_")
+    ratio = torch.exp(log_ratio.sum(dim=-1, keepdim=True) if level == "sequence" else log_ratio)
+    low, high = values["vllm_importance_sampling_clip_min"], values["vllm_importance_sampling_clip_max"]
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    if kind == "truncate":
+        return torch.clamp(ratio, low, high)
+    return torch.where((ratio < low) | (ratio > high), 0.0, ratio)

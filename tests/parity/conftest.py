@@ -3,6 +3,6 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "modes")]
 
 collect_ignore_glob = ["compare_*.py", "measure.py", "run.py", "sources.py", "tensors.py"]

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "tests/modes", "tests/parity", "docs/_ext")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests/modes", "tests/parity", "docs/_ext")]
 
 from measure import LIMITS, Difference, difference, made  # noqa: E402 -- found through the line above
 from named_modes import rows  # noqa: E402
