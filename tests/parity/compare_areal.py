@@ -8,6 +8,7 @@ PLACEHOLDERS = (
 )  # fmt: skip
 isolate("areal", placeholders=PLACEHOLDERS)
 
+import torch  # noqa: E402
 from areal.api.cli_args import RejectionSamplingConfig  # noqa: E402
 from areal.utils.functional.functional import ppo_actor_loss_fn, sapo_loss_fn  # noqa: E402
 from tensors import by_autograd  # noqa: E402
@@ -15,7 +16,7 @@ from test_areal import CLIP, RULES, VARIANTS  # noqa: E402
 
 from drpo_core.modes._areal import DEFAULTS  # noqa: E402
 
-FUNCTION = "`ppo_actor_loss_fn`, `sapo_loss_fn` and `apply_rejection_sampling` of `areal.utils.functional`"
+FUNCTION = "`ppo_actor_loss_fn`, `sapo_loss_fn` and `apply_rejection_sampling` of `areal.utils.functional`, padded and packed"
 PACKAGES = ("areal", "torch")
 DECOUPLED = {**CLIP, "use_decoupled_loss": True}
 SETTINGS = [
@@ -31,9 +32,16 @@ def theirs(name, keys):
     recomputed = c["use_decoupled_loss"] or c["recompute_logprob"]
 
     def loss(batch):
+        # a difference of one of them is one of the mean
+        width = batch["mask"].shape[1]
+        packed = {key: value.reshape(-1) for key, value in batch.items()}
+        starts = torch.arange(0, batch["mask"].numel() + 1, width)
+        return (of(batch, None) + of(packed, starts)) / 2.0
+
+    def of(batch, starts):
         x, advantages, mask = batch["log_prob"], batch["advantages"], batch["mask"]
         old = batch["proximal_log_prob" if c["recompute_logprob"] else "behavior_log_prob"]
-        level = {"importance_sampling_level": c["importance_sampling_level"]}
+        level = {"importance_sampling_level": c["importance_sampling_level"], "cu_seqlens": starts}
         if name == "sapo":
             return sapo_loss_fn(x, old, advantages, c["sapo_tau_pos"], c["sapo_tau_neg"], mask, **level)[0]
         value, _ = ppo_actor_loss_fn(

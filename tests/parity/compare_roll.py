@@ -10,12 +10,17 @@ from sources import checkout, isolate
 RELEASE = "8eb27cc"
 PLACEHOLDERS = (
     "codetiming", "imageio", "roll.configs", "roll.distributed", "roll.pipeline.agentic.agentic_config",
-    "roll.pipeline.base_worker", "roll.pipeline.rlvr.rlvr_config", "roll.pipeline.rlvr.utils", "roll.platforms",
-    "roll.utils.kl_controller", "roll.utils.logging", "tensordict",
+    "roll.pipeline.agentic.agentic_pipeline", "roll.pipeline.base_worker", "roll.pipeline.rlvr.rlvr_config",
+    "roll.pipeline.rlvr.utils", "roll.platforms", "roll.utils.kl_controller", "roll.utils.logging", "tensordict",
 )  # fmt: skip
-isolate("roll", root=checkout("roll", RELEASE), placeholders=PLACEHOLDERS)
+values = {
+    "roll.pipeline.agentic.agentic_pipeline": {"get_episode_scores": lambda data: data.batch["scores"]},
+    "roll.platforms": {"current_platform": SimpleNamespace(device_type="cpu")},
+}
+isolate("roll", root=checkout("roll", RELEASE), placeholders=PLACEHOLDERS, values=values)
 
 import torch  # noqa: E402
+from roll.pipeline.agentic.agentic_actor_pg_worker import ActorWorker as AgenticWorker  # noqa: E402
 from roll.pipeline.rlvr.actor_pg_worker import ActorPGWorker  # noqa: E402
 from roll.pipeline.rlvr.actor_worker import ActorWorker  # noqa: E402
 from roll.utils.train_infer_corrections import apply_train_infer_correction_to_batch  # noqa: E402
@@ -24,7 +29,9 @@ from test_roll import CASES  # noqa: E402
 
 from drpo_core.modes._roll import DEFAULTS, FILTER, IS_WEIGHT  # noqa: E402
 
-FUNCTION = "`loss_func` of `ActorWorker` and `ActorPGWorker` of `roll/pipeline/rlvr`; `train_infer_corrections`"
+FUNCTION = (
+    "`loss_func` of both workers of `roll/pipeline/rlvr` and of that of `roll/pipeline/agentic`; `train_infer_corrections`"
+)
 PACKAGES = ("torch",)
 SETTINGS = CASES
 METHODS = ("vanilla_pg", "ppo", "tis", "topr", "cispo", "kimi15")
@@ -45,9 +52,15 @@ def theirs(name, keys):
         filters=[SimpleNamespace(**{**FILTER, **each}) for each in given.get("filters", ())],
     )
     config = SimpleNamespace(**{**c, "train_infer_correction": correction}, actor_train=SimpleNamespace(**c, pg_variant=name))
-    kind = ActorWorker if name == "ppo" else ActorPGWorker
+    # ratios of sequences are RLVR's
+    at_sequences = c["importance_sampling"] == "seq"
+    kinds = [ActorWorker if name == "ppo" else ActorPGWorker, *([] if at_sequences else [AgenticWorker])]
 
     def loss(batch):
+        # a difference of one of them is one of the mean
+        return sum(of(kind, batch) for kind in kinds) / len(kinds)
+
+    def of(kind, batch):
         mask = batch["mask"].long()
         rows = ("proximal_log_prob", "behavior_log_prob", "reference_log_prob", "advantages")
         old, rollout, reference, advantages = (batch[row] * mask for row in rows)
