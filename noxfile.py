@@ -3,12 +3,16 @@
 ``pipx run nox -s scorecard`` (nox ≥ 2024.10, Python 3.11) makes the environments, runs the kit in each and writes
 docs/scorecard.md. One environment is about 1.4 GB and a few minutes; ``nox -s scorecard-verl scorecard-write`` runs one
 of them again and rewrites the page from the results of all. ``nox -s integration-verl`` runs the tests of an integration
-against the framework itself. ``nox -s benchmarks`` times the library beside its peers and writes docs/benchmarks.md.
+against the framework itself. ``nox -s parity`` compares named modes with the frameworks' own functions and writes
+docs/data/parity, which docs/reference/named-modes.md shows; ``nox -s parity-verl`` compares those of one. Frameworks that no
+distribution has are read from the folder PARITY_SOURCES, which has a repository of each. ``nox -s benchmarks`` times the
+library beside its peers and writes docs/benchmarks.md.
 ``nox -s docs`` builds the site and opens it in a browser.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nox
@@ -18,6 +22,14 @@ HERE = Path(__file__).parent / "tests" / "scorecard"
 INTEGRATIONS = ("skyrl", "tinker", "torchrl", "trl", "tunix", "verl")
 WITHOUT_TORCH = ("tunix",)
 TESTS = Path(__file__).parent / "tests" / "integrations"
+PARITY = (
+    "areal", "ms_swift", "nemo_rl", "open_instruct", "openrlhf", "prime_rl", "roll", "skyrl", "slime", "tinker",
+    "torchrl", "trl", "tunix", "verl",
+)  # fmt: skip
+# without what they depend on: their losses need torch alone
+BARE = {"areal": "areal==1.0.4", "ms_swift": "ms-swift==4.6.0", "openrlhf": "openrlhf==0.11.2"}
+# in no distribution, or not in the version that the modes follow
+FROM_SOURCES = ("nemo_rl", "open_instruct", "prime_rl", "roll", "skyrl", "slime")
 
 nox.options.sessions = ["scorecard"]
 
@@ -69,6 +81,32 @@ for _name in INTEGRATIONS:
         # the root is here, or the folder tests/integrations/trl is imported as the package trl and hides TRL's
         options = ("-c", str(TESTS / "pytest.ini"), "--rootdir", ".", "--confcutdir", str(TESTS))
         session.run("pytest", *options, str(TESTS / name), env=environment)
+
+
+@nox.session(venv_backend="none")
+def parity(session: nox.Session) -> None:
+    """Compare the modes of every framework with its own functions."""
+    for framework in PARITY:
+        session.notify(f"parity-{framework}")
+
+
+for _name in PARITY:
+
+    @nox.session(name=f"parity-{_name}", python="3.11", venv_backend="venv")
+    def _parity(session: nox.Session, name: str = _name) -> None:
+        """Compare the modes of one framework with its own functions; docs/data/parity has what was found."""
+        if name in FROM_SOURCES and "PARITY_SOURCES" not in os.environ:
+            session.skip(f"PARITY_SOURCES: expected a folder with the repository of {name} in {name}")
+        if name not in WITHOUT_TORCH:
+            session.install("-c", "constraints.txt", "torch==2.13.0")
+        folder = TESTS / name if name in INTEGRATIONS else Path("tests") / "parity"
+        session.install("--no-deps", "-r", str(folder / "requirements.txt"))
+        if name in BARE:
+            session.install("--no-deps", BARE[name])
+        session.install("--no-deps", "-e", ".")
+        # what frameworks compile runs eagerly
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        session.run("python", "tests/parity/run.py", name, "docs/data/parity", env=environment)
 
 
 @nox.session(name="scorecard-write", venv_backend="none")

@@ -62,12 +62,12 @@ def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
     _visit(translator, node, display=True)
 
 
-def finish(app: Sphinx, _: object) -> None:
-    """Stop the server; put KaTeX's style sheet and fonts beside the pages."""
+def finish(app: Sphinx, error: Exception | None) -> None:
+    """Stop the server; put KaTeX's style sheet and fonts beside the pages, unless an error left none."""
     if _server.cache_info().currsize:
         _server().communicate()
         _server.cache_clear()
-    if app.builder.format == "html":
+    if app.builder.format == "html" and error is None:
         target = Path(app.outdir) / "_static"
         shutil.copy(KATEX / "katex.min.css", target)
         shutil.copytree(

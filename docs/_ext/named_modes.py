@@ -29,10 +29,12 @@ _NEEDED: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 
 class Row(NamedTuple):
-    """A mode: the framework's function, its name or key, the value at its defaults, and what differs."""
+    """A mode: the framework's function, its name or key, what it is called with, the value, and what differs."""
 
     framework: str
     name: str
+    names: tuple[str, ...]
+    keys: Mapping[str, Any]
     call: str
     mode: Mode
     differs: str
@@ -67,6 +69,12 @@ def table() -> list[str]:
     return lines
 
 
+def functions() -> list[str]:
+    """Lines of Markdown: the reference of the functions."""
+    documented = [f".. autofunction:: drpo_core.modes.{name}\n" for name in FRAMEWORKS]
+    return ["```{eval-rst}", *documented, "```"]
+
+
 def _row(framework: str, name: str, differs: str) -> Row:
     function = getattr(modes, framework)
     keys = dict(_NEEDED.get((framework, name), {}))
@@ -78,7 +86,7 @@ def _row(framework: str, name: str, differs: str) -> Row:
         warnings.simplefilter("error")
         mode = function(*names, **keys)
     given = (*map(repr, names), *(f"{key}={value!r}" for key, value in keys.items()))
-    return Row(framework, name, f"modes.{framework}({', '.join(given)})".replace("'", '"'), mode, differs)
+    return Row(framework, name, names, keys, f"modes.{framework}({', '.join(given)})".replace("'", '"'), mode, differs)
 
 
 def _documented(framework: str) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,8 @@ import claims
 import families
 import figures
 import named_modes
+import parity
+import sizes
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
@@ -83,17 +85,25 @@ class Objectives(SphinxDirective):
 
 
 class NamedModes(SphinxDirective):
-    """``{named-modes}``: every mode that a framework names as a table; ``{named-modes} functions``: their reference."""
+    """``{named-modes}``: every mode that a framework names as a table, or their reference, or what was found of them.
+
+    The argument is one of ``functions``, ``parity`` (how far each is from the framework's own function), ``compared`` (what of
+    each framework ran) and ``sizes`` (lines of code).
+    """
 
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Tabulate, or document."""
         self.env.note_reread()
-        lines = named_modes.table()
-        if self.arguments:
-            documented = [f".. autofunction:: drpo_core.modes.{name}\n" for name in named_modes.FRAMEWORKS]
-            lines = ["```{eval-rst}", *documented, "```"]
+        makers = {
+            "table": named_modes.table,
+            "functions": named_modes.functions,
+            "parity": lambda: [parity.summary(), "", *parity.table()],
+            "compared": parity.functions,
+            "sizes": sizes.table,
+        }
+        lines = makers[self.arguments[0] if self.arguments else "table"]()
         return self.parse_text_to_nodes("\n".join(lines))
 
 

@@ -71,7 +71,8 @@ def ms_swift(loss_type: str = "grpo", /, **keys: Any) -> Mode:
     Returns
     -------
     Mode
-        Its loss and gradient are ms-swift's.
+        Its gradient is ms-swift's. So is the loss, except that of ``fipo`` where ``delta`` leaves no gradient: there
+        ``fipo_safety_threshold`` changes the constant.
 
     Raises
     ------

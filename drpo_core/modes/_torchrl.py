@@ -55,7 +55,8 @@ def torchrl(loss: str = "GRPOLoss", /, **keys: Any) -> Mode:
     ------
     TypeError, ValueError
         If the name, a key or a value is unknown, or a value asks for what no mode does: ``kl_to_ref_coeff``
-        and ``kl_to_inference_coeff``, whose KL TorchRL averages over padding too.
+        and ``kl_to_inference_coeff``, whose KL TorchRL averages over padding too; ``kl_mask_threshold`` with
+        ``"prompt_mean"``, which averages over the tokens that are left, and over all sequences.
 
     References
     ----------
@@ -101,9 +102,11 @@ def _mode(keys: Keys, objective: Objective) -> Mode:
         if keys[key]:
             keys.refuse(key, "TorchRL averages its KL over padding too")
     threshold = keys.optional("kl_mask_threshold", at_least=0.0)
-    names = {"token_mean": "token_mean", "prompt_mean": "sequence_mean_token_mean"}
+    reduction = keys.choice("aggregation", {"token_mean": "token_mean", "prompt_mean": "sequence_mean_token_mean"})
     if not threshold:
-        return Mode(objective, reduction=keys.choice("aggregation", names))
+        return Mode(objective, reduction=reduction)
+    if reduction != "token_mean":
+        keys.refuse("kl_mask_threshold", "it averages over the tokens that are left, and over all sequences")
     mask = DivergenceMask(edge="policy/behavior", estimator="k2", high=threshold)
-    # TorchRL's mask leaves the denominators too
-    return Mode(objective, corrections=(mask,), reduction=keys.choice("aggregation", names), count_masked=False)
+    # TorchRL's mask leaves the denominator too
+    return Mode(objective, corrections=(mask,), count_masked=False)

@@ -10,7 +10,6 @@ from drpo_core.corrections import (
     ImportanceWeight,
     NegativeSequenceMask,
     OutwardMask,
-    RatioMask,
     VariationalWeight,
     Veto,
 )
@@ -98,7 +97,8 @@ def trl(loss_type: str = "dapo", /, **keys: Any) -> Mode:
         If the name, a key or a value is unknown, a key is given that these settings do not use, or a value asks for
         what no mode does: ``top_entropy_quantile`` and ``entropy_coef``, which need logits; a bias-corrected KL with a ratio
         of sequences, which TRL broadcasts over the tokens; weights of tokens with
-        ``importance_sampling_level="sequence"``, whose ratio TRL differentiates as one of the sequence; ``delta`` within the clip range; ``vespo`` with a truncation.
+        ``importance_sampling_level="sequence"``, whose ratio TRL differentiates as one of the sequence; ``delta`` within the
+        clip range; ``vespo`` with weights of vLLM that are not ``"token_mask"``, of which TRL refuses those of sequences.
 
     Notes
     -----
@@ -161,13 +161,12 @@ def _vespo_edge(keys: Keys) -> tuple[Edge, tuple[Correction, ...]]:
     if not keys.flag("vllm_importance_sampling_correction"):
         return "policy/proximal", ()
     level, outside = keys.choice("vllm_importance_sampling_mode", _SAMPLING)
-    low, high = _limits(keys)
-    if low is None and high is None:
-        return "policy/behavior", ()
+    if level == "sequence":
+        keys.refuse("vllm_importance_sampling_mode", "TRL refuses it, because the product is of the tokens' ratios")
     if outside == "clamp":
         keys.refuse("vllm_importance_sampling_mode", "its truncated ratio is a factor within the sequence's product")
-    mask = Veto(low=low, high=high) if level == "token" else RatioMask(level="sequence", low=low, high=high)
-    return "policy/behavior", (mask,)
+    low, high = _limits(keys)
+    return "policy/behavior", () if low is None and high is None else (Veto(low=low, high=high),)
 
 
 def _gmpo(keys: Keys) -> Mode:
@@ -259,6 +258,8 @@ def _weights(keys: Keys, *, at_sequences: bool) -> tuple[ImportanceWeight, ...]:
     if at_sequences and level == "token":
         keys.refuse("vllm_importance_sampling_mode", ONE_RATIO)
     low, high = _limits(keys)
+    if outside == "clamp" and low is None and high is None:
+        keys.refuse("vllm_importance_sampling_mode", "TRL refuses a truncation without a bound")
     return (ImportanceWeight(level=level, low=low, high=high, outside=outside),)
 
 

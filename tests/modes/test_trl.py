@@ -1,4 +1,4 @@
-"""The modes of TRL against its formulas, sequence by sequence, and its keys. The installed TRL: tests/integrations/trl."""
+"""The modes of TRL against its formulas, sequence by sequence, and its keys. TRL itself: tests/parity."""
 
 import math
 
@@ -115,8 +115,8 @@ def test_at_sequences(loss_type):
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
 def test_with_vllm(loss_type, bounds, mode):
     low, high = bounds
-    if "truncate" in mode and (loss_type == "vespo" or bounds == (None, None)):
-        # TRL refuses a truncation without bounds itself
+    if ("truncate" in mode and bounds == (None, None)) or (loss_type == "vespo" and mode != "token_mask"):
+        # TRL refuses these itself, but for VESPO's truncation
         return
     names = ("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_mode")
     sampling = dict(zip(names, (low, high, mode), strict=True))
@@ -128,7 +128,8 @@ def test_with_vllm(loss_type, bounds, mode):
 @pytest.mark.parametrize("keys", [{}, {"use_vllm": True}, {"use_vllm": True, "vllm_importance_sampling_correction": False}])
 @pytest.mark.parametrize("loss_type", ["grpo", "vespo"])
 def test_off_policy_mask(loss_type, keys):
-    check(loss_type, off_policy_mask_threshold=0.02, **keys)
+    by_token = {"vllm_importance_sampling_mode": "token_mask"} if loss_type == "vespo" and keys == {"use_vllm": True} else {}
+    check(loss_type, off_policy_mask_threshold=0.02, **keys, **by_token)
 
 
 @pytest.mark.parametrize("mode", ["sequence_truncate", "sequence_mask"])
@@ -184,6 +185,12 @@ def test_mode_is_the_value():
         ("grpo", {"vllm_importance_sampling_clip_max": 2.0}, "vllm_importance_sampling_clip_max: TRL's 'grpo'"),
         ("grpo", {"use_vllm": True, "vllm_importance_sampling_mode": "token"}, "vllm_importance_sampling_mode: expected"),
         ("vespo", {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}, "_mode: .* factor"),
+        ("vespo", {"use_vllm": True}, "vllm_importance_sampling_mode: .*'sequence_mask' .* TRL refuses"),
+        (
+            "grpo",
+            {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None},
+            "vllm_importance_sampling_mode: .* without a bound",
+        ),
         ("gmpo", {"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold: TRL's 'gmpo'"),
         ("sapo", {"sapo_temperature_pos": 0.0}, "sapo_temperature_pos: expected a finite number greater than 0"),
         ("grpo", {"use_vllm": "yes"}, "use_vllm: expected True or False"),
@@ -196,7 +203,7 @@ def test_errors_name_the_key(loss_type, keys, message):
 
 def test_every_key_is_read_by_some_loss():
     read = set()
-    given = {"use_vllm": True, "beta": 0.1, "off_policy_mask_threshold": 0.1}
+    given = {"use_vllm": True, "beta": 0.1, "off_policy_mask_threshold": 0.1, "vllm_importance_sampling_mode": "token_mask"}
     for name, loss in LOSSES.items():
         keys = Keys("TRL", name, DEFAULTS, given)
         loss(keys)
