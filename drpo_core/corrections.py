@@ -187,12 +187,15 @@ class ImportanceWeight(_OnEdge):
             ratio = ratio if self.high is None else xp.where(ratio > self.high, self.high, ratio)
         if not self.normalize:
             return ratio
-        sequences, one = policies.sequences, xp.ones_like(ratio)
+        sequences = policies.sequences
+        # a NaN spoils the weight of its own token or sequence, not all others'
+        known = ratio == ratio
+        one, ratios = xp.where(known, xp.ones_like(ratio), 0.0), xp.where(known, ratio, 0.0)
         if self.level == "token":
-            total, count = sequences.total_of_all(ratio), sequences.total_of_all(one)
+            total, count = sequences.total_of_all(ratios), sequences.total_of_all(one)
         else:
             first = sequences.first_of_each()
-            total, count = xp.sum(xp.where(first, ratio, 0.0)), xp.sum(xp.where(first, one, 0.0))
+            total, count = xp.sum(xp.where(first, ratios, 0.0)), xp.sum(xp.where(first, one, 0.0))
         mean = total / xp.where(count == 0.0, 1.0, count)
         return ratio / xp.where(mean == 0.0, 1.0, mean)
 

@@ -123,7 +123,7 @@ class Mode:
             object.__setattr__(self, name, tuple(parts))
             for part in parts:
                 check_part(name, part, method, f"a tuple of {name}")
-        if self.reduction not in REDUCTIONS:
+        if self.reduction not in tuple(REDUCTIONS):
             msg = f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {self.reduction!r}"
             raise ValueError(msg)
         if self.horizon is not None:
@@ -147,9 +147,14 @@ class Mode:
 
     @property
     def reduce(self) -> Reduction:
-        """The reduction as a function."""
-        function = REDUCTIONS[self.reduction]
-        return function if self.horizon is None else partial(function, horizon=self.horizon)
+        """The reduction as a function of values and mask; a `ValueError` where the mode's masks change what it counts."""
+        if not self.count_masked and any(part.counts is None for part in self.corrections):
+            msg = (
+                f"count_masked: {self!r} counts the tokens that its corrections keep, which no mask says; expected "
+                "count_masked=True, or a normalizer that you count yourself"
+            )
+            raise ValueError(msg)
+        return reduction_of_counted(self)
 
     @property
     def is_plain(self) -> bool:
@@ -182,7 +187,10 @@ class Mode:
         return tokens.ratio * self.objective.weight(tokens) if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
-        """The mode as a dict of strings, numbers, lists and dicts, for YAML or TOML; what has its default is left out."""
+        """The mode as a dict of strings, numbers, lists and dicts, for YAML or TOML; what has its default is left out.
+
+        None, which TOML can't say, is ``"none"``.
+        """
         values: dict[str, Any] = _as_dict(self)
         return values
 
@@ -208,6 +216,12 @@ REDUCTIONS: Mapping[str, Any] = {
     "sequence_mean_token_sum": reductions.sequence_mean_token_sum,
     "token_sum": partial(reductions.token_mean, normalizer=1.0),
 }
+
+
+def reduction_of_counted(mode: Mode) -> Reduction:
+    """The reduction of a mode over the tokens that it counts."""
+    function = REDUCTIONS[mode.reduction]
+    return function if mode.horizon is None else partial(function, horizon=mode.horizon)
 
 
 # --- double ratios ---------------------------------------------------------------------------------------------------
@@ -256,7 +270,13 @@ def _given(value: Any) -> list[tuple[str, Any]]:
     return [(each.name, given) for (each, given), default in zip(pairs, defaults, strict=True) if given != default]
 
 
+_NONE = "none"
+"""None in a dict: TOML has no word for it, and YAML's would be lost on the way to TOML. No choice of a part is called so."""
+
+
 def _as_dict(value: Any) -> Any:
+    if value is None:
+        return _NONE
     if isinstance(value, (tuple, list)):
         return [_as_dict(item) for item in value]
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
@@ -272,7 +292,7 @@ def _of_dict(values: Any) -> Any:
     if isinstance(values, (tuple, list)):
         return tuple(_of_dict(item) for item in values)
     if not isinstance(values, dict):
-        return values
+        return None if values == _NONE else values
     fields = {name: _of_dict(value) for name, value in values.items() if name != "kind"}
     name = str(values.get("kind"))
     kind = Mode if name == "Mode" else next((getattr(room, name) for room in _ROOMS if name in room.__all__), None)
@@ -396,13 +416,19 @@ def evaluated(
     statistics: Diagnostics = {}
     for name, correction in zip(_names(mode.corrections), mode.corrections, strict=True):
         one = correction.factor(evidence)
-        factor = one if factor is None else factor * one
+        # a token that one correction leaves out stays out, whatever the others make of it
+        factor = one if factor is None else xp.where(one == 0.0, 0.0, factor) * xp.where(factor == 0.0, 0.0, one)
         if correction.counts is None and not mode.count_masked:
             counted = counted & (one != 0.0)
         if diagnostics:
             statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
     penalty = _total(mode.penalties, policies) if mode.penalties else None
-    return Resolved(mode.objective, mode.anchor.log_prob(policies), factor, counted, penalty, statistics)
+    if isinstance(mode.anchor, (anchors.Behavior, anchors.Proximal)):
+        # nothing is added up, so its log-probs stay as they are: where π and the anchor are both 0, R is 1
+        anchor = behavior_log_prob if mode.anchor.policy == "behavior" else proximal_log_prob
+    else:
+        anchor = mode.anchor.log_prob(policies)
+    return Resolved(mode.objective, anchor, factor, counted, penalty, statistics)
 
 
 def penalty_gradient(mode: Mode, *log_probs: Array | None, mask: Array, dtype: Any, xp: Namespace) -> Float[Array, "*tokens"]:
@@ -438,6 +464,11 @@ def check_others(objective: Objective, others: Mapping[str, Array | None], log_p
         if array is not None:
             if not isinstance(objective, Mode):
                 msg = f"{name}: expected None, because {objective!r} is no Mode that uses it, got an array"
+                raise ValueError(msg)
+            if name not in needed:
+                # a mode without the anchor that was meant would train all the same, on another policy
+                used = ", ".join(needed) or "none"
+                msg = f"{name}: expected None, because {objective!r} does not use it (its `arguments`: {used}), got an array"
                 raise ValueError(msg)
             check_arrays(xp=xp, **{name: array})
             check_shape(name, array, "log_prob", log_prob)
