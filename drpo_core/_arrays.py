@@ -49,5 +49,5 @@ def taken_along_rows(array: Array, indices: Array, *, xp: Namespace) -> Array:
     Torch's own `take_along_dim`, which array-api-compat calls, makes `torch.compile` trace anew for each number of indices.
     """
     if hasattr(array, "gather"):
-        return array.gather(-1, indices)
+        return array.gather(-1, indices.long())
     return xp.take_along_axis(array, indices, axis=-1)

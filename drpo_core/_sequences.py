@@ -154,7 +154,7 @@ class Sequences:
         x = xp.where(self.mask, x, xp.inf)
         if self._segments is None:
             ordered = xp.sort(x, axis=-1)
-            pair = (taken_along_rows(ordered, xp.astype(i, xp.int64), xp=xp) for i in (lower, upper))
+            pair = (taken_along_rows(ordered, i, xp=xp) for i in (lower, upper))
         else:
             ordered, start = self._segments.sorted(x)
             pair = (xp.take(ordered, start + i) for i in (lower, upper))

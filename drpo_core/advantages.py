@@ -579,7 +579,8 @@ def informative_groups(
     kept = kept if low is None else kept & (mean > low)
     kept = kept if high is None else kept & (mean < high)
     count = xp.count_nonzero(kept)
-    return KeptGroups(xp.broadcast_to(kept, r.shape), count, r.shape[0] - count)
+    # not broadcast: an array of its own, which may be written to
+    return KeptGroups(kept & (r == r), count, r.shape[0] - count)
 
 
 def _check_no_nan(name: str, array: Array, *, xp: Namespace) -> None:

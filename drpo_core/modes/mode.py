@@ -13,7 +13,7 @@ from drpo_core import anchors, corrections, objectives, penalties
 from drpo_core import reduction as reductions
 from drpo_core._checks import check_arrays, check_flag, check_number, check_part, check_segment_ids, check_shape
 from drpo_core._sequences import Sequences
-from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean
+from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean, separated
 from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of
 
 if TYPE_CHECKING:
@@ -422,6 +422,7 @@ def evaluated(
             counted = counted & (one != 0.0)
         if diagnostics:
             statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
+    statistics = separated(statistics, xp=xp) if statistics else {}
     penalty = _total(mode.penalties, policies) if mode.penalties else None
     if isinstance(mode.anchor, (anchors.Behavior, anchors.Proximal)):
         # nothing is added up, so its log-probs stay as they are: where π and the anchor are both 0, R is 1
@@ -484,10 +485,10 @@ def _statistics(name: str, factor: Array, mask: Array, *, xp: Namespace) -> Diag
     """Of a correction's factor over valid tokens: the share that it leaves out, mean, largest and effective sample size."""
     count = reductions.count_true(mask, factor.dtype, xp=xp)
     valid = xp.where(mask, factor, 0.0)
-    total = xp.sum(valid)
+    total, largest = xp.sum(valid), xp.where(mask, factor, -xp.inf)
     return {
         f"{name}_masked_fraction": Mean(reductions.count_true(mask & (factor == 0.0), factor.dtype, xp=xp), count),
         f"{name}_mean": Mean(total, count),
-        f"{name}_max": Maximum(xp.max(valid) if 0 not in valid.shape else xp.sum(valid) - xp.inf, count),
+        f"{name}_max": Maximum(xp.max(largest) if 0 not in valid.shape else xp.sum(valid) - xp.inf, count),
         f"{name}_effective_sample_size": EffectiveSampleSize(total, xp.sum(valid * valid), count),
     }
