@@ -14,7 +14,7 @@ from variants import FULL, KINDS
 
 from drpo_core import DPPO, DRPO, PolicyGradient, sequence_mean_token_mean, token_diagnostics
 from drpo_core.advantages import pass_at_k_advantages
-from drpo_core.corrections import PrefixBudgetMask
+from drpo_core.corrections import PrefixBudgetMask, SecondMomentMask
 from drpo_core.modes import Mode
 from drpo_core.reduction import prompt_mean, reduction_coefficients
 
@@ -197,7 +197,7 @@ def test_expm1_is_accurate_where_inductor_compiles_it():
 @pytest.mark.usefixtures("without_recompiling")
 def test_rows_of_any_width_are_one_graph():
     """What takes elements along rows specialised their width; a scan has as many steps as a width has bits."""
-    mode = Mode(PolicyGradient(), corrections=(PrefixBudgetMask(delta=0.2),))
+    mode = Mode(PolicyGradient(), corrections=(PrefixBudgetMask(delta=0.2), SecondMomentMask(tau=0.1, edge="policy/behavior")))
     compiled = [
         torch.compile(function, fullgraph=True, backend="eager")
         for function in (
