@@ -210,6 +210,19 @@ class Mode:
         return made
 
 
+def refuse_mode(objective: Any, framework: str) -> Any:
+    """The objective, for a framework that reduces by itself; of a mode a `ValueError` that names what would be left out."""
+    if not isinstance(objective, Mode):
+        return objective
+    named = [name for name, _ in _given(objective) if name != "objective"]
+    missing = ", ".join(dict.fromkeys((*named, "reduction")))
+    msg = (
+        f"objective: {framework}'s integration takes no mode, whose {missing} it would leave out; expected an objective such "
+        f"as {objective.objective!r}, got {objective!r}"
+    )
+    raise ValueError(msg)
+
+
 REDUCTIONS: Mapping[str, Any] = {
     "token_mean": reductions.token_mean,
     "sequence_mean_token_mean": reductions.sequence_mean_token_mean,
