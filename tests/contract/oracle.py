@@ -721,7 +721,11 @@ def top_k_divergences(
 def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = hidden @ weight.T
     z = z if bias is None else z + bias
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    if softcap is None:
+        return z
+    # tanh by e^(−2 abs(z)/cap), whose derivative has its digits where that of torch.tanh, 1 − tanh², has lost them
+    t = torch.exp(-2.0 * (z / softcap).abs())
+    return softcap * torch.sign(z) * -torch.expm1(-2.0 * (z / softcap).abs()) / (1.0 + t)
 
 
 def _measure(divergence: Any, logits: Tensor, temperature: float, tokens: Tensor, b: Tensor, recorded: dict[str, Any]) -> Any:

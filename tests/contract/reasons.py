@@ -141,10 +141,6 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "at π = 1 the bound of a KL band and the ratio are the same but for a rounding",
     ),
     (
-        lambda _, c: _has(c, "logit_softcap") and c["regime"] is Regime.DISTANT and c["use"] is not Use.FORWARD,
-        "1 − tanh² of logits far beyond a soft-cap has few digits left, autograd's too",
-    ),
-    (
         lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
         "a statistic of nothing is NaN",
     ),
