@@ -391,6 +391,10 @@ def resolve(
     """The objective or mode for these tokens; checked arrays, without a graph."""
     others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
     check_others(objective, others, log_prob, xp=xp)
+    of_ranks: object = across
+    if of_ranks is not None and not callable(of_ranks):
+        msg = f"across: expected a function, such as the adapters' distributed.across makes, got {across!r}"
+        raise TypeError(msg)
     if segment_ids is not None:
         check_segment_ids(segment_ids, log_prob if mask is None else mask, xp=xp)
     if not is_whole_mode(objective):

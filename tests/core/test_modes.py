@@ -697,6 +697,13 @@ def test_log_probs_without_an_effect_are_refused(function):
             function(Mode(DRPO(delta=0.1)), **used)
 
 
+@pytest.mark.parametrize("objective", [WHOLE, DRPO(delta=0.1)], ids=["mode", "objective"])
+def test_across_is_a_function(objective):
+    arrays = {n: a for n, a in batch().items() if n not in {"proximal_log_prob", "reference_log_prob"} or objective is WHOLE}
+    with pytest.raises(TypeError, match=r"^across: expected a function, .*, got 'sum'"):
+        token_loss_and_gradient(objective, **arrays, across="sum")
+
+
 def test_the_reduction_is_the_mode_s():
     arrays = arguments_for(WHOLE, batch())
     with pytest.raises(ValueError, match=r"reduction: expected None, because Mode\(.* has its own, got <function token_mean"):
