@@ -403,7 +403,8 @@ def resolve(
         mask = xp.astype(xp.ones_like(log_prob), xp.bool)
     sequences = Sequences(mask, segment_ids, across=across, xp=xp)
     log_probs = (log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob)
-    return evaluated(objective, *log_probs, advantages, sequences, diagnostics=diagnostics, dtype=dtype)
+    found = evaluated(objective, *log_probs, advantages, sequences, diagnostics=diagnostics, dtype=dtype)
+    return found._replace(diagnostics=separated(found.diagnostics, xp=xp)) if found.diagnostics else found
 
 
 def is_whole_mode(objective: Objective) -> TypeGuard[Mode]:
@@ -439,7 +440,6 @@ def evaluated(
             counted = counted & (one != 0.0)
         if diagnostics:
             statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
-    statistics = separated(statistics, xp=xp) if statistics else {}
     penalty = _total(mode.penalties, policies) if mode.penalties else None
     if isinstance(mode.anchor, (anchors.Behavior, anchors.Proximal)):
         # nothing is added up, so its log-probs stay as they are: where π and the anchor are both 0, R is 1
