@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Array", "Bool", "Float", "Int", "Namespace", "Spread", "in_one_piece"]
+__all__ = ["Array", "Bool", "Float", "Int", "Namespace", "Spread", "in_one_piece", "taken_along_rows"]
 
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
@@ -41,3 +41,13 @@ def in_one_piece(array: Array, *, xp: Namespace) -> Array:
     if spec is None or not any(spec):
         return array
     return xp.asarray(array, device=type(sharding)(sharding.mesh, type(spec)()))
+
+
+def taken_along_rows(array: Array, indices: Array, *, xp: Namespace) -> Array:
+    """The elements at some indices along the last axis; the other axes are the same.
+
+    Torch's own `take_along_dim`, which array-api-compat calls, makes `torch.compile` trace anew for each number of indices.
+    """
+    if hasattr(array, "gather"):
+        return array.gather(-1, indices.long())
+    return xp.take_along_axis(array, indices, axis=-1)

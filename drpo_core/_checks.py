@@ -87,7 +87,13 @@ def check_segment_ids(segment_ids: Array, mask: Array, *, xp: Namespace) -> None
 
 
 def check_number(
-    name: str, value: object, *, above: float | None = None, at_least: float | None = None, whole: bool = False
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float = math.inf,
+    whole: bool = False,
 ) -> float:
     """The value as a Python float (with ``whole`` an int), if it is a finite real number within its bound.
 
@@ -107,8 +113,10 @@ def check_number(
         finite = math.isfinite(number)
     except OverflowError:
         finite = False
-    if not finite or (above is not None and not number > above) or (at_least is not None and not number >= at_least):
+    low = (above is None or number > above) and (at_least is None or number >= at_least) if finite else False
+    if not low or number > at_most:
         bound = f" greater than {above:g}" if above is not None else f", {at_least:g} or more" if at_least is not None else ""
+        bound += "" if at_most == math.inf else f" and at most {at_most:g}"
         msg = f"{name}: expected a finite number{bound}, got {_short(value)}"
         raise ValueError(msg)
     return number

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from drpo_core._arrays import in_one_piece
+from drpo_core._arrays import in_one_piece, taken_along_rows
 from drpo_core._checks import check_segment_ids
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Sequences:
         x = xp.where(self.mask, x, xp.inf)
         if self._segments is None:
             ordered = xp.sort(x, axis=-1)
-            pair = (xp.take_along_axis(ordered, xp.astype(i, xp.int64), axis=-1) for i in (lower, upper))
+            pair = (taken_along_rows(ordered, i, xp=xp) for i in (lower, upper))
         else:
             ordered, start = self._segments.sorted(x)
             pair = (xp.take(ordered, start + i) for i in (lower, upper))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_api_compat import is_numpy_namespace
 
-from drpo_core._arrays import in_one_piece
+from drpo_core._arrays import in_one_piece, taken_along_rows
 from drpo_core._checks import (
     check_arrays,
     check_dtype,
@@ -59,7 +59,9 @@ def group_advantages(
     std_offset
         Added to the standard deviation, in units of the reward; 0 or more.
     divide_by_mean
-        A = (R − mean) / mean, for rewards that are 0 or more (MaxRL).
+        A = (R − mean) / mean, for rewards that are 0 or more (MaxRL). A negative mean would turn every sign around, as it
+        does in frameworks that divide by it, so a negative reward is an error in NumPy; elsewhere, where values may be on a
+        device, it makes its group's advantages NaN, which `drpo_core.validate` reports.
     leave_one_out
         Use the mean of the *other* sequences of the group: A = n/(n − 1)·(R − mean).
     xp
@@ -77,7 +79,8 @@ def group_advantages(
         If a dtype is wrong.
     ValueError
         If the shapes differ, `rewards` with `group_ids` is not 1-D, `std_offset` is negative or not finite, both divisions
-        are asked for, or a reward of a NumPy array is NaN; elsewhere, a NaN stays in its own group.
+        are asked for, or a reward of a NumPy array is NaN, or negative with `divide_by_mean`; elsewhere, a NaN stays in its
+        own group.
 
     References
     ----------
@@ -100,6 +103,8 @@ def group_advantages(
         msg = "divide_by_mean: expected False with divide_by_std, got True"
         raise ValueError(msg)
     over_group = _groups("rewards", rewards, group_ids, xp=xp)
+    if divide_by_mean:
+        _check_values("rewards", rewards, rewards < 0.0, "0 or more with divide_by_mean", xp=xp)
     if 0 in rewards.shape:
         return rewards
     r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
@@ -114,7 +119,10 @@ def group_advantages(
     if divide_by_mean:
         mean = over_group(r, xp.sum, xp.add) / n
         advantages = advantages / xp.where(constant, 1.0, mean)
-    return xp.astype(xp.where(constant, 0.0, advantages), rewards.dtype, copy=False)
+    advantages = xp.where(constant, 0.0, advantages)
+    if divide_by_mean:
+        advantages = xp.where(over_group(r, xp.min, xp.minimum) < 0.0, xp.nan, advantages)
+    return xp.astype(advantages, rewards.dtype, copy=False)
 
 
 def length_weighted_advantages(
@@ -131,7 +139,7 @@ def length_weighted_advantages(
     rewards
         R per sequence: (…, samples) with one group a row, or (sequences,) with `group_ids`.
     lengths
-        T, tokens of each sequence; of the shape of `rewards`.
+        T, tokens of each sequence, 0 or more; of the shape of `rewards`.
     group_ids
         Which group each sequence belongs to; any integers, in any order.
     xp
@@ -140,14 +148,16 @@ def length_weighted_advantages(
     Returns
     -------
     array
-        A per sequence, of the shape and dtype of `rewards`, computed in float32 at least; R − 0 in a group of no token.
+        A per sequence, of the shape and dtype of `rewards`, computed in float32 at least; exactly 0 in a group of equal
+        rewards, else R − 0 in a group of no token.
 
     Raises
     ------
     TypeError
         If a dtype is wrong.
     ValueError
-        If the shapes differ, or a reward of a NumPy array is NaN.
+        If the shapes differ, or in NumPy arrays a reward is NaN or a length negative; elsewhere, either makes its group's
+        advantages NaN.
 
     References
     ----------
@@ -164,13 +174,18 @@ def length_weighted_advantages(
     check_dtype("lengths", lengths, "integral", xp=xp)
     check_shape("lengths", lengths, "rewards", rewards)
     over_group = _groups("rewards", rewards, group_ids, xp=xp)
+    _check_values("lengths", lengths, lengths < 0, "0 or more", xp=xp)
     if 0 in rewards.shape:
         return rewards
     r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
     t = xp.astype(lengths, r.dtype)
     total = over_group(t, xp.sum, xp.add)
     baseline = over_group(t * r, xp.sum, xp.add) / xp.where(total == 0.0, 1.0, total)
-    return xp.astype(r - baseline, rewards.dtype, copy=False)
+    # equal rewards can differ from their rounded mean
+    constant = over_group(r, xp.max, xp.maximum) == over_group(r, xp.min, xp.minimum)
+    advantages = xp.where(constant, 0.0, r - baseline)
+    advantages = xp.where(over_group(t, xp.min, xp.minimum) < 0.0, xp.nan, advantages)
+    return xp.astype(advantages, rewards.dtype, copy=False)
 
 
 def reward_decoupled_advantages(
@@ -238,6 +253,9 @@ def reward_decoupled_advantages(
         msg = f"rewards: expected (…, samples, rewards), got shape {tuple(rewards.shape)}"
         raise ValueError(msg)
     count = rewards.shape[-1]
+    if weights is not None and not hasattr(weights, "__len__"):
+        msg = f"weights: expected {count} numbers, one for each reward, got {type(weights).__name__}"
+        raise TypeError(msg)
     numbers = [1.0] * count if weights is None else [check_number("weights", weight) for weight in weights]
     if len(numbers) != count:
         msg = f"weights: expected {count}, one for each reward, got {len(numbers)}"
@@ -321,7 +339,7 @@ def pass_at_k_advantages(
     order = xp.argsort(in_one_piece(r, xp=xp), axis=-1, stable=True)
 
     def arranged(x: Array, order: Array) -> Array:
-        return xp.take_along_axis(in_one_piece(x, xp=xp), order, axis=-1)
+        return taken_along_rows(in_one_piece(x, xp=xp), order, xp=xp)
 
     ordered = arranged(r, order)
     ids = None if group_ids is None else arranged(group_ids, order)
@@ -418,7 +436,8 @@ def generalized_advantages(
     discount
         γ in [0, 1].
     trace_decay
-        λ in [0, 1]: a number, or one a row, (…, 1): λ = 1 − 1/(α T) for sequences of T tokens (VAPO).
+        λ in [0, 1]: a number, or one a row, (…, 1): λ = 1 − 1/(α T) for sequences of T tokens (VAPO). One outside it is an
+        error as a number or in NumPy; elsewhere it makes its row's advantages NaN.
     xp
         Namespace of the arrays; inferred when omitted.
 
@@ -433,7 +452,7 @@ def generalized_advantages(
     TypeError
         If a dtype is wrong.
     ValueError
-        If the shapes differ, or a number is out of its range.
+        If the shapes differ, there is no axis of tokens, or a number is out of its range.
 
     References
     ----------
@@ -449,10 +468,12 @@ def generalized_advantages(
     """
     xp = check_arrays(xp=xp, rewards=rewards, values=values)
     check_mask(mask, "rewards", rewards, xp=xp)
-    discount = check_number("discount", discount, at_least=0.0)
-    if not hasattr(trace_decay, "shape") or not trace_decay.shape:
-        trace_decay = check_number("trace_decay", trace_decay, at_least=0.0)
+    if rewards.ndim == 0:
+        msg = "rewards: expected at least one axis, the tokens of a sequence, got a 0-d array"
+        raise ValueError(msg)
+    discount = check_number("discount", discount, at_least=0.0, at_most=1.0)
     dtype = compute_dtype(rewards, values, xp=xp)
+    trace_decay = _checked_decay(trace_decay, rewards, dtype, xp=xp)
     r, v = (xp.astype(xp.where(mask, array, 0.0), dtype, copy=False) for array in (rewards, values))
     keep = xp.astype(mask, dtype)
     # A_t = δ_t + γλ A_{t+1} and V_{t+1}, each through (a, b): x_t = b_t + a_t x_{t+1}, composed over 1, 2, 4 … tokens
@@ -460,6 +481,21 @@ def generalized_advantages(
     delta = xp.where(mask, r + discount * following - v, 0.0)
     estimate = _recurrence(delta, xp.where(mask, discount * trace_decay, xp.ones_like(delta)), shift=0, xp=xp)
     return xp.astype(xp.where(mask, estimate, 0.0), rewards.dtype, copy=False)
+
+
+def _checked_decay(trace_decay: float | Array, rewards: Array, dtype: Any, *, xp: Namespace) -> float | Array:
+    """λ as a number, or an array of one a row that has NaN where it is outside [0, 1]."""
+    if not getattr(trace_decay, "shape", ()):
+        return check_number("trace_decay", trace_decay, at_least=0.0, at_most=1.0)
+    decay: Array = trace_decay
+    check_dtype("trace_decay", decay, "real floating", xp=xp)
+    rows = (*rewards.shape[:-1], 1)
+    if tuple(decay.shape) != rows:
+        msg = f"trace_decay: expected a number, or one a row, shape {rows}, got shape {tuple(decay.shape)}"
+        raise ValueError(msg)
+    right = (decay >= 0.0) & (decay <= 1.0)
+    _check_values("trace_decay", decay, ~right, "a number in [0, 1]", xp=xp)
+    return xp.astype(xp.where(right, decay, xp.nan), dtype, copy=False)
 
 
 def _recurrence(b: Array, a: Array, *, shift: int, xp: Namespace) -> Array:
@@ -512,7 +548,8 @@ def informative_groups(
     TypeError
         If a dtype is wrong.
     ValueError
-        If `rewards` is not 2-D, or a reward of a NumPy array is NaN; elsewhere, a group with a NaN is removed.
+        If `rewards` is not 2-D, a bound is not finite, or a reward of a NumPy array is NaN; elsewhere, a group with a NaN is
+        removed.
 
     References
     ----------
@@ -530,6 +567,8 @@ def informative_groups(
     if rewards.ndim != 2:
         msg = f"rewards: expected (groups, samples), got shape {tuple(rewards.shape)}"
         raise ValueError(msg)
+    low = None if low is None else check_number("low", low)
+    high = None if high is None else check_number("high", high)
     _check_no_nan("rewards", rewards, xp=xp)
     if 0 in rewards.shape:
         none = xp.count_nonzero(rewards > xp.inf)
@@ -537,17 +576,23 @@ def informative_groups(
     r = xp.astype(rewards, compute_dtype(rewards, xp=xp), copy=False)
     mean = xp.mean(r, axis=-1, keepdims=True)
     kept = xp.max(r, axis=-1, keepdims=True) > xp.min(r, axis=-1, keepdims=True)
-    kept = kept if low is None else kept & (mean > check_number("low", low))
-    kept = kept if high is None else kept & (mean < check_number("high", high))
+    kept = kept if low is None else kept & (mean > low)
+    kept = kept if high is None else kept & (mean < high)
     count = xp.count_nonzero(kept)
-    return KeptGroups(xp.broadcast_to(kept, r.shape), count, r.shape[0] - count)
+    # not broadcast: an array of its own, which may be written to
+    return KeptGroups(kept & (r == r), count, r.shape[0] - count)
 
 
 def _check_no_nan(name: str, array: Array, *, xp: Namespace) -> None:
-    """Raise for a NaN in a NumPy array, by its place; values of other arrays may be on a device, or unknown."""
-    if is_numpy_namespace(xp) and bool(xp.any(array != array)):
-        place = tuple(int(i) for i in xp.argwhere(array != array)[0])
-        msg = f"{name}: expected numbers, got nan at index {place if len(place) > 1 else place[0]}"
+    """Raise for a NaN in a NumPy array, by its place."""
+    _check_values(name, array, array != array, "numbers", xp=xp)
+
+
+def _check_values(name: str, array: Array, wrong: Array, expected: str, *, xp: Namespace) -> None:
+    """Raise for a wrong value of a NumPy array, by its place; those of other arrays may be on a device, or unknown."""
+    if is_numpy_namespace(xp) and bool(xp.any(wrong)):
+        place = tuple(int(i) for i in xp.argwhere(wrong)[0])
+        msg = f"{name}: expected {expected}, got {array[place]} at index {place if len(place) > 1 else place[0]}"
         raise ValueError(msg)
 
 

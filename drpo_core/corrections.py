@@ -187,12 +187,15 @@ class ImportanceWeight(_OnEdge):
             ratio = ratio if self.high is None else xp.where(ratio > self.high, self.high, ratio)
         if not self.normalize:
             return ratio
-        sequences, one = policies.sequences, xp.ones_like(ratio)
+        sequences = policies.sequences
+        # a NaN spoils the weight of its own token or sequence, not all others'
+        known = ratio == ratio
+        one, ratios = xp.where(known, xp.ones_like(ratio), 0.0), xp.where(known, ratio, 0.0)
         if self.level == "token":
-            total, count = sequences.total_of_all(ratio), sequences.total_of_all(one)
+            total, count = sequences.total_of_all(ratios), sequences.total_of_all(one)
         else:
             first = sequences.first_of_each()
-            total, count = xp.sum(xp.where(first, ratio, 0.0)), xp.sum(xp.where(first, one, 0.0))
+            total, count = xp.sum(xp.where(first, ratios, 0.0)), xp.sum(xp.where(first, one, 0.0))
         mean = total / xp.where(count == 0.0, 1.0, count)
         return ratio / xp.where(mean == 0.0, 1.0, mean)
 
@@ -964,7 +967,7 @@ def clip_cov_weights(
     ----------
     log_prob, advantages
         log π (nats, ≤ 0) and A of the sampled tokens; any shape, the same for all arrays. The means are over the valid
-        tokens of this call.
+        tokens of this call, that of log π over those of π > 0: a token of probability 0 has no covariance.
     mask
         True at tokens that count; the others may hold anything.
     noise
@@ -1017,16 +1020,18 @@ def clip_cov_weights(
         return one
     n = xp.sum(one)
 
-    def centred(x: Array) -> Array:
-        x = xp.where(mask, xp.astype(constant(x), dtype, copy=False), 0.0)
-        return x - xp.sum(x) / xp.where(n == 0.0, 1.0, n)
+    def centred(x: Array, known: Array) -> Array:
+        x = xp.where(known, xp.astype(constant(x), dtype, copy=False), 0.0)
+        count = xp.sum(xp.astype(known, dtype))
+        return x - xp.sum(x) / xp.where(count == 0.0, 1.0, count)
 
-    covariance = centred(advantages) * centred(log_prob)
-    chosen = mask & (covariance > low) & (covariance < high)
+    known = mask & (log_prob != -xp.inf)
+    covariance = centred(advantages, mask) * centred(log_prob, known)
+    chosen = known & (covariance > low) & (covariance < high)
     chosen = chosen if candidates is None else chosen & candidates
     order = xp.where(chosen, constant(noise), xp.inf)
     count = xp.floor(share * n)
-    last = xp.astype(xp.where(count > 1.0, xp.where(count < n, count, n) - 1.0, 0.0), xp.int64)
+    last = xp.astype(xp.where(count > 1.0, xp.where(count < n, count, n) - 1.0, 0.0), xp.int32)
     ordered = xp.sort(xp.reshape(in_one_piece(order, xp=xp), (-1,)))
     largest = xp.reshape(xp.take(ordered, xp.reshape(last, (1,))), ())
     return xp.where(chosen & (order <= largest), 0.0, one)

@@ -15,7 +15,7 @@ from drpo_core._checks import check_number
 from drpo_core._sequences import Sequences
 from drpo_core.diagnostics import combine_diagnostics, diagnostics_of, map_diagnostics, separated
 from drpo_core.engines.trace import Trace, UntraceableError
-from drpo_core.modes.mode import Mode, check_others, evaluated, is_whole_mode, resolve
+from drpo_core.modes.mode import Mode, check_others, evaluated, is_whole_mode, reduction_of_counted, resolve
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, ratio_weight_of, weight_of
 from drpo_core.reduction import reduction_coefficients, token_mean
@@ -148,10 +148,12 @@ def token_loss_and_gradient(
     weight = weight_of(objective, tokens)
     loss, gradient = loss_of(objective, tokens), gradient_of(tokens, weight, ratio_weight_of(objective, tokens), mask=mask)
     if mode.factor is not None:
-        loss, gradient, weight = mode.factor * loss, mode.factor * gradient, mode.factor * weight
+        kept = mode.factor != 0.0
+        loss, gradient, weight = (xp.where(kept, mode.factor * each, 0.0) for each in (loss, gradient, weight))
     if mode.penalty is not None:
-        loss, gradient = loss + mode.penalty[0], gradient + mode.penalty[1]
-        gradient = gradient if mask is None else xp.where(mask, gradient, 0.0)
+        loss, gradient = (
+            each + xp.where(mode.counted, penalty, 0.0) for each, penalty in zip((loss, gradient), mode.penalty, strict=True)
+        )
     gradient = xp.astype(gradient, log_prob.dtype, copy=False)
     if mask is None:
         return TokenLoss(loss, gradient, weight)
@@ -322,7 +324,7 @@ def reduction_of(objective: Objective, reduction: Reduction | None, *, across: A
         if reduction is not None:
             msg = f"reduction: expected None, because {objective!r} has its own, got {reduction!r}"
             raise ValueError(msg)
-        return objective.reduce
+        return reduction_of_counted(objective)
     return token_mean if reduction is None else reduction
 
 
@@ -354,7 +356,7 @@ def policy_pass(
     weight = weight_of(objective, tokens)
     ratio_weight = ratio_weight_of(objective, tokens)
     return PolicyLoss(
-        xp.sum(xp.where(mask, coefficients * loss_of(objective, tokens), 0.0)),
+        xp.sum(xp.where(mask & (coefficients != 0.0), coefficients * loss_of(objective, tokens), 0.0)),
         gradient_of(tokens, weight, ratio_weight, mask=mask, coefficients=coefficients),
         diagnostics_of(tokens, weight, ratio_weight, inside_of(objective, tokens), mask) if diagnostics else None,
     )
@@ -415,12 +417,12 @@ def gradient_of(
     mask: Bool[Array, "*tokens"] | None,
     coefficients: Float[Array, "..."] | None = None,
 ) -> Float[Array, "*tokens"]:
-    """−m c A r w; exactly 0 where m = 0 or w = 0, whatever the ratio and the coefficient. `ratio_weight`: its own r w."""
+    """−m c A r w; exactly 0 where m, c or w is 0, whatever the others are. `ratio_weight`: its own r w."""
     gradient = -tokens.advantages * tokens.ratio * weight if ratio_weight is None else -tokens.advantages * ratio_weight
     moves = weight != 0.0
-    return tokens.xp.where(
-        moves if mask is None else mask & moves, gradient if coefficients is None else coefficients * gradient, 0.0
-    )
+    if coefficients is not None:
+        moves, gradient = moves & (coefficients != 0.0), coefficients * gradient
+    return tokens.xp.where(moves if mask is None else mask & moves, gradient, 0.0)
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------

@@ -470,7 +470,7 @@ def reduction_count(
     TypeError
         If it is another reduction, or a dtype is wrong.
     ValueError
-        If the shapes differ.
+        If the shapes differ, or the reduction has a normalizer bound: its denominator is that, and no count.
 
     Examples
     --------
@@ -483,8 +483,10 @@ def reduction_count(
     """
     xp = check_arrays(xp=xp, kind="bool", mask=mask)
     divisors, options = _known(reduction, {"segment_ids": segment_ids})
-    for unused in ("normalizer", "token_weights"):
-        options.pop(unused, None)
+    options.pop("token_weights", None)
+    if (bound := options.pop("normalizer", None)) is not None:
+        msg = f"reduction: expected one that counts its own denominator, got one with normalizer={bound!r} bound"
+        raise ValueError(msg)
     _, count = divisors(mask, options.pop("segment_ids"), dtype, xp=xp, **options)
     return count
 

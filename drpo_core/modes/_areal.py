@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from drpo_core.anchors import Behavior, Proximal, Sequence
@@ -12,7 +13,7 @@ from drpo_core.modes.mode import Mode
 from drpo_core.objectives import SAPO, PPOClip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from drpo_core.corrections import Correction
     from drpo_core.objectives import Objective
@@ -103,8 +104,10 @@ def _ppo(keys: Keys) -> Mode:
     low = keys.number("eps_clip", above=0.0)
     high = low if keys["eps_clip_higher"] is None else keys.number("eps_clip_higher", above=0.0)
     objective = PPOClip(eps_low=low, eps_high=high, dual_clip=keys.optional("c_clip", above=1.0))
+    # AReaL computes π_old anew for the decoupled loss in any case
+    recomputed = keys.flag("recompute_logprob")
     if not keys.flag("use_decoupled_loss"):
-        return _mode(keys, objective, decoupled=keys.flag("recompute_logprob"))
+        return _mode(keys, objective, decoupled=recomputed)
     if keys["m2_threshold"] is not None:
         keys.refuse("m2_threshold", "AReaL leaves at least one token")
     corrections = () if keys["rejection_sampling"] is None else _rejection(keys, keys["rejection_sampling"])
@@ -125,8 +128,11 @@ def _mode(keys: Keys, objective: Objective, corrections: tuple[Correction, ...] 
     return Mode(objective, anchor=Sequence(anchor) if at_sequences else anchor, corrections=corrections)
 
 
-def _rejection(keys: Keys, given: Mapping[str, Any]) -> tuple[Correction, ...]:
+def _rejection(keys: Keys, given: object) -> tuple[Correction, ...]:
     """AReaL's rejection sampling: a mask or a clamp, and the weight that is left."""
+    if not isinstance(given, Mapping):
+        msg = f"rejection_sampling: expected a dict of {', '.join(REJECTION)}, got {given!r}"
+        raise TypeError(msg)
     rules = Keys("AReaL's rejection_sampling", "ppo", REJECTION, given)
     level, action = (rules.choice(key, {name: name for name in names}) for key, names in _CHOICES.items())
     metric = rules.choice("metric", {name: name for name in ("ratio", "kl_k1", "kl_k2")})
@@ -148,6 +154,11 @@ def _rejection(keys: Keys, given: Mapping[str, Any]) -> tuple[Correction, ...]:
     return made
 
 
+def _power(ell: float) -> float:
+    """e^ℓ, finite and positive."""
+    return math.exp(min(max(ell, -700.0), 700.0))
+
+
 _CHOICES: Mapping[str, tuple[str, ...]] = {"level": ("token", "sequence"), "action": ("mask", "clamp")}
 
 
@@ -167,6 +178,6 @@ def _mask(rules: Keys, metric: str, over: Any) -> Correction:
     if metric == "kl_k2":
         return DivergenceMask(estimator="k2", over=over, high=high)
     if metric == "kl_k1":
-        # bounds of ℓ, not of the ratio
-        low, high = None if low is None else math.exp(low), math.exp(high)
+        # bounds of ℓ, not of the ratio, which saturates at e²⁰
+        low, high = None if low is None else _power(low), _power(high)
     return Veto(low=None, high=high) if over == "max" else RatioMask(level=_LEVELS[over], low=low, high=high)

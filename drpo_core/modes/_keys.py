@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from drpo_core._checks import check_number
@@ -27,6 +29,11 @@ class Keys:
         if unknown := given.keys() - defaults.keys():
             msg = f"{', '.join(sorted(unknown))}: expected keys of {framework} among {', '.join(defaults)}"
             raise ValueError(msg)
+        for key, value in given.items():
+            # what compares element by element is no value of a configuration
+            if hasattr(value, "__array__") and not isinstance(value, numbers.Number):
+                msg = f"{key}: expected a value as a configuration has it, got {type(value).__name__}"
+                raise TypeError(msg)
         self._framework, self.name = framework, name
         self._values = {**defaults, **given}
         self._given = given.keys()
@@ -45,6 +52,14 @@ class Keys:
     def optional(self, key: str, *, above: float | None = None, at_least: float | None = None) -> float | None:
         """The value, a number within its bound or None."""
         return None if self[key] is None else self.number(key, above=above, at_least=at_least)
+
+    def pair(self, key: str) -> tuple[float, float]:
+        """The value, two numbers."""
+        value = self[key]
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) != 2:
+            msg = f"{key}: expected two numbers, got {value!r}"
+            raise ValueError(msg)
+        return check_number(key, value[0]), check_number(key, value[1])
 
     def flag(self, key: str) -> bool:
         """The value, True or False."""
@@ -95,7 +110,14 @@ def made(
     """The mode of a framework's loss; `argument` is the framework's word for the name of a loss."""
     loss = chosen(argument, name, losses)
     keys = Keys(framework, name, defaults, given)
-    mode = loss(keys)
+    try:
+        mode = loss(keys)
+    except (TypeError, ValueError) as error:
+        if given and str(error).partition(":")[0] not in defaults:
+            # what a part of the mode says of a number, under its own name
+            msg = f"{', '.join(given)}: {framework}'s {name!r} is no Mode with these values: {error}"
+            raise type(error)(msg) from error
+        raise
     keys.check_all_read()
     return mode
 

@@ -112,7 +112,7 @@ def _clip(keys: Keys) -> PPOClip:
     if both is None:
         low = high = keys.number("actor.eps_clip", above=0.0)
     else:
-        low, high = _two(both, "actor.eps_clip_low_high")
+        low, high = keys.pair("actor.eps_clip_low_high")
     return PPOClip(eps_low=low, eps_high=high, dual_clip=keys.optional("actor.dual_clip", above=1.0))
 
 
@@ -126,9 +126,9 @@ def _corrections(keys: Keys) -> tuple[Correction, ...]:
         return ()
     clip = keys.choice(f"{_IS}mode", {"mask": False, "clip": True})
     gating = keys.choice(f"{_IS}gating", {"ratio": "ratio", "binary_kl": "binary_kl", "tv": "binary_tv"})
-    threshold = keys[f"{_IS}threshold"]
     # one number is an upper bound
-    low, high = _two(threshold if isinstance(threshold, (tuple, list)) else (0.0, threshold), f"{_IS}threshold")
+    two = isinstance(keys[f"{_IS}threshold"], (tuple, list))
+    low, high = keys.pair(f"{_IS}threshold") if two else (0.0, keys.number(f"{_IS}threshold"))
     if clip and (level == "seq" or gating != "ratio"):
         keys.refuse(f"{_IS}mode", "OpenRLHF clips the ratio of tokens only")
     if gating != "ratio":
@@ -152,13 +152,3 @@ def _kl(keys: Keys, reduction: str) -> tuple[Penalty, ...]:
     estimator: Any = keys.choice("algo.kl.estimator", {name: name for name in ("k1", "k2", "k3")})
     coefficient = keys.number("algo.kl.init_coef", at_least=0.0)
     return (Penalty(coefficient=coefficient, estimator=estimator),) if coefficient > 0.0 else ()
-
-
-def _two(value: Any, key: str) -> tuple[float, float]:
-    """Two numbers."""
-    try:
-        low, high = (float(number) for number in value)
-    except (TypeError, ValueError):
-        msg = f"{key}: expected two numbers, got {value!r}"
-        raise ValueError(msg) from None
-    return low, high

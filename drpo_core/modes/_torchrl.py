@@ -85,16 +85,10 @@ LOSSES: Mapping[str, Callable[[Keys], Mode]] = {"GRPOLoss": _clip, "DAPO": _clip
 
 
 def _bounds(keys: Keys) -> tuple[float, float]:
-    both = keys["clip_epsilon"]
-    if not isinstance(both, (tuple, list)):
-        low = keys.number("clip_epsilon", above=0.0)
-        return low, low
-    try:
-        low, high = (float(number) for number in both)
-    except (TypeError, ValueError):
-        msg = f"clip_epsilon: expected a number or two, got {both!r}"
-        raise ValueError(msg) from None
-    return low, high
+    if isinstance(keys["clip_epsilon"], (tuple, list)):
+        return keys.pair("clip_epsilon")
+    low = keys.number("clip_epsilon", above=0.0)
+    return low, low
 
 
 def _mode(keys: Keys, objective: Objective) -> Mode:

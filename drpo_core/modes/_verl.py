@@ -304,8 +304,12 @@ def _reduction(keys: Keys) -> tuple[str, float | None]:
     """Name and horizon of the aggregation."""
     name = keys.choice("loss_agg_mode", REDUCTIONS)
     # verl's own default is the padded width, which changes from batch to batch
-    norm = keys["loss_agg_mode"] == "seq-mean-token-sum-norm"
-    return name, keys.number("loss_scale_factor", above=0.0) if norm else None
+    if keys["loss_agg_mode"] != "seq-mean-token-sum-norm":
+        return name, None
+    if keys["loss_scale_factor"] is None:
+        msg = "loss_scale_factor: expected a number with loss_agg_mode='seq-mean-token-sum-norm' (verl's default is the width)"
+        raise ValueError(msg)
+    return name, keys.number("loss_scale_factor", above=0.0)
 
 
 _KL: Mapping[str, str] = {

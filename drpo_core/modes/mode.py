@@ -13,7 +13,7 @@ from drpo_core import anchors, corrections, objectives, penalties
 from drpo_core import reduction as reductions
 from drpo_core._checks import check_arrays, check_flag, check_number, check_part, check_segment_ids, check_shape
 from drpo_core._sequences import Sequences
-from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean
+from drpo_core.diagnostics import EffectiveSampleSize, Maximum, Mean, separated
 from drpo_core.objectives.protocol import check_objective, inside_of, ratio_weight_of
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Mode:
             object.__setattr__(self, name, tuple(parts))
             for part in parts:
                 check_part(name, part, method, f"a tuple of {name}")
-        if self.reduction not in REDUCTIONS:
+        if self.reduction not in tuple(REDUCTIONS):
             msg = f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {self.reduction!r}"
             raise ValueError(msg)
         if self.horizon is not None:
@@ -147,9 +147,14 @@ class Mode:
 
     @property
     def reduce(self) -> Reduction:
-        """The reduction as a function."""
-        function = REDUCTIONS[self.reduction]
-        return function if self.horizon is None else partial(function, horizon=self.horizon)
+        """The reduction as a function of values and mask; a `ValueError` where the mode's masks change what it counts."""
+        if not self.count_masked and any(part.counts is None for part in self.corrections):
+            msg = (
+                f"count_masked: {self!r} counts the tokens that its corrections keep, which no mask says; expected "
+                "count_masked=True, or a normalizer that you count yourself"
+            )
+            raise ValueError(msg)
+        return reduction_of_counted(self)
 
     @property
     def is_plain(self) -> bool:
@@ -182,7 +187,10 @@ class Mode:
         return tokens.ratio * self.objective.weight(tokens) if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
-        """The mode as a dict of strings, numbers, lists and dicts, for YAML or TOML; what has its default is left out."""
+        """The mode as a dict of strings, numbers, lists and dicts, for YAML or TOML; what has its default is left out.
+
+        None, which TOML can't say, is ``"none"``.
+        """
         values: dict[str, Any] = _as_dict(self)
         return values
 
@@ -202,12 +210,31 @@ class Mode:
         return made
 
 
+def refuse_mode(objective: Any, framework: str) -> Any:
+    """The objective, for a framework that reduces by itself; of a mode a `ValueError` that names what would be left out."""
+    if not isinstance(objective, Mode):
+        return objective
+    named = [name for name, _ in _given(objective) if name != "objective"]
+    missing = ", ".join(dict.fromkeys((*named, "reduction")))
+    msg = (
+        f"objective: {framework}'s integration takes no mode, whose {missing} it would leave out; expected an objective such "
+        f"as {objective.objective!r}, got {objective!r}"
+    )
+    raise ValueError(msg)
+
+
 REDUCTIONS: Mapping[str, Any] = {
     "token_mean": reductions.token_mean,
     "sequence_mean_token_mean": reductions.sequence_mean_token_mean,
     "sequence_mean_token_sum": reductions.sequence_mean_token_sum,
     "token_sum": partial(reductions.token_mean, normalizer=1.0),
 }
+
+
+def reduction_of_counted(mode: Mode) -> Reduction:
+    """The reduction of a mode over the tokens that it counts."""
+    function = REDUCTIONS[mode.reduction]
+    return function if mode.horizon is None else partial(function, horizon=mode.horizon)
 
 
 # --- double ratios ---------------------------------------------------------------------------------------------------
@@ -256,7 +283,13 @@ def _given(value: Any) -> list[tuple[str, Any]]:
     return [(each.name, given) for (each, given), default in zip(pairs, defaults, strict=True) if given != default]
 
 
+_NONE = "none"
+"""None in a dict: TOML has no word for it, and YAML's would be lost on the way to TOML. No choice of a part is called so."""
+
+
 def _as_dict(value: Any) -> Any:
+    if value is None:
+        return _NONE
     if isinstance(value, (tuple, list)):
         return [_as_dict(item) for item in value]
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
@@ -272,7 +305,7 @@ def _of_dict(values: Any) -> Any:
     if isinstance(values, (tuple, list)):
         return tuple(_of_dict(item) for item in values)
     if not isinstance(values, dict):
-        return values
+        return None if values == _NONE else values
     fields = {name: _of_dict(value) for name, value in values.items() if name != "kind"}
     name = str(values.get("kind"))
     kind = Mode if name == "Mode" else next((getattr(room, name) for room in _ROOMS if name in room.__all__), None)
@@ -358,6 +391,10 @@ def resolve(
     """The objective or mode for these tokens; checked arrays, without a graph."""
     others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
     check_others(objective, others, log_prob, xp=xp)
+    of_ranks: object = across
+    if of_ranks is not None and not callable(of_ranks):
+        msg = f"across: expected a function, such as the adapters' distributed.across makes, got {across!r}"
+        raise TypeError(msg)
     if segment_ids is not None:
         check_segment_ids(segment_ids, log_prob if mask is None else mask, xp=xp)
     if not is_whole_mode(objective):
@@ -366,7 +403,8 @@ def resolve(
         mask = xp.astype(xp.ones_like(log_prob), xp.bool)
     sequences = Sequences(mask, segment_ids, across=across, xp=xp)
     log_probs = (log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob)
-    return evaluated(objective, *log_probs, advantages, sequences, diagnostics=diagnostics, dtype=dtype)
+    found = evaluated(objective, *log_probs, advantages, sequences, diagnostics=diagnostics, dtype=dtype)
+    return found._replace(diagnostics=separated(found.diagnostics, xp=xp)) if found.diagnostics else found
 
 
 def is_whole_mode(objective: Objective) -> TypeGuard[Mode]:
@@ -396,13 +434,19 @@ def evaluated(
     statistics: Diagnostics = {}
     for name, correction in zip(_names(mode.corrections), mode.corrections, strict=True):
         one = correction.factor(evidence)
-        factor = one if factor is None else factor * one
+        # a token that one correction leaves out stays out, whatever the others make of it
+        factor = one if factor is None else xp.where(one == 0.0, 0.0, factor) * xp.where(factor == 0.0, 0.0, one)
         if correction.counts is None and not mode.count_masked:
             counted = counted & (one != 0.0)
         if diagnostics:
             statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
     penalty = _total(mode.penalties, policies) if mode.penalties else None
-    return Resolved(mode.objective, mode.anchor.log_prob(policies), factor, counted, penalty, statistics)
+    if isinstance(mode.anchor, (anchors.Behavior, anchors.Proximal)):
+        # nothing is added up, so its log-probs stay as they are: where π and the anchor are both 0, R is 1
+        anchor = behavior_log_prob if mode.anchor.policy == "behavior" else proximal_log_prob
+    else:
+        anchor = mode.anchor.log_prob(policies)
+    return Resolved(mode.objective, anchor, factor, counted, penalty, statistics)
 
 
 def penalty_gradient(mode: Mode, *log_probs: Array | None, mask: Array, dtype: Any, xp: Namespace) -> Float[Array, "*tokens"]:
@@ -439,6 +483,11 @@ def check_others(objective: Objective, others: Mapping[str, Array | None], log_p
             if not isinstance(objective, Mode):
                 msg = f"{name}: expected None, because {objective!r} is no Mode that uses it, got an array"
                 raise ValueError(msg)
+            if name not in needed:
+                # a mode without the anchor that was meant would train all the same, on another policy
+                used = ", ".join(needed) or "none"
+                msg = f"{name}: expected None, because {objective!r} does not use it (its `arguments`: {used}), got an array"
+                raise ValueError(msg)
             check_arrays(xp=xp, **{name: array})
             check_shape(name, array, "log_prob", log_prob)
 
@@ -453,10 +502,10 @@ def _statistics(name: str, factor: Array, mask: Array, *, xp: Namespace) -> Diag
     """Of a correction's factor over valid tokens: the share that it leaves out, mean, largest and effective sample size."""
     count = reductions.count_true(mask, factor.dtype, xp=xp)
     valid = xp.where(mask, factor, 0.0)
-    total = xp.sum(valid)
+    total, largest = xp.sum(valid), xp.where(mask, factor, -xp.inf)
     return {
         f"{name}_masked_fraction": Mean(reductions.count_true(mask & (factor == 0.0), factor.dtype, xp=xp), count),
         f"{name}_mean": Mean(total, count),
-        f"{name}_max": Maximum(xp.max(valid) if 0 not in valid.shape else xp.sum(valid) - xp.inf, count),
+        f"{name}_max": Maximum(xp.max(largest) if 0 not in valid.shape else xp.sum(valid) - xp.inf, count),
         f"{name}_effective_sample_size": EffectiveSampleSize(total, xp.sum(valid * valid), count),
     }

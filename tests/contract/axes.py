@@ -207,6 +207,11 @@ class Reduction(NamedTuple):
     name: str
     bound: tuple[tuple[str, float | str], ...] = ()
 
+    @property
+    def counts(self) -> bool:
+        """Whether its denominator is a count, and no number that is bound to it."""
+        return "normalizer" not in dict(self.bound)
+
     def __str__(self) -> str:
         """Name, and what is bound."""
         return self.name + "".join(f" {key}={value}" for key, value in self.bound)

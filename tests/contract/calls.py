@@ -14,13 +14,16 @@ from contract import names
 from contract.arrays import exact, make
 from contract.axes import BOUND_ARRAY, DType, Given, Library, Measured, Number, Reduction, Storage, Use
 from contract.oracle import LINEAR_DIVISOR
-from contract.subjects import ARRAYS, FLAGS, GOOD, NUMBERS, SUBJECTS, function_of, parameters_of
+from contract.subjects import ARRAYS, FLAGS, GOOD, NUMBERS, OF_MODES, SUBJECTS, function_of, parameters_of
 from contract.world import SOFTCAP, TEMPERATURE, junk, world
 
 import drpo_core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+WEIGHTS = (1.0, -0.5)
+"""Of the two rewards of a sequence."""
 
 MANY = 1e6
 """Tokens of a batch whose micro-batch is the world."""
@@ -57,6 +60,10 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
 
     given = [name for name in parameters_of(subject) if cell[name] is not Given.ABSENT and cell[name] is not Number.ABSENT]
     arrays = {name: array(name, cell[name]) for name in given if name in ARRAYS and isinstance(cell[name], DType)}
+    needed = getattr(names.of_label(cell.get("objective")), "arguments", ())
+    arrays |= {
+        name: array(name) for name in OF_MODES if name in needed and name in parameters_of(subject) and name not in arrays
+    }
     if "log_normalizer" in arrays:
         temperature = 1.0 if cell["temperature"] is Number.ABSENT else GOOD["temperature"]
         numbers["log_normalizer"] = torch.tensor(exact(arrays["logits"]) / temperature).logsumexp(-1).numpy()
@@ -69,14 +76,12 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
         if name in NUMBERS:
             known[name] = MANY if name == "normalizer" and cell["use"] is Use.SCALED else GOOD[name]
             options[name] = _number(known[name], choice, library)
-        elif name == "objective":
-            options[name] = known[name] = names.objectives()[choice]
+        elif name in _VALUES:
+            options[name] = known[name] = _VALUES[name](choice)
         elif name == "reduction":
             if any(value == BOUND_ARRAY for _, value in choice.bound):
                 inner["bound_token_weights"] = array("token_weights")
             options[name], known[name] = _reduction(choice, inner.get("bound_token_weights"), library), choice
-        elif name == "engine":
-            options[name] = choice.value
         elif isinstance(choice, Measured):
             options[name], recorded = _measured(choice, cell, array, library)
             inner |= recorded
@@ -101,6 +106,14 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
         return function(*objective, **(options | some))
 
     return Call(called, arrays, oracle, values, {k: v for k, v in inner.items() if v is not None})
+
+
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    "objective": names.of_label,
+    "weights": lambda _: WEIGHTS,
+    "engine": lambda choice: choice.value,
+}
+"""What a choice of these stands for."""
 
 
 def _number(value: float, choice: Number, library: Library) -> Any:

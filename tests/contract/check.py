@@ -179,8 +179,10 @@ def _dtypes_of_result(subject: str, path: str, cell: Cell, want: torch.Tensor, c
     name = subject.rpartition(".")[2]
     if path == "gradient":
         return {dtype_of(call.arrays["log_prob"])}
-    if name in {"group_advantages", "expand_advantages"}:
-        return {dtype_of(call.arrays["rewards" if name == "group_advantages" else "advantages"])}
+    if not want.is_floating_point():
+        return {"int64", "int32"}
+    if name.endswith("_advantages"):
+        return {dtype_of(call.arrays["rewards" if "rewards" in call.arrays else "advantages"])}
     if name in {"global_normalizer", "summarize"}:
         return {"float64", "float32"}
     if name in {"reduction_coefficients", "reduction_count", "global_coefficients", "linear_reduction"}:
@@ -200,7 +202,7 @@ def _tolerance(subject: str, path: str, cell: Cell, dtype: str, precise: float) 
     """How far a result may be off, relative to the largest of its array."""
     precise = max(precise, EPSILON["float32"]) if dtype == "float32" else precise
     tolerance = ROUNDINGS * precise
-    if path.startswith(("gradient", "second")) or subject.endswith(("group_advantages", "expand_advantages")):
+    if path.startswith(("gradient", "second")) or subject.endswith("_advantages"):
         tolerance += 2.0 * EPSILON[dtype]
     if subject.endswith("linear_policy_loss"):
         # logits are products of the dtype of the model, or of autocast's

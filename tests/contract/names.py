@@ -25,7 +25,7 @@ from drpo_core import UntraceableError
 from drpo_core.engines.numba_loop import compilations
 from drpo_core.objectives import OBJECTIVES, label
 
-__all__ = ["UntraceableError", "compilations", "is_per_token", "namespace", "objectives", "public"]
+__all__ = ["UntraceableError", "compilations", "is_per_token", "modes", "namespace", "objectives", "of_label", "public"]
 
 MODULES = (
     drpo_core,
@@ -77,9 +77,66 @@ def objectives() -> dict[str, Any]:
     return {label(objective): objective for objective in every}
 
 
+@functools.cache
+def modes() -> dict[str, Any]:
+    """Modes that between them have each anchor, each level of correction, penalties and each reduction; by a word."""
+    anchors, corrections, penalties = drpo_core.anchors, drpo_core.corrections, drpo_core.penalties
+    weight, mask, penalty = corrections.ImportanceWeight, corrections.RatioMask, penalties.Penalty
+    to_sampler = penalty(coefficient=0.2, estimator="k2", to="behavior")
+    every = {
+        "alone": (drpo_core.PPOClip(eps=0.2), {"reduction": "sequence_mean_token_mean"}),
+        "of sequences": (
+            drpo_core.PPOClip(eps=0.2),
+            {
+                "anchor": anchors.Sequence(anchors.Proximal()),
+                "corrections": (weight(low=0.513, high=1.317),),
+                "penalties": (penalty(coefficient=0.1),),
+                "reduction": "sequence_mean_token_mean",
+            },
+        ),
+        "of masks": (
+            drpo_core.DRPO(delta=0.15),
+            {
+                "corrections": (
+                    mask(edge="policy/behavior", level="geometric", low=0.531, high=2.217),
+                    corrections.Veto(edge="policy/behavior", low=0.0313, high=31.3),
+                ),
+                "penalties": (to_sampler,),
+                "count_masked": False,
+            },
+        ),
+        "of a batch": (
+            drpo_core.objectives.Reinforce(),
+            {
+                "anchor": anchors.Proximal(),
+                "corrections": (
+                    weight(level="sequence", high=2.217, normalize=True),
+                    corrections.SecondMomentMask(edge="policy/proximal", tau=0.0713),
+                ),
+                "reduction": "token_sum",
+            },
+        ),
+        "of prefixes": (
+            drpo_core.PolicyGradient(),
+            {
+                "anchor": anchors.Prefix(anchors.Behavior()),
+                "corrections": (corrections.PrefixBudgetMask(edge="policy/behavior", delta=0.0613),),
+                "reduction": "sequence_mean_token_sum",
+                "horizon": 7.0,
+            },
+        ),
+    }
+    return {f"mode {name}": drpo_core.modes.Mode(objective, **parts) for name, (objective, parts) in every.items()}
+
+
+def of_label(choice: str | None) -> Any:
+    """The objective or mode of a label."""
+    return None if choice is None else (objectives() | modes())[choice]
+
+
 def is_per_token(objective: str | None) -> bool:
     """Whether an objective needs a divergence per token."""
-    return objective is not None and getattr(objectives()[objective], "divergence", None) == "per_token"
+    return getattr(of_label(objective), "divergence", None) == "per_token"
 
 
 def namespace(array: Any) -> Any:

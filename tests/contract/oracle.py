@@ -10,11 +10,13 @@ import functools
 import math
 from typing import Any
 
+import mode_oracles
 import torch
 from contract.axes import Measured, Reduction
 from torch import Tensor
 
 from drpo_core import PolicyGradient
+from drpo_core.modes import Mode
 from drpo_core.testing import oracle as digits
 
 SATURATION = 20.0
@@ -225,24 +227,133 @@ def group_advantages(
     *,
     group_ids: Tensor | None = None,
     divide_by_std: bool = False,
+    divide_by_mean: bool = False,
     std_offset: float = 1e-6,
     leave_one_out: bool = False,
     **_: Any,
 ) -> Outputs:
     result = torch.zeros_like(rewards)
-    groups = (
-        [group_ids == i for i in group_ids.unique()]
-        if group_ids is not None
-        else _sequences(torch.ones_like(rewards) == 1, None)
-    )
-    for own in groups:
+    for own in _groups(rewards, group_ids):
         r = rewards[own]
         if len(r) < 2 or bool((r == r[0]).all()):
             continue
         a = r - r.mean()
         a = a * len(r) / (len(r) - 1) if leave_one_out else a
-        result[own] = a / (r.std() + std_offset) if divide_by_std else a
+        result[own] = a / (r.std() + std_offset) if divide_by_std else a / r.mean() if divide_by_mean else a
     return {"": result}
+
+
+def _groups(rewards: Tensor, group_ids: Tensor | None) -> list[Tensor]:
+    """For each group, which rewards are its own."""
+    if group_ids is not None:
+        return [group_ids == i for i in group_ids.unique()]
+    return _sequences(torch.ones_like(rewards) == 1, None)
+
+
+def length_weighted_advantages(rewards: Tensor, lengths: Tensor, *, group_ids: Tensor | None = None, **_: Any) -> Outputs:
+    result, size = torch.zeros_like(rewards), rewards.abs().max() if rewards.numel() else torch.zeros(())
+    for own in _groups(rewards, group_ids):
+        r, t = rewards[own], lengths[own].double()
+        if not bool((r == r[0]).all()):
+            result[own] = r - (float((t * r).sum() / t.sum()) if t.sum() else 0.0)
+    return {"": result, SIZE: size}
+
+
+def reward_decoupled_advantages(rewards: Tensor, *, weights: Any = None, **options: Any) -> Outputs:
+    weights = (1.0,) * rewards.shape[-1] if weights is None else weights
+    each = [w * group_advantages(r, **options)[""] for w, r in zip(weights, rewards.unbind(-1), strict=True)]
+    return {"": sum(each), SIZE: sum(a.abs() for a in each).max() if each[0].numel() else torch.zeros(())}
+
+
+def pass_at_k_advantages(
+    rewards: Tensor,
+    *,
+    k: int,
+    group_ids: Tensor | None = None,
+    divide_by_std: bool = False,
+    std_offset: float = 1e-6,
+    **_: Any,
+) -> Outputs:
+    """Σ_j (R − R_j) P(j is the best of k − 1 others), over the samples j that are lower."""
+    result = torch.zeros_like(rewards)
+    for own in _groups(rewards, group_ids):
+        r, order = rewards[own].sort(stable=True)
+        n, drawn = len(r), min(k, len(r)) - 1
+        # of the others in their order, the m-th lower one is the best where all other drawn ones are before it
+        chance = torch.tensor(
+            [math.comb(m, drawn - 1) / math.comb(n - 1, drawn) if drawn else 0.0 for m in range(n)], dtype=torch.float64
+        )
+        lower = [c.cumsum(0) - c for c in (chance, chance * r)]
+        a = torch.empty_like(r)
+        a[order] = r * lower[0] - lower[1]
+        a = torch.where(rewards[own] == r[0], 0.0, a)
+        std = float(r.std()) + std_offset if n > 1 else std_offset
+        result[own] = a / (std or 1.0) if divide_by_std else a
+    return {"": result}
+
+
+def whitened_advantages(advantages: Tensor, mask: Tensor, *, std_offset: float = 1e-8, **_: Any) -> Outputs:
+    result, a = torch.zeros_like(advantages), advantages[mask]
+    if len(a) > 1 and not bool((a == a[0]).all()):
+        result[mask] = (a - a.mean()) / (a.std() + std_offset)
+    return {"": result}
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, discount: float = 1.0, trace_decay: float = 0.95, **_: Any
+) -> Outputs:
+    """Token by token from the end of each sequence, as if only the valid ones were there."""
+    result = torch.zeros_like(rewards)
+    for own in _sequences(mask, None):
+        places = (own & mask).nonzero()
+        following = estimate = 0.0
+        for place in map(tuple, places.flip(0).tolist()):
+            delta = float(rewards[place]) + discount * following - float(values[place])
+            estimate = delta + discount * trace_decay * estimate
+            following = float(values[place])
+            result[place] = estimate
+    return {"": result}
+
+
+def informative_groups(rewards: Tensor, *, low: float = -math.inf, high: float = math.inf, **_: Any) -> Outputs:
+    kept = torch.zeros_like(rewards) == 1.0
+    for own in _sequences(~kept, None):
+        r = rewards[own]
+        kept |= own & bool((r != r[0]).any() and low < float(r.mean()) < high)
+    groups = len(rewards)
+    count = int(kept.any(-1).sum()) if rewards.numel() else 0
+    return {"kept": kept, "groups_kept": torch.tensor(count), "groups_removed": torch.tensor(groups - count)}
+
+
+def interpolated_proximal_log_prob(log_prob: Tensor, behavior_log_prob: Tensor, staleness: Tensor, **_: Any) -> Outputs:
+    rows = zip(*(t.reshape(-1).tolist() for t in (log_prob, behavior_log_prob, staleness)), strict=True)
+    found = [b if d <= 1 else x if x == -math.inf else (1 - 1 / d) * x + b / d for x, b, d in rows]
+    return {"": torch.tensor(found, dtype=torch.float64).reshape(log_prob.shape)}
+
+
+def clip_cov_weights(
+    log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    noise: Tensor,
+    *,
+    share: float = 2e-4,
+    low: float = 1.0,
+    high: float = 5.0,
+    candidates: Tensor | None = None,
+    **_: Any,
+) -> Outputs:
+    weights = mask.double()
+    known = mask & ~torch.isneginf(log_prob)
+    if bool(known.any()):
+        covariance = torch.where(known, log_prob - log_prob[known].mean(), 0.0) * (advantages - advantages[mask].mean())
+        chosen = known & (covariance > low) & (covariance < high)
+        chosen = chosen if candidates is None else chosen & candidates
+        count = max(int(share * int(mask.sum())), 1)
+        if bool(chosen.any()):
+            last = noise[chosen].sort().values[: min(count, int(mask.sum()))][-1]
+            weights = torch.where(chosen & (noise <= last), 0.0, weights)
+    return {"": weights}
 
 
 def expand_advantages(advantages: Tensor, mask: Tensor, *, segment_ids: Tensor | None = None, **_: Any) -> Outputs:
@@ -301,6 +412,82 @@ class _Step(torch.autograd.Function):
         return gradient
 
 
+class Parts:
+    """What a mode adds to an objective, from the scalar oracles: the anchor, K, the penalties, and which tokens count."""
+
+    def __init__(self, mode: Any, arrays: dict[str, Tensor | None], mask: Tensor, segment_ids: Tensor | None) -> None:
+        self.mode, self.statistics = mode, {}
+        places, rows = [], []
+        for own in _sequences(mask, segment_ids):
+            place = (own & mask).reshape(-1).nonzero()[:, 0].tolist()
+            # FIPO's distances count masked tokens; packed ones are counted in their sequence
+            inside = own.reshape(-1).nonzero()[:, 0].tolist()
+            flat = {name: None if a is None else a.reshape(-1).tolist() for name, a in arrays.items()}
+            rows.append([mode_oracles.Token(inside.index(i), *(_bounded(flat[name], i) for name in _FIELDS)) for i in place])
+            places.append(place)
+
+        def spread(values: list[list[float]]) -> Tensor:
+            result = torch.zeros(mask.numel(), dtype=torch.float64)
+            for place, row in zip(places, values, strict=True):
+                result[place] = torch.tensor(row, dtype=torch.float64)
+            return result.reshape(mask.shape)
+
+        self.anchor, self.factor, self.counted = arrays["behavior_log_prob"], mask.double(), mask
+        if type(mode.anchor).__name__ == "Proximal":
+            self.anchor = arrays["proximal_log_prob"]
+        elif type(mode.anchor).__name__ != "Behavior":
+            self.anchor = spread([mode_oracles.anchor_log_prob(mode.anchor, row) for row in rows])
+        for correction in mode.corrections:
+            k = spread(mode_oracles.CORRECTIONS[type(correction)](correction, rows))
+            self.factor = self.factor * k
+            if correction.counts is None and not mode.count_masked:
+                self.counted = self.counted & (k != 0.0)
+            self.statistics |= _of_factor(type(correction).__name__, k[mask])
+        penalties = [[tuple(map(sum, zip(*(_penalty(p, t) for p in mode.penalties)))) for t in r] for r in rows]
+        self.penalty = [
+            spread([[t[i] for t in r] for r in penalties]) if mode.penalties else 0.0 * self.factor for i in (0, 1)
+        ]
+
+
+def _penalty(p: Any, t: mode_oracles.Token) -> tuple[float, float]:
+    """Value and gradient; of k3 along its tangent below ℓ = −20."""
+    ell = t.policy - {"reference": t.reference, "behavior": t.behavior, "proximal": t.proximal}[p.to]
+    if p.estimator != "k3" or ell >= -SATURATION:
+        return mode_oracles.penalty(p, t)
+    value, slope = mode_oracles.penalty(p, t._replace(policy=t.policy - ell - SATURATION))
+    return value + slope * (ell + SATURATION), slope
+
+
+_FIELDS = ("log_prob", "behavior_log_prob", "proximal_log_prob", "reference_log_prob", "advantages")
+
+
+def _bounded(values: list[float] | None, i: int) -> float:
+    """Log-probs within 10⁶ nats, as where they are added up."""
+    return math.nan if values is None else max(values[i], -1e6)
+
+
+def _of_factor(name: str, k: Tensor) -> Outputs:
+    """Statistics of a correction."""
+    word = "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+    n, nan = k.numel(), torch.tensor(torch.nan, dtype=torch.float64)
+    return {
+        f"{word}_masked_fraction": (k == 0.0).double().mean() if n else nan,
+        f"{word}_mean": k.mean() if n else nan,
+        f"{word}_max": k.max() if n else -torch.tensor(math.inf, dtype=torch.float64),
+        f"{word}_effective_sample_size": k.sum() ** 2 / ((k**2).sum() * n) if n and bool((k != 0.0).any()) else nan,
+    }
+
+
+def reduction_of(objective: Any, reduction: Reduction | None) -> Reduction:
+    """The one that is given, else a mode's own, else the mean over tokens."""
+    if reduction is None and isinstance(objective, Mode):
+        if objective.reduction == "token_sum":
+            return Reduction("token_mean", (("normalizer", 1.0),))
+        horizon = () if objective.horizon is None else (("horizon", objective.horizon),)
+        return Reduction(objective.reduction, horizon)
+    return reduction or Reduction("token_mean")
+
+
 class Tokens:
     """Per token: the loss as a function of log π with its analytic derivative, the gradient, the weight; masked ones are 0."""
 
@@ -312,8 +499,16 @@ class Tokens:
         advantages: Tensor,
         mask: Tensor,
         divergence: Tensor | None,
+        segment_ids: Tensor | None = None,
+        **others: Tensor | None,
     ) -> None:
         x, b, a = log_prob.detach(), behavior_log_prob, advantages
+        parts = None
+        if isinstance(objective, Mode):
+            arrays = {"log_prob": x, "behavior_log_prob": b, "advantages": a}
+            arrays |= {name: others.get(name) for name in ("proximal_log_prob", "reference_log_prob")}
+            parts = Parts(objective, arrays, mask, segment_ids)
+            objective, b = objective.objective, parts.anchor
         d = x if divergence is None else divergence
         rows = [
             _token(objective, *row) if m else (0.0, 0.0, 0.0, True)
@@ -322,7 +517,15 @@ class Tokens:
         columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).T.reshape(4, *x.shape)
         value, self.gradient, self.weight, inside = columns
         self.inside = inside == 1.0
-        self.loss = value + self.gradient * torch.where(mask, _Step.apply(log_prob), 0.0)
+        # of the objective alone: what diagnostics are of
+        self.final, self.corrected, self.counted, self.of_corrections = self.gradient, self.weight, mask, {}
+        if parts is not None:
+            self.counted, self.of_corrections, self.corrected = parts.counted, parts.statistics, parts.factor * self.weight
+            value, self.final = (
+                parts.factor * each + torch.where(parts.counted, penalty, 0.0)
+                for each, penalty in zip((value, self.gradient), parts.penalty, strict=True)
+            )
+        self.loss = value + self.final * torch.where(mask, _Step.apply(log_prob), 0.0)
         self.mask, self.x, self.b, self.a = mask, x, b, a
 
     def diagnostics(self, path: str, *, rounded: bool = False) -> Outputs:
@@ -383,6 +586,7 @@ class Tokens:
         if bool(((rounded | (w != 1.0)) & ((w - 1.0).abs() < ROUNDING * 64)).any()):
             unknown += ["attenuated_fraction", "amplified_fraction"]  # float32 rounds these to 1
         figures |= dict.fromkeys(unknown)
+        figures |= self.of_corrections
         return {f"{path}/{name}".lstrip("/"): value for name, value in figures.items()}
 
 
@@ -394,11 +598,15 @@ def token_loss_and_gradient(
     *,
     mask: Tensor | None = None,
     divergence: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    proximal_log_prob: Tensor | None = None,
+    reference_log_prob: Tensor | None = None,
     **_: Any,
 ) -> Outputs:
     mask = torch.ones_like(log_prob) == 1.0 if mask is None else mask
-    tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
-    return {"loss": tokens.loss, "gradient": tokens.gradient, "weight": tokens.weight}
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence, segment_ids, **others)
+    return {"loss": tokens.loss, "gradient": tokens.final, "weight": tokens.corrected}
 
 
 def token_loss(objective: Any, **arguments: Any) -> Outputs:
@@ -433,18 +641,22 @@ def policy_loss(
     advantages: Tensor,
     *,
     mask: Tensor,
-    reduction: Reduction,
+    reduction: Reduction | None = None,
     diagnostics: bool = True,
     divergence: Tensor | None = None,
     final_gradient: bool = False,
     rounded: bool = False,
+    proximal_log_prob: Tensor | None = None,
+    reference_log_prob: Tensor | None = None,
     **options: Any,
 ) -> Outputs:
-    tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence)
-    c = coefficients(reduction, mask, **_reduction_options(options))
+    others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
+    ids = options.get("segment_ids")
+    tokens = Tokens(objective, log_prob, behavior_log_prob, advantages, mask, divergence, ids, **others)
+    c = coefficients(reduction_of(objective, reduction), tokens.counted, **_reduction_options(options))
     outputs = reduced(tokens.loss, c, "loss")
     if final_gradient:
-        outputs["gradient"] = c * tokens.gradient
+        outputs["gradient"] = c * tokens.final
     return outputs | (tokens.diagnostics("diagnostics", rounded=rounded) if diagnostics else {})
 
 
@@ -509,7 +721,11 @@ def top_k_divergences(
 def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = hidden @ weight.T
     z = z if bias is None else z + bias
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    if softcap is None:
+        return z
+    # tanh by e^(−2 abs(z)/cap), whose derivative has its digits where that of torch.tanh, 1 − tanh², has lost them
+    t = torch.exp(-2.0 * (z / softcap).abs())
+    return softcap * torch.sign(z) * -torch.expm1(-2.0 * (z / softcap).abs()) / (1.0 + t)
 
 
 def _measure(divergence: Any, logits: Tensor, temperature: float, tokens: Tensor, b: Tensor, recorded: dict[str, Any]) -> Any:
@@ -548,7 +764,7 @@ def logits_policy_loss(
     behavior_log_prob: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    reduction: Reduction,
+    reduction: Reduction | None = None,
     divergence: Any = None,
     temperature: float = 1.0,
     entropy: bool = False,
@@ -570,6 +786,7 @@ def logits_policy_loss(
         diagnostics=diagnostics,
         rounded=True,
         **_reduction_options(options),
+        **{name: options[name] for name in ("proximal_log_prob", "reference_log_prob") if name in options},
     )
     figures = ("log_prob", "entropy") if entropy else ("log_prob",)
     return outputs | {name: torch.where(mask, known[name].detach(), 0.0) for name in figures}

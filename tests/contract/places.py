@@ -17,7 +17,18 @@ from contract.arrays import make
 from contract.axes import DType, Given, Library, Measured
 from contract.calls import Call, call_of
 from contract.cells import base
-from contract.subjects import ARRAYS, CHOICES, GOOD, NUMBERS, SUBJECTS, axes_of, function_of, is_vocabulary, parameters_of
+from contract.subjects import (
+    ARRAYS,
+    CHOICES,
+    GOOD,
+    NUMBERS,
+    OF_MODES,
+    SUBJECTS,
+    axes_of,
+    function_of,
+    is_vocabulary,
+    parameters_of,
+)
 
 import drpo_core
 
@@ -151,6 +162,8 @@ def array_places() -> Iterator[ArrayPlace]:
                 choices["shape"] = axes.Shape.PACKED
             if name == "divergence":
                 choices["objective"] = PER_TOKEN
+            if name in OF_MODES:
+                choices["objective"] = "mode of sequences"
             call = call_of(subject, base_cell(subject, **choices))
             library = base_cell(subject)["library"]
             required = not parameters[name]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from contract import axes, names
 from contract.axes import Ambient, DType, Engine, Given, Library, Measured, Regime, Shape, Storage, Use
-from contract.subjects import ARRAYS, SUBJECTS, is_vocabulary
+from contract.subjects import ARRAYS, OF_DIAGNOSTICS, OF_MODES, SUBJECTS, is_vocabulary
+
+from drpo_core.modes import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +50,21 @@ def _has_float16(cell: Cell) -> bool:
 
 def _has_tv(subject: str) -> bool:
     return _named(subject, "binary_tv", "full_tv", "top_k_tv", "full_divergences", "top_k_divergences")
+
+
+def _mode(cell: Cell) -> Mode | None:
+    objective = names.of_label(cell.get("objective"))
+    return objective if isinstance(objective, Mode) else None
+
+
+def _has_parts(cell: Cell) -> bool:
+    return _mode(cell) is not None and cell["objective"] != "mode alone"
+
+
+def _of_groups(subject: str) -> bool:
+    return _named(
+        subject, "group_advantages", "length_weighted_advantages", "pass_at_k_advantages", "reward_decoupled_advantages"
+    )
 
 
 def _last_axis(subject: str) -> bool:
@@ -111,16 +128,17 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "Dynamo raises an error of its own for every error",
     ),
     (
-        lambda s, c: _named(s, "group_advantages") and bool(c["divide_by_mean"]),
+        lambda s, c: (
+            _named(s, "group_advantages")
+            and bool(c["divide_by_mean"])
+            and not c["divide_by_std"]
+            and c["regime"] not in {Regime.ON_POLICY, Regime.CERTAIN}
+        ),
         "a mean is divided by where rewards are 0 or more, and these are of either sign",
     ),
     (
         lambda _, c: str(c.get("objective")).startswith("Band-KL") and c["regime"] is Regime.CERTAIN,
         "at π = 1 the bound of a KL band and the ratio are the same but for a rounding",
-    ),
-    (
-        lambda _, c: _has(c, "logit_softcap") and c["regime"] is Regime.DISTANT and c["use"] is not Use.FORWARD,
-        "1 − tanh² of logits far beyond a soft-cap has few digits left, autograd's too",
     ),
     (
         lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
@@ -226,11 +244,7 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((ValueError,), "segment_ids", "segment ids are of packed tokens"),
     ),
     (
-        lambda s, c: (
-            _named(s, "group_advantages")
-            and c["group_ids"] is not Given.ABSENT
-            and c["shape"] not in {Shape.PACKED, Shape.ONE}
-        ),
+        lambda s, c: _of_groups(s) and c["group_ids"] is not Given.ABSENT and c["shape"] not in {Shape.PACKED, Shape.ONE},
         Refusal((ValueError,), "rewards", "group ids are of a list of rewards"),
     ),
     (
@@ -242,8 +256,43 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((ValueError,), "segment_ids", "a linear reduction finds its own sequences"),
     ),
     (
-        lambda s, c: _named(s, "group_advantages") and c["shape"] is Shape.NUMBER,
+        lambda s, c: (_of_groups(s) or _named(s, "generalized_advantages")) and c["shape"] is Shape.NUMBER,
         Refusal((ValueError,), "rewards", "one reward has no group"),
+    ),
+    (
+        lambda s, c: _named(s, "group_advantages") and c["divide_by_std"] and c["divide_by_mean"],
+        Refusal((ValueError,), "divide_by_mean", "one of the two divides"),
+    ),
+    (
+        lambda s, c: _named(s, "informative_groups") and len(c["shape"].leading) != 2,
+        Refusal((ValueError,), "rewards", "groups are rows"),
+    ),
+    (
+        lambda s, c: _named(s, "reduction_count", "global_normalizer") and not getattr(c.get("reduction"), "counts", True),
+        Refusal((ValueError,), "reduction", "a number that is bound is no count"),
+    ),
+    (
+        lambda _, c: _mode(c) is not None and c.get("reduction", Given.ABSENT) is not Given.ABSENT,
+        Refusal((ValueError,), "reduction", "a mode has its own reduction"),
+    ),
+    *(
+        (
+            lambda _, c, name=name: (
+                c.get(name, Given.ABSENT) is not Given.ABSENT and name not in getattr(_mode(c), "arguments", ())
+            ),
+            Refusal((ValueError,), name, f"{name} of an objective, or of a mode that has no use for it"),
+        )
+        for name in OF_MODES
+    ),
+    (
+        lambda s, c: s in OF_DIAGNOSTICS and _has_parts(c),
+        Refusal((ValueError,), "objective", "diagnostics of a mode are those of its loss"),
+    ),
+    (
+        lambda s, c: (
+            (_has_parts(c) or (c.get("objective") == "mode alone" and "reduction" in c)) and c["shape"] is Shape.NUMBER
+        ),
+        Refusal((ValueError,), "mask", "a number is no sequence, which modes look at"),
     ),
     (
         lambda s, c: _named(s, "expand_advantages") and c["segment_ids"] is Given.ABSENT and len(c["shape"].leading) != 2,

@@ -42,13 +42,22 @@ ARRAYS: dict[str, tuple[DType, ...]] = {
             "hidden",
             "weight",
             "bias",
+            "noise",
+            "proximal_log_prob",
+            "reference_log_prob",
         ),
         axes.FLOATS,
     ),
-    **dict.fromkeys(("tokens", "top_k_ids", "segment_ids", "group_ids"), axes.INTEGERS),
-    **dict.fromkeys(("mask", "sampled_in_top_k"), (DType.BOOL,)),
+    **dict.fromkeys(("tokens", "top_k_ids", "segment_ids", "group_ids", "lengths", "staleness"), axes.INTEGERS),
+    **dict.fromkeys(("mask", "sampled_in_top_k", "candidates"), (DType.BOOL,)),
 }
 """Arrays: the dtypes of each, independently of the others'."""
+
+COUNTS = {"lengths", "staleness"}
+"""Integers that are no ids."""
+
+OF_MODES = ("proximal_log_prob", "reference_log_prob")
+"""Arrays that are passed in any case where the mode of a cell needs them, and refused where it does not."""
 
 
 class Domain(NamedTuple):
@@ -57,6 +66,7 @@ class Domain(NamedTuple):
     above: float | None = None
     at_least: float | None = None
     below: float = math.inf
+    at_most: float = math.inf
     whole: bool = False
     default: float | None = None
 
@@ -65,7 +75,7 @@ class Domain(NamedTuple):
         if self.whole and value != int(value):
             return False
         above = (self.above is None or value > self.above) and (self.at_least is None or value >= self.at_least)
-        return above and value < self.below
+        return above and value < self.below and value <= self.at_most
 
 
 NUMBERS: dict[str, Domain] = {
@@ -79,6 +89,13 @@ NUMBERS: dict[str, Domain] = {
     "chunk_tokens": Domain(at_least=1, whole=True),
     "chunk_vocabulary": Domain(at_least=1, whole=True),
     "threads": Domain(at_least=1, whole=True),
+    # of advantages and corrections
+    "discount": Domain(at_least=0.0, at_most=1.0),
+    "trace_decay": Domain(at_least=0.0, at_most=1.0),
+    "k": Domain(at_least=2, whole=True),
+    "share": Domain(above=0.0),
+    "low": Domain(),
+    "high": Domain(),
     # of objectives
     "delta": Domain(above=0.0),
     "delta_low": Domain(above=0.0),
@@ -95,6 +112,18 @@ NUMBERS: dict[str, Domain] = {
 }
 """Numbers, and which of them a parameter takes."""
 
+OWN_DOMAINS = {
+    "drpo_core.corrections.clip_cov_weights low": Domain(below=5.0),
+    "drpo_core.corrections.clip_cov_weights high": Domain(above=1.0),
+}
+"""Of one function's parameter, where the other bound has a default."""
+
+
+def domain_of(place: str, name: str) -> Domain:
+    """Which numbers the parameter of a place takes."""
+    return OWN_DOMAINS.get(place, NUMBERS[name])
+
+
 GOOD = {
     "temperature": 0.7,
     "behavior_temperature": 1.3,
@@ -107,14 +136,21 @@ GOOD = {
     "chunk_vocabulary": 3,
     "threads": 2,
     "alpha": 0.1,
+    "discount": 0.9,
+    "trace_decay": 0.8,
+    "k": 3,
+    "share": 0.3141592,
+    "low": 0.1,
+    "high": 1.9,
 }
 ARRAYS_OF_NUMBERS = {"normalizer", "horizon"}
 """Numbers that may also be 0-d arrays, which nothing can check."""
 
 FLAGS = {"entropy", "diagnostics", "overwrite_logits", "divide_by_std", "divide_by_mean", "leave_one_out"}
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "objective": tuple(names.objectives()),
+    "objective": (*names.objectives(), *names.modes()),
     "reduction": axes.REDUCTIONS,
+    "weights": (Given.ABSENT, Given.GIVEN),
     "engine": tuple(Engine),
     "xp": (Given.ABSENT, Given.GIVEN),
 }
@@ -125,10 +161,6 @@ ELSEWHERE = {
     "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
-    **dict.fromkeys(
-        ("proximal_log_prob", "reference_log_prob"),
-        "only a mode takes them, whose reduction is its own: tests/core/test_modes.py and tests/test_adapter_modes.py",
-    ),
     "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
 """Parameters that are no axis here, and why."""
@@ -173,6 +205,14 @@ def _core() -> dict[str, Subject]:
         table[name] = Subject(getattr(oracle, name), _FIRST, world=_VOCABULARY)
     table["sampled_in_top_k"] = Subject(oracle.sampled_in_top_k)
     table["group_advantages"] = Subject(oracle.group_advantages)
+    for name in ("generalized", "length_weighted", "pass_at_k", "whitened"):
+        table[f"advantages.{name}_advantages"] = Subject(getattr(oracle, f"{name}_advantages"))
+    table["advantages.reward_decoupled_advantages"] = Subject(
+        oracle.reward_decoupled_advantages, world={"rewards": "several_rewards"}
+    )
+    table["advantages.informative_groups"] = Subject(oracle.informative_groups)
+    table["anchors.interpolated_proximal_log_prob"] = Subject(oracle.interpolated_proximal_log_prob)
+    table["corrections.clip_cov_weights"] = Subject(oracle.clip_cov_weights)
     table["expand_advantages"] = Subject(
         oracle.expand_advantages, world={"advantages": "sequence_advantages", "segment_ids": "sequence_ids"}
     )
@@ -360,6 +400,12 @@ def _jax_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any
     return jax.tree.map(lambda a: a[0], reduced)
 
 
+OF_DIAGNOSTICS = {
+    *(f"drpo_core.{name}" for name in ("token_diagnostics", "merge_diagnostics", "summarize", "diagnostics.map_diagnostics")),
+    *(f"drpo_{library}.distributed.all_reduce_diagnostics" for library in ("torch", "jax")),
+}
+"""What is of diagnostics that a mode has only if it is no more than an objective."""
+
 SUBJECTS: dict[str, Subject] = _core() | _reductions() | _adapters() | _distributed()
 
 PART_OF_A_MODE = "is called by the losses: tests/core/test_modes.py, test_anchors.py, test_corrections.py, test_penalties.py"
@@ -382,7 +428,7 @@ CLASSES = {
         "a value of TokenwiseClip, which is on the axis: tests/core/objectives/test_tokenwise.py",
     ),
     "Family": "a line of the table of objectives: tests/core/objectives/test_table.py",
-    "Mode": "has no rows yet, for its reduction is its own: tests/core/test_modes.py and tests/test_adapter_modes.py",
+    "Mode": "is on the axis of objectives: some of each kind",
     **dict.fromkeys(("KeptGroups", "Policies", "Evidence"), VALUES),
     **dict.fromkeys(("PolicyLoss", "TokenLoss", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
     **dict.fromkeys(("TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
@@ -406,22 +452,6 @@ NO_SUBJECTS = {
         (f"drpo_core.modes.{name}" for name in drpo_core.modes.__all__ if inspect.isfunction(getattr(drpo_core.modes, name))),
         "takes a framework's keys and no array: tests/modes",
     ),
-    **dict.fromkeys(
-        (
-            f"drpo_core.advantages.{name}"
-            for name in (
-                "generalized_advantages",
-                "informative_groups",
-                "length_weighted_advantages",
-                "pass_at_k_advantages",
-                "reward_decoupled_advantages",
-                "whitened_advantages",
-            )
-        ),
-        "has no rows yet: tests/core/test_advantages.py chooses its dtypes, shapes and values by hand",
-    ),
-    "drpo_core.anchors.interpolated_proximal_log_prob": "has no rows yet: tests/core/test_anchors.py",
-    "drpo_core.corrections.clip_cov_weights": "has no rows yet: tests/core/test_corrections.py",
     "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`",
 }
 """Public functions that are no subjects, and why."""
@@ -463,12 +493,17 @@ def axes_of(subject: str) -> dict[str, tuple[Any, ...]]:
             if name == "divergence" and vocabulary:
                 found[name] += axes.MEASURED
         elif name in NUMBERS:
-            found[name] = (Number.ABSENT, Number.PLAIN, Number.SCALAR)
+            required = inspect.signature(function_of(subject)).parameters[name].default is inspect.Parameter.empty
+            found[name] = (*(() if required else (Number.ABSENT,)), Number.PLAIN, Number.SCALAR)
             found[name] += (Number.ARRAY,) if name in ARRAYS_OF_NUMBERS else ()
         elif name in FLAGS:
             found[name] = (True, False) if name == "diagnostics" else (False, True)
         else:
             found[name] = CHOICES[name]
+            if name == "reduction" and optional:
+                found[name] = (Given.ABSENT, *CHOICES[name])
+            if name == "objective" and subject in OF_DIAGNOSTICS:
+                found[name] = (*names.objectives(), "mode alone", "mode of masks")
     return found | _environment(subject)
 
 

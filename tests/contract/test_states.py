@@ -35,9 +35,9 @@ def results(library=Library.TORCH):
 # --- checkpoints -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", names.objectives())
+@pytest.mark.parametrize("label", [*names.objectives(), *names.modes()])
 def test_an_objective_survives_the_safe_load_and_copies(label, ledger):
-    objective = names.objectives()[label]
+    objective = names.of_label(label)
     file = io.BytesIO()
     torch.save({"step": 3, "objective": objective}, file)
     file.seek(0)

@@ -15,7 +15,7 @@ from contract.arrays import bits, exact, flatten, make
 from contract.axes import DType, Library, Shape
 from contract.calls import call_of
 from contract.places import array_places, base_cell, choice_places, numbers
-from contract.subjects import ARRAYS, GOOD, NUMBERS, SUBJECTS, parameters_of
+from contract.subjects import ARRAYS, COUNTS, GOOD, NUMBERS, SUBJECTS, domain_of, parameters_of
 from contract.world import VOCABULARY
 
 import drpo_core
@@ -35,7 +35,7 @@ def good(place):
 
 def wrong_and_right(place):
     """Each value with the plain number it stands for, or None where it is none of the parameter's."""
-    domain, number = NUMBERS[place.name], good(place)
+    domain, number = domain_of(place.id, place.name), good(place)
     yield from ((v, v if domain.has(v) else None) for v in (0, -1))
     yield from ((v, None) for v in (math.nan, math.inf, -math.inf, "1", True, 10**400, [number], 1j))
     yield np.array([number]), None
@@ -48,7 +48,7 @@ def wrong_and_right(place):
             (np.int64(3), 3.0 if domain.has(3) else None),
         )
     yield np.float64(math.nan), None
-    yield np.float64(-2.0), None
+    yield np.float64(-2.0), -2.0 if domain.has(-2.0) else None
     if place.default is not dataclasses.MISSING:
         yield None, place.default if place.default is None else "refused"
     else:
@@ -215,6 +215,7 @@ def test_what_is_no_choice_is_refused_by_name(place, ledger):
         "objective": (None, "DRPO", 0.15, drpo_core.DRPO, object()),
         "reduction": ("mean", 1.0, max, lambda values: values.sum(), object()),
         "engine": ("", "jit", "eager", "numpy", 1, True),
+        "weights": (1.0, "ab", object(), (1.0,), (1.0, 2.0, 3.0), (1.0, None), (1.0, math.nan), [[1.0], [2.0]]),
         "divergence": ("binary_tv", 0.1, object(), drpo_jax.Divergences, [0.1]),
     }[place.name]
     for value in candidates:
@@ -246,7 +247,7 @@ IDS = [
     (subject, name)
     for subject in SUBJECTS
     for name in parameters_of(subject)
-    if name in ARRAYS and ARRAYS[name][0] is DType.INT64
+    if name in ARRAYS and ARRAYS[name][0] is DType.INT64 and name not in COUNTS
 ]
 ANY_INTEGERS = {"segment_ids", "group_ids"}
 

@@ -79,6 +79,14 @@ def world(shape: Shape, regime: Regime, masked: Masked) -> dict[str, NDArray]:
         "rewards": _rewards(regime, rows, rng),
         "token_weights": rng.uniform(0.5, 2.0, size=rows),
         "divergence": np.abs(np.exp(token_x) - np.exp(token_b)),
+        "lengths": rng.integers(0, 50, size=rows),
+        "staleness": rng.integers(-1, 5, size=rows),
+        "noise": rng.uniform(size=rows),
+        "candidates": rng.uniform(size=rows) < 0.8,
+        "several_rewards": np.stack((_rewards(regime, rows, rng), _rewards(regime, rows, rng)), axis=-1),
+        # at some distance from the sampler's, and from the policy's where that is finite
+        "proximal_log_prob": np.minimum(token_b + 0.2 * normal(rows), 0.0),
+        "reference_log_prob": np.minimum(token_b + 0.5 * normal(rows), 0.0),
     }
     arrays = {name: repeated(array).reshape((*leading, *array.shape[1:])) for name, array in per_token.items()}
     # of packed tokens: any integers, in any order; and indices of sequences

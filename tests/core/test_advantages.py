@@ -470,3 +470,81 @@ def test_groups_that_teach_nothing_are_removed_and_counted(backend):
     assert int(informative_groups(np.zeros((0, 3))).groups_kept) == 0
     with pytest.raises(ValueError, match=r"rewards: expected \(groups, samples\), got shape \(3,\)"):
         informative_groups(np.zeros(3))
+
+
+def assert_refused_or_nan(backend, spoilt, message, function, *arrays, **options):
+    """NumPy names a wrong value by its index; elsewhere, where it may be on a device, it spoils its group or row alone."""
+    if backend in NUMPY:
+        with pytest.raises(ValueError, match=message):
+            backend.run(function, *arrays, **options)
+        return
+    found = backend.run(function, *arrays, **options)
+    np.testing.assert_array_equal(np.isnan(found).any(axis=-1), spoilt)
+
+
+ROWS = np.array([[1.0, 0.0, 3.0], [2.0, -8.0, 1.0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value, indirect=True)
+def test_numbers_outside_their_range_are_refused_or_nan(backend):
+    """A negative mean turned every sign around, a negative length weighed a reward away, a λ of 1.5 grew without end."""
+    spoilt = [False, True]
+    message = r"^rewards: expected 0 or more with divide_by_mean, got -8\.0 at index \(1, 1\)$"
+    assert_refused_or_nan(backend, spoilt, message, group_advantages, ROWS, divide_by_mean=True)
+    lengths = np.array([[1, 0, 3], [1, -1, 3]])
+    message = r"^lengths: expected 0 or more, got -1 at index \(1, 1\)$"
+    assert_refused_or_nan(backend, spoilt, message, length_weighted_advantages, ROWS, lengths)
+    mask = np.ones(ROWS.shape, dtype=bool)
+    for wrong in (1.5, -0.1, np.nan):
+        decay = {"trace_decay": np.array([[0.5], [wrong]])}
+        message = rf"^trace_decay: expected a number in \[0, 1\], got {wrong} at index \(1, 0\)$"
+        assert_refused_or_nan(backend, spoilt, message, generalized_advantages, ROWS, ROWS, mask, **decay)
+
+
+@pytest.mark.parametrize(
+    ("function", "arrays", "options", "message"),
+    [
+        (
+            generalized_advantages,
+            (),
+            {"discount": 1.1},
+            r"discount: expected a finite number, 0 or more and at most 1, got 1\.1",
+        ),
+        (
+            generalized_advantages,
+            (),
+            {"trace_decay": 2},
+            "trace_decay: expected a finite number, 0 or more and at most 1, got 2",
+        ),
+        (
+            generalized_advantages,
+            (),
+            {"trace_decay": np.ones(2)},
+            r"trace_decay: expected a number, or one a row, shape \(2, 1\), got shape \(2,\)",
+        ),
+        (generalized_advantages, (), {"trace_decay": np.ones((2, 1), int)}, "trace_decay: expected a real floating dtype"),
+        (
+            generalized_advantages,
+            (np.ones(()), np.ones(()), np.ones((), dtype=bool)),
+            {},
+            "rewards: expected at least one axis, the tokens",
+        ),
+        (
+            reward_decoupled_advantages,
+            (ROWS,),
+            {"weights": 1.0},
+            "weights: expected 3 numbers, one for each reward, got float",
+        ),
+        (informative_groups, (np.zeros((0, 3)),), {"low": "0"}, "low: expected a real number, got str"),
+    ],
+)
+def test_wrong_options_are_named(function, arrays, options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        function(*(arrays or (ROWS, ROWS, np.ones(ROWS.shape, dtype=bool))), **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value, indirect=True)
+def test_equal_rewards_have_no_advantage_whatever_the_lengths(backend):
+    """Σ T R / Σ T rounds: 1e-8 of noise in float32, which a whitening would make an advantage of size 1."""
+    rewards, lengths = np.full((2, 3), np.float32(0.1)), np.array([[1, 2, 4], [0, 0, 0]])
+    assert (backend.run(length_weighted_advantages, rewards, lengths) == 0.0).all()

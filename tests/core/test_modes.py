@@ -4,16 +4,20 @@ import dataclasses
 import itertools
 import json
 import math
+import tomllib
+import types
+import typing
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mode_oracles import EXAMPLES, Constant, arguments_for, batch, packed, quiet, reduced_over, with_choices
-from variants import ALL, VARIANTS, each_kind
+from mode_oracles import EXAMPLES, Constant, arguments_for, batch, examples_of, packed, quiet, reduced_over, with_choices
+from variants import ALL, KINDS, MEASURED, VARIANTS, each_kind
 
 import drpo_core
 from drpo_core import (
@@ -37,7 +41,7 @@ from drpo_core.anchors import Behavior, Prefix, Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, LengthScale, RatioMask, VariationalWeight, Veto
 from drpo_core.modes import DoubleRatioWarning, Mode
 from drpo_core.penalties import Penalty
-from drpo_core.reduction import reduction_coefficients
+from drpo_core.reduction import reduction_coefficients, reduction_count
 
 ENGINES = ("arrays", "compiled")
 REDUCTIONS = {
@@ -104,11 +108,14 @@ def parts(mode, arrays):
     return factor, of_objective, penalty
 
 
-def with_corrections(objective, anchor, corrected):
+PENALISED = (Penalty(coefficient=0.2, estimator="k2"),)
+
+
+def with_corrections(objective, anchor, corrected, penalised=PENALISED):
     """A mode, and whether it warns is not asked here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoubleRatioWarning)
-        return Mode(objective, anchor=anchor, corrections=corrected, penalties=(Penalty(coefficient=0.2, estimator="k2"),))
+        return Mode(objective, anchor=anchor, corrections=corrected, penalties=penalised)
 
 
 COMBINATIONS = [
@@ -320,6 +327,121 @@ def test_an_anchor_changes_what_diagnostics_are_of():
     assert policy_loss_and_gradient(WHOLE, **arguments_for(WHOLE, arrays), diagnostics=False).diagnostics is None
 
 
+def points():
+    """Rows of one token: log-probs of the reference points, and every pair of extreme ones, with A of each sign."""
+    with np.load(Path(__file__).parents[1] / "data" / "reference_points.npz") as known:
+        x, b = known["log_prob"][::8], known["behavior_log_prob"][::8]
+    ends = np.array([-np.inf, -1e7, -1e6, -745.0, -20.5, -1.0, -1e-9, 0.0])
+    x, b = (np.concatenate((*c, g.ravel())) for c, g in zip(((x,), (b,)), np.meshgrid(ends, ends), strict=True))
+    a = np.resize([1.0, -0.5, 0.0], x.size)
+    return {name: c[:, None] for name, c in (("log_prob", x), ("behavior_log_prob", b), ("advantages", a))}
+
+
+INERT = [
+    dataclasses.replace(each, **({"edge": "proximal/behavior"} if hasattr(each, "edge") else {}))
+    for each in examples_of(corrections)
+]
+"""Every correction, on an edge between policies that will be equal: K = 1."""
+
+
+@pytest.mark.parametrize("objective", KINDS, ids=objectives.label)
+def test_a_mode_of_inert_corrections_is_its_objective_to_the_last_bit(objective):
+    """Wherever π and μ are, at π = μ = 0 too, where the anchor was −10⁶ nats, and the gradient 0 instead of −A."""
+    arrays = points()
+    more = {"divergence": np.full_like(arrays["log_prob"], 0.05)} if objective == MEASURED else {}
+    wanted = token_loss_and_gradient(objective, **arrays, **more)
+    for correction in dict.fromkeys(INERT):
+        mode = with_corrections(objective, Behavior(), (correction,), ())
+        others = dict.fromkeys(mode.arguments, arrays["behavior_log_prob"])
+        found = token_loss_and_gradient(mode, **arrays, **more, **others)
+        for got, want in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=repr(correction))
+    mask = np.ones(arrays["log_prob"].shape, dtype=bool)
+    for engine in ENGINES:
+        got, want = (
+            policy_loss_and_gradient(o, **arrays, **more, mask=mask, engine=engine, diagnostics=False)
+            for o in (Mode(objective, corrections=(RatioMask(edge="policy/behavior"),)), objective)
+        )
+        np.testing.assert_array_equal(got.gradient, want.gradient)
+        np.testing.assert_array_equal(got.loss, want.loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A correction whose factors are given."""
+
+    factors: tuple[float, ...]
+    arguments = ()
+    counts = None
+
+    def factor(self, evidence):
+        """The factors."""
+        return evidence.policies.xp.asarray(self.factors, dtype=evidence.policies.log_prob.dtype)
+
+
+@each_engine
+def test_a_factor_of_zero_leaves_a_token_out_whatever_the_rest_is(engine):
+    """A NaN or an infinity of another correction, or of the token itself, times 0 was a NaN in the whole batch's loss."""
+    bad = (math.nan, math.inf, -math.inf)
+    zeros = Fixed((0.0,) * 3 + (1.0,))
+    ones = {"log_prob": np.array([-1.0, -1.0, -1.0, -2.0]), "behavior_log_prob": np.full(4, -2.0), "advantages": np.ones(4)}
+    for spoilt_weight in (Fixed((*bad, 1.0)), Fixed((1.0,) * 4)):
+        for name in {"advantages", "behavior_log_prob", "log_prob"} if spoilt_weight.factors[0] == 1.0 else {"nothing"}:
+            arrays = {n: np.array([*bad, 1.0 if n == "advantages" else -2.0]) if n == name else a for n, a in ones.items()}
+            for pair in ((zeros, spoilt_weight), (spoilt_weight, zeros)):
+                mode = Mode(DRPO(delta=0.5), corrections=pair)
+                with np.errstate(invalid="ignore"):  # NumPy says what it makes of inf · 0
+                    found = policy_loss_and_gradient(mode, **arrays, mask=np.ones(4, dtype=bool), engine=engine)
+                    apart = token_loss_and_gradient(mode, **arrays)
+                assert found.gradient.tolist() == [0.0, 0.0, 0.0, -0.25]
+                assert found.loss == -0.25
+                assert [each.tolist() for each in apart] == [[0.0, 0.0, 0.0, -1.0]] * 2 + [[0.0, 0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_a_mean_of_weights_is_of_those_that_are_numbers(level):
+    """One log-prob that is missing made every weight of the batch a NaN."""
+    arrays = arguments_for(Mode(DRPO(delta=0.1), anchor=Proximal()), batch(seed=13, valid=1.0))
+    weight = ImportanceWeight(level=level, high=2.0, normalize=True)
+    arrays["behavior_log_prob"][0, 2] = np.nan
+    found = token_loss_and_gradient(quiet(weight), **arrays).weight
+    spoilt_ones = np.isnan(found)
+    assert spoilt_ones.sum() == (1 if level == "token" else 7)
+    alone = arrays | {"mask": arrays["mask"] & ~spoilt_ones}
+    np.testing.assert_array_equal(np.where(spoilt_ones, 0.0, found), token_loss_and_gradient(quiet(weight), **alone).weight)
+    # and a mask on the same edge leaves the token out
+    mode = quiet(weight, RatioMask(level=level))
+    np.testing.assert_array_equal(token_loss_and_gradient(mode, **arrays).weight, np.where(spoilt_ones, 0.0, found))
+
+
+def test_tokens_that_a_mask_leaves_out_of_the_count_have_no_penalty():
+    """Neither in `policy_loss_and_gradient` nor in `token_loss_and_gradient`; with count_masked=True they have."""
+    for count_masked in (False, True):
+        mode = Mode(
+            DRPO(delta=0.5),
+            corrections=(Fixed((0.0, 1.0)),),
+            penalties=(Penalty(coefficient=0.5, estimator="k2", to="behavior"),),
+            reduction="token_sum",
+            count_masked=count_masked,
+        )
+        arrays = {"log_prob": np.array([-1.0, -1.0]), "behavior_log_prob": np.array([-2.0, -2.0]), "advantages": np.zeros(2)}
+        apart = token_loss_and_gradient(mode, **arrays)
+        together = policy_loss_and_gradient(mode, **arrays, mask=np.ones(2, dtype=bool), engine="arrays")
+        assert apart.gradient.tolist() == together.gradient.tolist() == [0.5 * count_masked, 0.5]
+        assert apart.loss.sum() == together.loss
+
+
+def test_a_reduction_whose_denominator_no_mask_says_is_not_counted():
+    for mode in (
+        Mode(DRPO(delta=0.1), reduction="token_sum"),
+        Mode(DRPO(delta=0.1), corrections=(Veto(),), count_masked=False),
+    ):
+        with pytest.raises(ValueError, match=r"^(reduction: expected one that counts|count_masked: .* counts)"):
+            reduction_count(mode.reduce, np.ones((2, 3), dtype=bool), dtype=np.float64)
+    counts_all = quiet(ImportanceWeight(high=2.0, outside="zero"), count_masked=False)
+    assert reduction_count(counts_all.reduce, np.ones((2, 3), dtype=bool), dtype=np.float64) == 6.0
+
+
 # --- double ratios ----------------------------------------------------------------------------------------------------------
 
 STEPS = {"policy/behavior": {1, 2}, "policy/proximal": {1}, "proximal/behavior": {2}}
@@ -410,6 +532,38 @@ def test_text_and_dicts_give_the_same_mode(mode):
     assert values["kind"] == "Mode"
 
 
+def toml(values):
+    """A value as TOML writes it inline."""
+    if isinstance(values, dict):
+        return "{" + ", ".join(f"{key} = {toml(value)}" for key, value in values.items()) + "}"
+    return "[" + ", ".join(map(toml, values)) + "]" if isinstance(values, list) else json.dumps(values)
+
+
+def optional_fields():
+    """Every part with None where it may be, and is not by default."""
+    for part in [*dict.fromkeys(EXAMPLES), *ALL]:
+        for name, hint in typing.get_type_hints(type(part)).items():
+            choices = typing.get_args(hint)
+            assert "none" not in choices, f"{type(part).__name__}.{name}: 'none' stands for None in a dict"
+            if isinstance(hint, types.UnionType) and type(None) in choices and getattr(part, name) is not None:
+                try:
+                    yield dataclasses.replace(part, **{name: None})
+                except (TypeError, ValueError):
+                    continue  # an objective needs one of its thresholds
+
+
+def test_none_is_kept_by_yaml_and_toml():
+    parts = list(optional_fields())
+    assert corrections.Veto(low=None, high=3.0) in parts
+    for part in parts:
+        kind = "objective" if hasattr(part, "weight") else "corrections"
+        mode = with_corrections(part if kind == "objective" else DRPO(delta=0.1), Behavior(), (part,) * (kind != "objective"))
+        text = toml(mode.to_dict())
+        assert silently(Mode.from_dict, tomllib.loads(f"mode = {text}")["mode"]) == mode
+        yaml = pytest.importorskip("yaml")
+        assert silently(Mode.from_dict, yaml.safe_load(yaml.safe_dump(mode.to_dict()))) == mode
+
+
 def test_different_modes_are_different():
     assert len(set(MODES)) == len({repr(mode) for mode in MODES}) == len({json.dumps(mode.to_dict()) for mode in MODES})
 
@@ -489,6 +643,7 @@ def test_a_dict_names_only_classes_of_drpo_core():
         ({"penalties": Penalty(coefficient=1.0)}, TypeError, "penalties: expected a tuple, got Penalty"),
         ({"penalties": (Veto(),)}, TypeError, r"penalties: expected a tuple of penalties, got Veto\("),
         ({"reduction": "mean"}, ValueError, "reduction: expected one of 'token_mean', .*, got 'mean'"),
+        ({"reduction": ["token_mean"]}, ValueError, r"reduction: expected one of 'token_mean', .*, got \['token_mean'\]"),
         ({"reduction": token_mean}, ValueError, "reduction: expected one of 'token_mean', .*, got <function"),
         ({"horizon": 3.0}, ValueError, "horizon: expected None with reduction 'token_mean', got 3.0"),
         (
@@ -530,6 +685,23 @@ def test_errors_of_log_probs(function):
                 DRPO(delta=0.1),
                 **{n: a for n, a in arrays.items() if n == name or not n.startswith(("proximal", "reference"))},
             )
+
+
+@pytest.mark.parametrize("function", [token_loss_and_gradient, policy_loss_and_gradient])
+def test_log_probs_without_an_effect_are_refused(function):
+    """Else a mode that lacks the anchor that was meant would train on, as an objective would not."""
+    arrays = batch(seed=9)
+    for name in ("proximal_log_prob", "reference_log_prob"):
+        used = {n: arrays[n] for n in ("log_prob", "behavior_log_prob", "advantages", "mask", name)}
+        with pytest.raises(ValueError, match=rf"{name}: expected None, because Mode\(.* does not use it .*: none"):
+            function(Mode(DRPO(delta=0.1)), **used)
+
+
+@pytest.mark.parametrize("objective", [WHOLE, DRPO(delta=0.1)], ids=["mode", "objective"])
+def test_across_is_a_function(objective):
+    arrays = {n: a for n, a in batch().items() if n not in {"proximal_log_prob", "reference_log_prob"} or objective is WHOLE}
+    with pytest.raises(TypeError, match=r"^across: expected a function, .*, got 'sum'"):
+        token_loss_and_gradient(objective, **arrays, across="sum")
 
 
 def test_the_reduction_is_the_mode_s():

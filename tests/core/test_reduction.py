@@ -316,6 +316,10 @@ def test_what_partial_has_bound_is_what_is_passed(reduction, names, engine):
     assert_equal(loss_and_gradient(bound, PACKED_TOKENS, engine=engine), expected)
     values = token_loss_and_gradient(OBJECTIVE, **PACKED_TOKENS).loss
     np.testing.assert_allclose(expected[0], bound(values, PACKED_TOKENS["mask"]), rtol=1e-13)
+    if "normalizer" in given:
+        with pytest.raises(ValueError, match=r"reduction: expected one that counts .*, got one with normalizer=7.0 bound"):
+            reduction_count(bound, PACKED_TOKENS["mask"], dtype=np.float64)
+        return
     count = reduction_count(bound, PACKED_TOKENS["mask"], dtype=np.float64)
     ids = {"segment_ids": given["segment_ids"]} if "segment_ids" in given else {}
     assert count == reduction_count(reduction, PACKED_TOKENS["mask"], dtype=np.float64, **ids)
@@ -454,7 +458,8 @@ def test_a_mean_over_prompts_of_each_ones_tokens(backend, given):
         bound = partial(prompt_mean, **own)
         coefficients = reduction_coefficients(bound, arrays[1], dtype=np.float64)
         np.testing.assert_allclose(np.where(arrays[1], coefficients * arrays[0], 0.0).sum(), wanted, rtol=1e-13)
-        assert reduction_count(bound, arrays[1], dtype=np.float64) == 3.0
+        counts = partial(prompt_mean, **{name: option for name, option in own.items() if name != "normalizer"})
+        assert reduction_count(counts, arrays[1], dtype=np.float64) == 3.0
 
 
 def test_rows_of_prompts_may_have_several_axes():

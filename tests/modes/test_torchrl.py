@@ -52,7 +52,7 @@ def test_mode_is_the_value():
     [
         ("PPOLoss", {}, "loss: expected 'GRPOLoss', 'DAPO', 'CISPOLoss', got 'PPOLoss'"),
         ("DAPO", {"epsilon": 0.1}, "epsilon: expected keys of TorchRL among clip_epsilon"),
-        ("DAPO", {"clip_epsilon": (0.1,)}, "clip_epsilon: expected a number or two"),
+        ("DAPO", {"clip_epsilon": (0.1,)}, "clip_epsilon: expected two numbers"),
         ("DAPO", {"kl_to_ref_coeff": 0.1}, "kl_to_ref_coeff: .* padding"),
         ("DAPO", {"kl_mask_threshold": 0.1, "aggregation": "prompt_mean"}, "kl_mask_threshold: .* over all sequences"),
         ("DAPO", {"aggregation": "none"}, "aggregation: expected 'token_mean', 'prompt_mean', got 'none'"),

@@ -41,7 +41,7 @@ PRESETS = {
 
 def computed(mode):
     arrays = (RECORDED[name] for name in ("log_prob", "behavior_log_prob", "advantages"))
-    others = {name: RECORDED[name] for name in ("mask", "proximal_log_prob", "reference_log_prob")}
+    others = {name: RECORDED[name] for name in ("mask", *mode.arguments)}
     return policy_loss_and_gradient(mode, *arrays, **others)
 
 
@@ -165,7 +165,7 @@ def test_presets_make_modes(preset):
         ("gpg", {"rollout_rs": "seq_mean_k3"}, "rollout_rs_threshold: expected a text"),
         ("gpg", {"rollout_rs": "token_k3", "rollout_rs_threshold": "1_2"}, "rollout_rs_threshold: expected one number"),
         ("gpg", {"rollout_rs": "token_k2,token_k3,token_k1", "rollout_rs_threshold": "1,2"}, "rollout_rs_threshold: .* got 2"),
-        ("gpg", {"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor: expected a real number, got NoneType"),
+        ("gpg", {"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor: expected a number with loss_agg_mode="),
     ],
 )
 def test_errors_name_the_key(loss_mode, keys, message):

@@ -208,7 +208,7 @@ MUTANTS = (
         "policies.behavior_log_prob",
         _ANCHORS,
         _BOTH_LAYOUTS,
-        (Backend.NUMPY, anchors.Proximal()),
+        (Backend.NUMPY, anchors.Sequence(anchors.Proximal())),
     ),
     # denominators
     ModeMutant(

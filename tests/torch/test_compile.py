@@ -12,7 +12,10 @@ from drpo_torch.engines._namespace import COMPILED
 from torch_cases import batch, each_reduction
 from variants import FULL, KINDS
 
-from drpo_core import DPPO, DRPO, sequence_mean_token_mean, token_diagnostics
+from drpo_core import DPPO, DRPO, PolicyGradient, sequence_mean_token_mean, token_diagnostics
+from drpo_core.advantages import pass_at_k_advantages
+from drpo_core.corrections import PrefixBudgetMask, SecondMomentMask
+from drpo_core.modes import Mode
 from drpo_core.reduction import prompt_mean, reduction_coefficients
 
 
@@ -188,3 +191,22 @@ def test_expm1_is_accurate_where_inductor_compiles_it():
     exact = torch.from_numpy(np.expm1(t.float().double().numpy())).float()
     torch.testing.assert_close(compiled(t.float()), exact, rtol=4e-7, atol=0.0, equal_nan=True)
     torch.testing.assert_close(COMPILED.expm1(t), torch.expm1(t), rtol=1e-15, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.usefixtures("without_recompiling")
+def test_rows_of_any_width_are_one_graph():
+    """What takes elements along rows specialised their width; a scan has as many steps as a width has bits."""
+    mode = Mode(PolicyGradient(), corrections=(PrefixBudgetMask(delta=0.2), SecondMomentMask(tau=0.1, edge="policy/behavior")))
+    compiled = [
+        torch.compile(function, fullgraph=True, backend="eager")
+        for function in (
+            lambda x: policy_loss(mode, log_prob=x, behavior_log_prob=-x * x, advantages=x, mask=x < 0, diagnostics=False)[0],
+            lambda x: pass_at_k_advantages(x, k=3, xp=xp),
+        )
+    ]
+    for width in (5, 8):
+        for function in compiled:
+            rows = torch.linspace(-2.0, -0.1, 3 * width).reshape(3, width)
+            torch._dynamo.mark_dynamic(rows, 1)  # noqa: SLF001 -- the documented name
+            function(rows)

@@ -41,6 +41,7 @@ from tunix.rl.algo_core import compute_entropy_from_logits, masked_mean
 from tunix.rl.function_registry import register_policy_loss_fn
 
 from drpo_core import PolicyGradient, importance_ratio, merge_diagnostics, summarize, token_diagnostics
+from drpo_core.modes.mode import refuse_mode
 from drpo_core.objectives import family_of
 from drpo_core.objectives.configured import at_clip_range, families_by_name, resolved
 from drpo_jax import linear_reduction, policy_loss, token_loss
@@ -68,12 +69,18 @@ def register(name: str, objective: Objective | Callable[[Any], Objective]) -> No
     objective
         An objective with its thresholds, or a function of the learner's configuration that returns one.
 
+    Raises
+    ------
+    ValueError
+        If the objective is a mode: tunix aggregates by `loss_agg_mode`.
+
     Examples
     --------
     >>> from drpo_core import DRPO
     >>> from drpo_jax.integrations.tunix import register
     >>> register("drpo_strict", DRPO(delta=0.05))
     """
+    refuse_mode(objective, "tunix")
 
     def loss(
         model: nnx.Module,
@@ -86,7 +93,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective]) -> No
         if not hasattr(algo_config, "loss_agg_mode"):
             msg = f"algo_config: expected the configuration of a GRPO learner, got {type(algo_config).__name__}"
             raise ValueError(msg)
-        return _loss(resolved(objective, algo_config), model, train_example, algo_config, pad_id, eos_id)
+        return _loss(refuse_mode(resolved(objective, algo_config), "tunix"), model, train_example, algo_config, pad_id, eos_id)
 
     register_policy_loss_fn(name)(loss)
 

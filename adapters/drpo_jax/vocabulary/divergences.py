@@ -90,8 +90,15 @@ class LinearHead:
 
     def logits(self, dtype: Any) -> jax.Array:  # noqa: ANN401 -- a dtype of the namespace
         """cap·tanh((h Wᵀ + b)/cap), (…, V), accumulated in `dtype`."""
+        return self.capped(self.uncapped(dtype))
+
+    def uncapped(self, dtype: Any) -> jax.Array:  # noqa: ANN401 -- a dtype of the namespace
+        """Logits before the soft-cap, h Wᵀ + b, accumulated in `dtype`."""
         z = jnp.einsum("...h,vh->...v", self.hidden, self.weight, preferred_element_type=dtype)
-        z = z if self.bias is None else z + jnp.broadcast_to(self.bias, z.shape).astype(z.dtype)
+        return z if self.bias is None else z + jnp.broadcast_to(self.bias, z.shape).astype(z.dtype)
+
+    def capped(self, z: jax.Array) -> jax.Array:
+        """cap·tanh(z/cap)."""
         return z if self.logit_softcap is None else self.logit_softcap * jnp.tanh(z / self.logit_softcap)
 
 

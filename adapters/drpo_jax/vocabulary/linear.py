@@ -249,8 +249,9 @@ class _Step(NamedTuple):
     def values(
         self, head: LinearHead, valid: jax.Array, rows: dict[str, Any], behavior_head: LinearHead | None
     ) -> tuple[PolicyLoss, dict[str, jax.Array], jax.Array, jax.Array]:
-        """Loss, c ∂L/∂log π and diagnostics; what is measured per token; the softmax; the logits before the temperature."""
-        logits = head.logits(working_dtype(head.hidden, head.weight))
+        """Loss, c ∂L/∂log π and diagnostics; what is measured per token; the softmax; z = h Wᵀ + b."""
+        z = head.uncapped(working_dtype(head.hidden, head.weight))
+        logits = head.capped(z)
         policy = Normalized.of(logits / self.temperature)
         log_prob = policy.log_prob(select(logits, rows["tokens"]) / self.temperature)
         divergence = rows["divergence"]
@@ -274,7 +275,7 @@ class _Step(NamedTuple):
         measured = {"log_prob": jnp.where(broken, jnp.nan, log_prob)}
         if self.entropy:
             measured["entropy"] = policy.entropy
-        return found, measured, policy.probability, logits
+        return found, measured, policy.probability, z
 
     def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
         """The kernel of drpo_core."""
@@ -298,12 +299,14 @@ class _Step(NamedTuple):
         found = self.in_pass(zero, rows, zero > 0.0, None if divergence is None else zero)
         return _Sums(found.loss, found.diagnostics)
 
-    def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, probability: jax.Array, logits: jax.Array) -> jax.Array:
-        """∂loss/∂(h Wᵀ + b): slope (1[v = token] − π(v)) / T, times the derivative of the soft-cap."""
-        here = one_hot(inside_vocabulary(ids, logits.shape[-1]), logits)
+    def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, probability: jax.Array, z: jax.Array) -> jax.Array:
+        """∂loss/∂z, z = h Wᵀ + b: slope (1[v = token] − π(v)) / T, times the soft-cap's sech²(z/cap)."""
+        here = one_hot(inside_vocabulary(ids, z.shape[-1]), z)
         difference = jnp.where(here, 1.0, 0.0) - probability
         if self.logit_softcap is not None:
-            difference = difference * (1.0 - jnp.square(logits / self.logit_softcap))
+            # 1 − tanh² has lost its digits where the logit is some times the cap
+            t = jnp.exp(-2.0 * jnp.abs(z / self.logit_softcap))
+            difference = difference * (4.0 * t / jnp.square(1.0 + t))
         # by selection: a dropped token's row may hold a NaN
         return jnp.where(slope[:, None] == 0.0, 0.0, difference * (slope / self.temperature)[:, None])
 
@@ -384,14 +387,14 @@ def _sweep(
 
         h, chunk_rows = take(hidden), jax.tree.map(take, rows)
         head = LinearHead(h, weight, bias, step.logit_softcap)
-        found, figures, probability, logits = step.values(head, valid, chunk_rows, behavior_head)
+        found, figures, probability, z = step.values(head, valid, chunk_rows, behavior_head)
         measured = {
             name: jax.lax.dynamic_update_slice(measured[name], jnp.where(valid, x, 0.0), (start,))
             for name, x in figures.items()
         }
         if any(needed):
             slope = found.gradient.astype(dtype)
-            of_logits = step.gradient_of_logits(chunk_rows["tokens"], slope, probability, logits)
+            of_logits = step.gradient_of_logits(chunk_rows["tokens"], slope, probability, z)
             # a dropped token's hidden state may hold a NaN too
             h = jnp.where(slope[:, None] == 0.0, jnp.zeros((), h.dtype), h)
             gradients = _accumulate(gradients, of_logits, h, weight, start)

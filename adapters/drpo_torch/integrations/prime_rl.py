@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 from prime_rl.trainer.rl.loss import LossOutputs
 
 from drpo_core import token_mean
+from drpo_core.modes.mode import refuse_mode
 from drpo_core.objectives import OBJECTIVES
 from drpo_torch.loss import policy_loss as loss_and_diagnostics
 
@@ -51,7 +52,7 @@ def policy_loss(inputs: LossInputs, *, objective: str | Objective, **parameters:
     Raises
     ------
     ValueError
-        If the objective is unknown.
+        If the objective is unknown, or a mode: prime-rl divides by the tokens of all sequences itself.
     TypeError
         If a parameter is missing, or is none of the objective's.
 
@@ -65,7 +66,7 @@ def policy_loss(inputs: LossInputs, *, objective: str | Objective, **parameters:
         kwargs = { objective = "DRPO", delta = 0.15 }
     """
     loss, diagnostics = loss_and_diagnostics(
-        _objective(objective, **parameters) if isinstance(objective, str) else objective,
+        _objective(objective, **parameters) if isinstance(objective, str) else refuse_mode(objective, "prime-rl"),
         log_prob=inputs.trainer_logprobs,
         behavior_log_prob=inputs.inference_logprobs,
         advantages=inputs.advantages,

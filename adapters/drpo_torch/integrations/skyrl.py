@@ -40,6 +40,7 @@ from skyrl.backends.skyrl_train.utils.ppo_utils import register_policy_loss
 
 from drpo_core import summarize
 from drpo_core.diagnostics import Mean
+from drpo_core.modes.mode import refuse_mode
 from drpo_core.objectives.configured import at_clip_range, families_by_name, resolved
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.integrations.anchor import sequence_anchor
@@ -74,7 +75,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
     Raises
     ------
     ValueError
-        If SkyRL has a policy loss of that name.
+        If SkyRL has a policy loss of that name, or the objective is a mode: SkyRL reduces by `loss_reduction`.
 
     Examples
     --------
@@ -82,6 +83,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
     >>> from drpo_torch.integrations.skyrl import register
     >>> register("drpo_strict", DRPO(delta=0.05))
     """
+    refuse_mode(objective, "SkyRL")
 
     def loss(
         log_probs: torch.Tensor,
@@ -96,7 +98,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
         weights, corrections = _corrected(weights, old_log_probs, rollout_logprobs, config.off_policy_correction)
         mask = weights > 0
         value, statistics = policy_loss(
-            resolved(objective, config),
+            refuse_mode(resolved(objective, config), "SkyRL"),
             log_prob=log_probs,
             behavior_log_prob=sequence_anchor(log_probs, behavior_log_prob, mask) if sequence_level else behavior_log_prob,
             advantages=advantages,

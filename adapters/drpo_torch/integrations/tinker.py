@@ -17,6 +17,7 @@ from drpo_core import summarize, token_mean
 from drpo_core.diagnostics import EffectiveSampleSize, Mean
 from drpo_core.engines.trace import BOOL, FLOAT, Trace
 from drpo_core.loss import policy_pass
+from drpo_core.modes import Mode
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.loss import policy_loss
 
@@ -38,20 +39,22 @@ _REMEDY = "give the log-probs that came with the sampled tokens (SampledSequence
 
 
 def custom_loss(
-    objective: Objective, *, reduction: Reduction = token_mean, normalizer: float | None = 1.0
+    objective: Objective, *, reduction: Reduction | None = None, normalizer: float | None = None
 ) -> Callable[[Sequence[Datum], Sequence[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]:
     """The loss of an objective as a callable for `TrainingClient.forward_backward_custom`.
 
     It reads of each datum's `loss_fn_inputs`, all of the length of `target_tokens`: `logprobs`, log μ as the sampler
     returned it; `advantages`; optionally `mask`, not 0 at tokens that count (default: all do), and `weights`, factors of
-    the per-token losses. The default reduction, a mean over 1 token, is the sum, as tinker's own losses are.
+    the per-token losses.
 
     Parameters
     ----------
     objective
-        Such as ``drpo_core.DRPO(delta=0.15)``.
+        Such as ``drpo_core.DRPO(delta=0.15)``, or a mode that needs no policy but π and μ, such as
+        ``drpo_core.modes.tinker("dro", beta=0.1)``.
     reduction
-        A reduction of `drpo_core` over all tokens of the call; a datum is a sequence.
+        A reduction of `drpo_core` over all tokens of the call; a datum is a sequence. None: a mode's own; of an objective the
+        sum over tokens, as tinker's own losses are.
     normalizer
         Its denominator; None for that of the call's own tokens or sequences.
 
@@ -64,7 +67,8 @@ def custom_loss(
     Raises
     ------
     ValueError
-        When called, if a datum lacks an input, has one of another shape or one that would have no effect.
+        If a mode needs log-probs that tinker has not. When called, if a datum lacks an input, has one of another shape or
+        one that would have no effect.
 
     Warns
     -----
@@ -77,6 +81,11 @@ def custom_loss(
 
         future = training_client.forward_backward_custom(data, custom_loss(DRPO(delta=0.15)))
     """
+    if needed := getattr(objective, "arguments", ()):
+        msg = f"objective: tinker's data have no {' and no '.join(needed)}, which {objective!r} needs"
+        raise ValueError(msg)
+    if reduction is None and not isinstance(objective, Mode):
+        reduction, normalizer = token_mean, 1.0 if normalizer is None else normalizer
 
     def loss(data: Sequence[Datum], logprobs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         columns = [_columns(i, datum) for i, datum in enumerate(data)]

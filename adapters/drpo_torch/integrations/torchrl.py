@@ -13,6 +13,7 @@ import torch
 from torchrl.objectives.llm import GRPOLoss, LLMLossOutput
 
 from drpo_core import PolicyGradient, token_diagnostics
+from drpo_core.modes.mode import refuse_mode
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.loss import linear_reduction, policy_loss, token_loss
 
@@ -66,8 +67,9 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        If an argument would have no effect: `clip_epsilon`, as the objective has its own thresholds; `clip_value` or `gamma`,
-        which torchrl does not read; ``reduction="sum"`` or an unknown `aggregation`, which torchrl takes for a token mean.
+        If the objective is a mode, as torchrl aggregates by itself, or an argument would have no effect: `clip_epsilon`, as
+        the objective has its own thresholds; `clip_value` or `gamma`, which torchrl does not read; ``reduction="sum"`` or an
+        unknown `aggregation`, which torchrl takes for a token mean.
 
     Examples
     --------
@@ -85,6 +87,7 @@ class PolicyLossModule(_Loss):  # type: ignore[misc]
     _stand_in: torch.Tensor
 
     def __init__(self, actor_network: Any = None, *, objective: Objective, **kwargs: Any) -> None:  # noqa: ANN401
+        refuse_mode(objective, "torchrl")
         _refuse(kwargs)
         super().__init__(actor_network, **kwargs)
         self.objective = objective

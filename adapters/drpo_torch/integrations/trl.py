@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from drpo_core import merge_diagnostics, sequence_mean_token_mean, summarize, token_mean
 from drpo_core.diagnostics import Mean, map_diagnostics
+from drpo_core.modes.mode import refuse_mode
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.loss import policy_loss
 
@@ -69,6 +70,7 @@ class PolicyLossMixin(_Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:  # noqa: ANN401 -- GRPOTrainer's own
+        refuse_mode(objective, "TRL")
         super().__init__(*args, **kwargs)
         self.objective = objective
         _refuse(self.args, entropy_bonus=self._entropy_bonus_enabled)

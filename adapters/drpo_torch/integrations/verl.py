@@ -34,6 +34,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from drpo_core import sequence_mean_token_mean, sequence_mean_token_sum, summarize, token_mean
+from drpo_core.modes.mode import refuse_mode
 from drpo_core.objectives.configured import at_clip_range, families_by_name, resolved
 from drpo_torch.integrations import BehaviorPolicyWarning
 from drpo_torch.integrations.anchor import sequence_anchor
@@ -77,12 +78,18 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
         Take the importance ratio of the sequence, the geometric mean of its tokens' ratios, instead of the token's.
         With `PPOClip` this is GSPO (arXiv:2507.18071, eq. 14). Diagnostics then describe that ratio.
 
+    Raises
+    ------
+    ValueError
+        If the objective is a mode: verl aggregates by `loss_agg_mode`, and has weights of its own.
+
     Examples
     --------
     >>> from drpo_core import DRPO
     >>> from drpo_torch.integrations.verl import register
     >>> register("drpo_strict", DRPO(delta=0.05))
     """
+    refuse_mode(objective, "verl")
 
     def loss(
         old_log_prob: torch.Tensor,
@@ -97,7 +104,7 @@ def register(name: str, objective: Objective | Callable[[Any], Objective], *, se
         mask = response_mask.bool()
         reduction, normalizer = _reduction(loss_agg_mode, mask.shape[-1], config.global_batch_info)
         value, statistics = policy_loss(
-            resolved(objective, config),
+            refuse_mode(resolved(objective, config), "verl"),
             log_prob=log_prob,
             behavior_log_prob=sequence_anchor(log_prob, old_log_prob, mask) if sequence_level else old_log_prob,
             advantages=advantages,

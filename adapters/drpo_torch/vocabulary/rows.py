@@ -236,7 +236,7 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
     """(p (scale − slope (x − max x)) + at_column at a column) ∂x/∂z, in the rows of another matrix or the same."""
     dtype, tempered = tools.dtype, _tempered(tools, load)
     decay, select = functions(dtype).decay, functions(dtype).select
-    number, least, one, block = dtype.type, _least(dtype), dtype.type(1), _BLOCK
+    number, least, one, two, block = dtype.type, _least(dtype), dtype.type(1), dtype.type(2), _BLOCK
 
     @_jit
     def gradients(
@@ -268,9 +268,11 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
                 x = buffer[: part.size]
                 tempered(x, part, numbers)
                 if cap != 0.0:
+                    # sech²(z/cap) of z itself: 1 − tanh² has lost its digits where the logit is some times the cap
+                    load(steepness[: x.size], part)
                     for i in range(x.size):
-                        tanh = x[i] * t / cap
-                        steepness[i] = one - tanh * tanh
+                        e = decay(-two * abs(steepness[i] / cap))
+                        steepness[i] = two * (e / (one + e)) * (two / (one + e))
                 for i in range(x.size):
                     d = x[i] - maximum
                     x[i] = decay(d) * (scale - slope * select(d < least, least, d))

@@ -54,10 +54,11 @@ class Tempering(NamedTuple):
         return x.div_(self.temperature) if self.temperature != 1.0 else x
 
     def pull_back_(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """∂/∂z from ∂/∂x, in place."""
+        """∂/∂z from ∂/∂x, in place: times sech²(z/cap) = 4t/(1 + t)², t = e^(−2 abs(z)/cap)."""
         if self.softcap is not None:
-            tanh = (z.to(gradient.dtype) / self.softcap).tanh_()
-            gradient.addcmul_(gradient, tanh.square_(), value=-1.0)
+            # 1 − tanh² has lost its digits where the logit is some times the cap
+            t = (z.to(gradient.dtype) / self.softcap).abs_().mul_(-2.0).exp_()
+            gradient.mul_(t).mul_(4.0).div_(t.add_(1.0).square_())
         return gradient.div_(self.temperature) if self.temperature != 1.0 else gradient
 
 

@@ -1,0 +1,50 @@
+"""The soft-cap's derivative far beyond the cap, where 1 − tanh² is 0 in float32: against 40 digits."""
+
+import drpo_jax
+import drpo_torch
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from drpo_core import PolicyGradient
+
+CAP, BEHAVIOR = 3.0, -1.0
+LOGITS = (30.0, -33.0)
+"""Of the sampled word and another one, 10 and 11 times the cap: the head's weights, for a hidden state of 1."""
+
+
+def expected():
+    """∂(−r)/∂h = −r Σ_v (1[v = 0] − π_v) sech²(z_v/cap) z_v."""
+    with mpmath.workdps(40):
+        capped = [CAP * mpmath.tanh(mpmath.mpf(z) / CAP) for z in LOGITS]
+        total = sum(map(mpmath.exp, capped))
+        pi = [mpmath.exp(x) / total for x in capped]
+        ratio = pi[0] / mpmath.exp(BEHAVIOR)
+        slopes = (1 - pi[0], -pi[1])
+        return float(-ratio * sum(s * mpmath.sech(z / CAP) ** 2 * z for s, z in zip(slopes, LOGITS, strict=True)))
+
+
+@pytest.mark.parametrize("engine", ["arrays", "compiled", "jax"])
+def test_far_beyond_the_cap(engine):
+    module, make, where = (drpo_jax, jnp.asarray, {}) if engine == "jax" else (drpo_torch, torch.tensor, {"engine": engine})
+    rest = {
+        "weight": make(np.array(LOGITS, np.float32)[:, None]),
+        "tokens": make(np.array([0])),
+        "behavior_log_prob": make(np.array([BEHAVIOR], np.float32)),
+        "advantages": make(np.array([1.0], np.float32)),
+        "mask": make(np.array([True])),
+    }
+
+    def loss(hidden):
+        return module.linear_policy_loss(PolicyGradient(), hidden=hidden, **rest, logit_softcap=CAP, **where).loss
+
+    hidden = make(np.ones((1, 1), np.float32))
+    if engine == "jax":
+        found = float(jax.jit(jax.grad(loss))(hidden)[0, 0])
+    else:
+        loss(hidden.requires_grad_()).backward()
+        found = float(hidden.grad)
+    assert found == pytest.approx(expected(), rel=1e-5)
