@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 from drpo_core._arrays import in_one_piece
 from drpo_core._checks import check_arrays, check_flag, check_mask, check_number, compute_dtype
 from drpo_core.divergence import binary_kl_of, k3_of
+from drpo_core.reduction import count_true
 from drpo_core.tokens import Tokens, constant, saturated_both_ways
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ LEVELS = ("token", "sequence", "geometric")
 
 
 class Evidence(NamedTuple):
-    """What a correction may look at: the policies' log-probs of the sampled tokens, and the advantages."""
+    """What a correction or a penalty may look at: the policies' log-probs of the sampled tokens, and the advantages."""
 
     policies: Policies
     advantages: Array
@@ -1016,12 +1017,7 @@ def clip_cov_weights(
     if 0 in mask.shape:
         return one
     n = xp.sum(one)
-
-    def centred(x: Array) -> Array:
-        x = xp.where(mask, xp.astype(constant(x), dtype, copy=False), 0.0)
-        return x - xp.sum(x) / xp.where(n == 0.0, 1.0, n)
-
-    covariance = centred(advantages) * centred(log_prob)
+    covariance = covariances(constant(log_prob), constant(advantages), mask, dtype=dtype, xp=xp)
     chosen = mask & (covariance > low) & (covariance < high)
     chosen = chosen if candidates is None else chosen & candidates
     order = xp.where(chosen, constant(noise), xp.inf)
@@ -1030,6 +1026,24 @@ def clip_cov_weights(
     ordered = xp.sort(xp.reshape(in_one_piece(order, xp=xp), (-1,)))
     largest = xp.reshape(xp.take(ordered, xp.reshape(last, (1,))), ())
     return xp.where(chosen & (order <= largest), 0.0, one)
+
+
+def covariances(
+    log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    dtype: Any,
+    xp: Namespace,
+) -> Float[Array, "*tokens"]:
+    """Each token's share (A − mean A)(log π − mean log π) of their covariance over the valid tokens of the call."""
+    n = count_true(mask, dtype, xp=xp)
+
+    def centred(x: Array) -> Array:
+        x = xp.where(mask, xp.astype(x, dtype, copy=False), 0.0)
+        return x - xp.sum(x) / xp.where(n == 0.0, 1.0, n)
+
+    return centred(advantages) * centred(log_prob)
 
 
 def _tokens(evidence: Evidence, edge: Edge) -> Tokens:

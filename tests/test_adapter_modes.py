@@ -18,7 +18,7 @@ from drpo_core.corrections import ImportanceWeight, LengthScale, RatioMask, Veto
 from drpo_core.modes import DoubleRatioWarning, Mode
 from drpo_core.modes.mode import REDUCTIONS
 from drpo_core.objectives import Reinforce
-from drpo_core.penalties import Penalty
+from drpo_core.penalties import CovariancePenalty, Penalty
 
 
 def made(*arguments, **fields):
@@ -40,7 +40,10 @@ MODES = {
     "penalties": Mode(
         DRPO(delta=0.3),
         corrections=(Veto(low=0.3, high=3.0),),
-        penalties=tuple(Penalty(coefficient=0.1, estimator=name) for name in ("k1", "k2", "k3", "k1+", "r·k1", "r·k3")),
+        penalties=(
+            *(Penalty(coefficient=0.1, estimator=name) for name in ("k1", "k2", "k3", "k1+", "r·k1", "r·k3")),
+            CovariancePenalty(coefficient=0.2, share=0.4),
+        ),
     ),
     "each correction": made(
         DRPO(delta=0.3), corrections=tuple({type(e): e for e in EXAMPLES if hasattr(e, "factor")}.values())

@@ -12,6 +12,7 @@ import pytest
 import sympy
 from provers import Term, xp_at
 
+from drpo_core.corrections import Evidence
 from drpo_core.penalties import Penalty
 
 MP = mpmath.mp.clone()
@@ -36,7 +37,7 @@ def estimates(estimator, log_prob, other, behavior_log_prob, at):
         behavior_log_prob=Term(behavior_log_prob),
         xp=SimpleNamespace(**vars(xp_at(at)) | exact),
     )
-    value, gradient = Penalty(coefficient=beta, estimator=estimator).value_and_gradient(policies)
+    value, gradient = Penalty(coefficient=beta, estimator=estimator).value_and_gradient(Evidence(policies, None))
     return tuple(sympy.nsimplify(Term(part).e, rational=True) for part in (value, gradient))
 
 
@@ -149,7 +150,7 @@ def number(estimator, log_prob, other, behavior_log_prob):
         ones_like=lambda _: MP.mpf(1),
     )
     policies = SimpleNamespace(log_prob=log_prob, reference_log_prob=other, behavior_log_prob=behavior_log_prob, xp=xp)
-    return Penalty(coefficient=1.0, estimator=estimator).value_and_gradient(policies)[1]
+    return Penalty(coefficient=1.0, estimator=estimator).value_and_gradient(Evidence(policies, None))[1]
 
 
 def policy(*logits):
