@@ -60,8 +60,10 @@ class Mode:
     penalties
         See `drpo_core.penalties`.
     reduction
-        Name of a reduction of `drpo_core.reduction`: ``"token_mean"``, ``"sequence_mean_token_mean"`` or
-        ``"sequence_mean_token_sum"``; or ``"token_sum"``, the sum over valid tokens.
+        Name of a reduction of `drpo_core.reduction`: ``"token_mean"``, ``"sequence_mean_token_mean"``,
+        ``"sequence_mean_token_sum"`` or ``"prompt_mean"``; or ``"token_sum"``, the sum over valid tokens. Which prompt a
+        sequence answers is no part of a mode: with ``"prompt_mean"`` a loss is also given
+        ``reduction=functools.partial(drpo_core.reduction.prompt_mean, group_ids=ids)``.
     horizon
         H of ``"sequence_mean_token_sum"``; None: 1.
     count_masked
@@ -206,6 +208,7 @@ REDUCTIONS: Mapping[str, Any] = {
     "token_mean": reductions.token_mean,
     "sequence_mean_token_mean": reductions.sequence_mean_token_mean,
     "sequence_mean_token_sum": reductions.sequence_mean_token_sum,
+    "prompt_mean": reductions.prompt_mean,
     "token_sum": partial(reductions.token_mean, normalizer=1.0),
 }
 
