@@ -118,6 +118,7 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
     Notes
     -----
     SkyRL computes ratios in float32. Its denominators count rows without valid tokens, and tokens that a mask leaves out.
+    Among tokens of equal covariance, its ``kl_cov`` chooses by their order.
     With ``"prompt_mean"`` the losses take the prompts' ids:
     ``reduction=functools.partial(drpo_core.reduction.prompt_mean, group_ids=ids)``.
 
