@@ -249,6 +249,20 @@ def test_means_over_sequences_that_ranks_share_are_refused(library, reduction):
             run(lambda array, _: array)
 
 
+def test_penalties_without_a_mask_act_at_tokens_that_a_correction_leaves_out():
+    mode = Mode(
+        DRPO(delta=0.3),
+        corrections=(RatioMask(edge="policy/behavior", high=1.1),),
+        penalties=(Penalty(coefficient=0.1, to="behavior"), CovariancePenalty(coefficient=0.2, share=0.7, to="behavior")),
+        count_masked=False,
+    )
+    arrays = {n: np.where(batch()["mask"], batch()[n], -0.5) for n in NAMES[:3]}
+    expected = wanted("token_loss", mode, arrays)
+    assert (token_loss_and_gradient(mode, **arrays).weight == 0.0).any()
+    assert_same(in_torch("token_loss", mode, arrays), expected)
+    assert_same(in_jax("token_loss", mode, arrays, jit=True), expected)
+
+
 @pytest.mark.parametrize("library", ["core", "torch", "jax"])
 def test_prompts(library):
     """A mode says that it averages over prompts, and the call which prompt each sequence answers."""

@@ -105,10 +105,10 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
     ------
     TypeError, ValueError
         If the name, a key or a value is unknown, a key is given that these settings do not use, or a value asks for
-        what no mode does: ``"token_mean_legacy"``; any reduction with ``kl_cov``, because SkyRL divides the advantages by it
-        and not the penalty; a KL loss, which SkyRL always averages by
-        sequence, with another reduction (so ``use_kl_loss`` is False here unless it is given, True in SkyRL); a token mask
-        with weights or masks of sequences, which SkyRL takes over the tokens that are left.
+        what no mode does: ``"token_mean_legacy"``; any reduction with ``kl_cov``, because SkyRL divides the advantages by
+        it and not the penalty; a KL loss, which SkyRL always averages by sequence, with another reduction (so
+        ``use_kl_loss`` is False here unless it is given, True in SkyRL); a token mask with weights or masks of sequences,
+        which SkyRL takes over the tokens that are left.
 
     Warns
     -----
