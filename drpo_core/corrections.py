@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 from drpo_core._arrays import in_one_piece
 from drpo_core._checks import check_arrays, check_flag, check_mask, check_number, compute_dtype
 from drpo_core.divergence import binary_kl_of, k3_of
+from drpo_core.reduction import count_true
 from drpo_core.tokens import Tokens, constant, saturated_both_ways
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ LEVELS = ("token", "sequence", "geometric")
 
 
 class Evidence(NamedTuple):
-    """What a correction may look at: the policies' log-probs of the sampled tokens, and the advantages."""
+    """What a correction or a penalty may look at: the policies' log-probs of the sampled tokens, and the advantages."""
 
     policies: Policies
     advantages: Array
@@ -1019,14 +1020,7 @@ def clip_cov_weights(
     if 0 in mask.shape:
         return one
     n = xp.sum(one)
-
-    def centred(x: Array, known: Array) -> Array:
-        x = xp.where(known, xp.astype(constant(x), dtype, copy=False), 0.0)
-        count = xp.sum(xp.astype(known, dtype))
-        return x - xp.sum(x) / xp.where(count == 0.0, 1.0, count)
-
-    known = mask & (log_prob != -xp.inf)
-    covariance = centred(advantages, mask) * centred(log_prob, known)
+    covariance, known = covariances(constant(log_prob), constant(advantages), mask, dtype=dtype, xp=xp)
     chosen = known & (covariance > low) & (covariance < high)
     chosen = chosen if candidates is None else chosen & candidates
     order = xp.where(chosen, constant(noise), xp.inf)
@@ -1035,6 +1029,28 @@ def clip_cov_weights(
     ordered = xp.sort(xp.reshape(in_one_piece(order, xp=xp), (-1,)))
     largest = xp.reshape(xp.take(ordered, xp.reshape(last, (1,))), ())
     return xp.where(chosen & (order <= largest), 0.0, one)
+
+
+def covariances(
+    log_prob: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    mask: Bool[Array, "*tokens"],
+    *,
+    dtype: Any,
+    xp: Namespace,
+) -> tuple[Float[Array, "*tokens"], Bool[Array, "*tokens"]]:
+    """Each token's share (A − mean A)(log π − mean log π) of their covariance over the valid tokens, and which have one.
+
+    A token that π can't take (−∞, or the −10⁶ that stands for it among a mode's log-probs) has none.
+    """
+    known = mask & (log_prob > -1e6)
+
+    def centred(x: Array, over: Array) -> Array:
+        x = xp.where(over, xp.astype(x, dtype, copy=False), 0.0)
+        count = count_true(over, dtype, xp=xp)
+        return x - xp.sum(x) / xp.where(count == 0.0, 1.0, count)
+
+    return centred(advantages, mask) * centred(log_prob, known), known
 
 
 def _tokens(evidence: Evidence, edge: Edge) -> Tokens:

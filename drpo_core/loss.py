@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -18,7 +18,7 @@ from drpo_core.engines.trace import Trace, UntraceableError
 from drpo_core.modes.mode import Mode, check_others, evaluated, is_whole_mode, reduction_of_counted, resolve
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective, inside_of, loss_of, ratio_weight_of, weight_of
-from drpo_core.reduction import reduction_coefficients, token_mean
+from drpo_core.reduction import prompt_mean, reduction_coefficients, token_mean
 from drpo_core.tokens import Tokens, check_tokens, constant
 
 if TYPE_CHECKING:
@@ -198,7 +198,8 @@ def policy_loss_and_gradient(
     reduction
         `drpo_core.token_mean`, `drpo_core.sequence_mean_token_mean`, `drpo_core.sequence_mean_token_sum` or
         `drpo_core.reduction.prompt_mean`, also with arguments bound by `functools.partial`; or a
-        `drpo_core.reduction.LinearReduction`. None: the mode's own, or the mean over tokens.
+        `drpo_core.reduction.LinearReduction`. None: the mode's own, or the mean over tokens. A mode of ``"prompt_mean"`` needs
+        it, for the prompts' ids.
     normalizer
         Denominator of the whole batch, where this call sees a micro-batch or a shard of it.
     token_weights
@@ -319,6 +320,14 @@ def reduction_of(objective: Objective, reduction: Reduction | None, *, across: A
             msg = (
                 "across: a rank can't count sequences that others share: expected a mode whose reduction is 'token_sum' "
                 f"(with global_coefficients as token_weights) or 'token_mean', got {objective.reduction!r}"
+            )
+            raise ValueError(msg)
+        if objective.reduction == "prompt_mean":
+            if isinstance(reduction, partial) and reduction.func is prompt_mean:
+                return reduction
+            msg = (
+                "reduction: expected functools.partial(drpo_core.reduction.prompt_mean, group_ids=ids), because "
+                f"{objective!r} needs to know which prompt each sequence answers, got {reduction!r}"
             )
             raise ValueError(msg)
         if reduction is not None:

@@ -1,5 +1,7 @@
 """Penalties: terms of a loss that hold π near another policy, each with the gradient that it really has.
 
+`Penalty` estimates a divergence at every token; `CovariancePenalty` acts on a few tokens of the batch.
+
 With ℓ = log π − log q for the other policy q, at a sampled token, and β the coefficient:
 
 ==================  ==================================  =================  ================================================
@@ -22,17 +24,20 @@ its prefix; what a token does to later ones is not in them. `docs/derivations/pe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from drpo_core._arrays import in_one_piece
 from drpo_core._checks import check_number
+from drpo_core.corrections import covariances
+from drpo_core.reduction import count_true
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from drpo_core._arrays import Array, Float, Namespace
-    from drpo_core.anchors import Policies
+    from drpo_core._arrays import Array, Bool, Float, Namespace
+    from drpo_core.corrections import Evidence
 
-__all__ = ["Estimator", "Penalty"]
+__all__ = ["CovariancePenalty", "Estimator", "Penalty", "PenaltyTerm"]
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3", "k1+", "k3+", "r·k1", "r·k3", "square"]
 """A value and a gradient: see the table of this module."""
@@ -42,6 +47,19 @@ _POLICIES: Mapping[str, str] = {
     "behavior": "behavior_log_prob",
     "proximal": "proximal_log_prob",
 }
+
+
+class PenaltyTerm(Protocol):
+    """A term that is added to the loss of each valid token, with a gradient of its own."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The log-probs that it needs, by the names of the arguments."""
+        ...
+
+    def value_and_gradient(self, evidence: Evidence) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
+        """The value, and its gradient in log π, per token; anything at masked tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,19 +111,18 @@ class Penalty:
     def __post_init__(self) -> None:
         """Check the hyper-parameters and keep the coefficient as a Python float."""
         object.__setattr__(self, "coefficient", check_number("coefficient", self.coefficient, above=0.0))
-        known_of = {"estimator": tuple(_ESTIMATORS), "to": tuple(_POLICIES), "ratio": ("behavior", "proximal")}
-        for name, known in known_of.items():
-            if getattr(self, name) not in known:
-                msg = f"{name}: expected one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}"
-                raise ValueError(msg)
+        _check_choice("estimator", self.estimator, tuple(_ESTIMATORS))
+        _check_choice("to", self.to, tuple(_POLICIES))
+        _check_choice("ratio", self.ratio, ("behavior", "proximal"))
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """The log-probs that it needs, by the names of the arguments."""
         return (_POLICIES[self.to], *((_POLICIES[self.ratio],) if self.estimator.startswith("r·") else ()))
 
-    def value_and_gradient(self, policies: Policies) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
+    def value_and_gradient(self, evidence: Evidence) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
         """β times the estimator, and its gradient in log π, per token."""
+        policies = evidence.policies
         xp, x = policies.xp, policies.log_prob
         ell = x - getattr(policies, _POLICIES[self.to])
         ratio = (
@@ -113,6 +130,103 @@ class Penalty:
         )
         value, gradient = _ESTIMATORS[self.estimator](ell, ratio, xp)
         return self.coefficient * value, self.coefficient * gradient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CovariancePenalty:
+    """β abs(ℓ) at the tokens of largest covariance (A − mean A)(log π − mean log π), 0 elsewhere: KL-Cov.
+
+    Those tokens take the most entropy from the policy. Of n valid tokens, max(1, floor(share · n)) are chosen: those of the
+    largest covariance. Tokens of equal covariance are chosen together, and none of them where that would be more. So the
+    choice depends on no order, and nothing is chosen where all advantages are the same. The choice is a constant. The
+    gradient in log π is β sign(ℓ) at a chosen token, and 0 where ℓ = 0: the penalty does nothing before the first update
+    away from q. `docs/derivations/penalties.md` derives what it follows.
+
+    KL-Cov is ``PolicyGradient()`` at the anchor ``Proximal()`` with this penalty.
+
+    Parameters
+    ----------
+    coefficient
+        β > 0, per nat. It does not fade as ℓ does: where β exceeds abs(A) the token is held at q.
+    share
+        In (0, 1]: of the valid tokens of the call, how many are chosen; rounded down, one at least. Micro-batches choose
+        each for themselves.
+    to
+        The other policy q of ℓ = log π − log q: ``"reference"``, ``"behavior"`` (the sampler) or ``"proximal"``.
+
+    Raises
+    ------
+    TypeError
+        If a number is not real.
+    ValueError
+        If a number is not finite and in its range, or the policy is unknown; in a loss, if ranks hold parts of sequences
+        (`across`), because the order of all tokens is needed.
+
+    References
+    ----------
+    arXiv:2505.22617 (KL-Cov); verl's ``kl_cov`` (verl/trainer/ppo/core_algos.py, 0.9.1), whose choice among tokens of equal
+    covariance depends on their order.
+
+    Examples
+    --------
+    Covariances 1.0, 0.75, −0.15 and 2.8, of which the largest is chosen:
+
+    >>> import numpy as np
+    >>> from drpo_core import PolicyGradient, token_loss_and_gradient
+    >>> from drpo_core.anchors import Proximal
+    >>> from drpo_core.modes import Mode
+    >>> from drpo_core.penalties import CovariancePenalty
+    >>> mode = Mode(PolicyGradient(), anchor=Proximal(), penalties=(CovariancePenalty(coefficient=0.5, share=0.25),))
+    >>> pi, old = np.array([-0.1, -0.3, -0.7, -2.5]), np.array([-0.1, -0.3, -0.7, -2.0])
+    >>> advantages = np.array([2.0, 2.0, 0.0, -1.0])
+    >>> token_loss_and_gradient(mode, pi, old, advantages, proximal_log_prob=old).gradient.round(4)
+    array([-2.    , -2.    ,  0.    ,  0.1065])
+    """
+
+    coefficient: float
+    share: float = 2e-4
+    to: Literal["reference", "behavior", "proximal"] = "proximal"
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters and keep the numbers as Python floats."""
+        object.__setattr__(self, "coefficient", check_number("coefficient", self.coefficient, above=0.0))
+        object.__setattr__(self, "share", check_number("share", self.share, above=0.0))
+        if self.share > 1.0:
+            msg = f"share: expected 1 or less, got {self.share:g}"
+            raise ValueError(msg)
+        _check_choice("to", self.to, tuple(_POLICIES))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The log-probs that it needs, by the names of the arguments."""
+        return (_POLICIES[self.to],)
+
+    def value_and_gradient(self, evidence: Evidence) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]]:
+        """β abs(ℓ) and β sign(ℓ) at the chosen tokens, else 0."""
+        policies = evidence.policies
+        xp, chosen = policies.xp, self._chosen(evidence)
+        ell = policies.log_prob - getattr(policies, _POLICIES[self.to])
+        return tuple(xp.where(chosen, self.coefficient * each, 0.0) for each in (xp.abs(ell), xp.sign(ell)))
+
+    def _chosen(self, evidence: Evidence) -> Bool[Array, "*tokens"]:
+        """Whether a token's covariance exceeds the largest of those that are too many."""
+        log_prob, sequences, xp = evidence.policies.log_prob, evidence.policies.sequences, evidence.policies.xp
+        sequences.need_whole_sequences()
+        mask, dtype = sequences.mask, log_prob.dtype
+        covariance, known = covariances(log_prob, evidence.advantages, mask, dtype=dtype, xp=xp)
+        covariance = xp.where(known, covariance, -xp.inf)
+        flat = xp.reshape(in_one_piece(covariance, xp=xp), (-1,))
+        count = xp.floor(self.share * count_true(mask, dtype, xp=xp))
+        # one more, for where none are too many
+        ordered = xp.sort(xp.concat((flat, xp.reshape(xp.full_like(count, -xp.inf), (1,)))))
+        place = flat.shape[0] - xp.astype(xp.where(count > 1.0, count, 1.0), xp.int32)
+        return covariance > xp.reshape(xp.take(ordered, xp.reshape(place, (1,))), ())
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        msg = f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}"
+        raise ValueError(msg)
 
 
 def _power(ell: Array, xp: Namespace) -> Array:

@@ -320,7 +320,8 @@ def prompt_mean(
         m: True at tokens that count.
     group_ids
         Which prompt each sequence answers (any integers, in any order): one a row of padded tokens, (…), or one a token of
-        packed ones, (tokens,). A loss takes it bound: ``functools.partial(prompt_mean, group_ids=ids)``.
+        packed ones, (tokens,). A loss takes it bound: ``functools.partial(prompt_mean, group_ids=ids)``, beside a
+        `drpo_core.modes.Mode` of reduction ``"prompt_mean"`` too.
     normalizer
         G of the whole batch; default: of this mask.
     token_weights

@@ -320,6 +320,33 @@ def penalty(p, t):
     return float(p.coefficient * value), float(p.coefficient * gradient)
 
 
+def covariance_penalty(p, rows):
+    """Value and gradient of a penalty on the tokens of largest covariance, for each token of all sequences."""
+    tokens = [t for row in rows for t in row]
+    mean_a, mean_x = mean([t.advantage for t in tokens]), mean([t.policy for t in tokens])
+
+    def covariance(t):
+        return (t.advantage - mean_a) * (t.policy - mean_x)
+
+    most = max(1, int(p.share * len(tokens)))
+
+    def at(t):
+        x = t.policy - getattr(t, p.to)
+        # as many as are at least as large, itself among them
+        if sum(covariance(u) >= covariance(t) for u in tokens) > most:
+            return 0.0, 0.0
+        return p.coefficient * abs(x), p.coefficient * ((x > 0) - (x < 0))
+
+    return [[at(t) for t in row] for row in rows]
+
+
+def penalties_of(p, rows):
+    """Value and gradient of any penalty, for each token of all sequences."""
+    if isinstance(p, penalties.CovariancePenalty):
+        return covariance_penalty(p, rows)
+    return [[penalty(p, t) for t in row] for row in rows]
+
+
 # --- every public class, with each of its choices -----------------------------------------------------------------------
 
 EXAMPLES = (
@@ -344,6 +371,7 @@ EXAMPLES = (
     corrections.VariationalWeight(positive=(1.0, 0.5), negative=(0.5, 2.0)),
     corrections.Veto(low=0.3, high=3.0),
     penalties.Penalty(coefficient=0.3),
+    penalties.CovariancePenalty(coefficient=0.3, share=0.3),
     anchors.Behavior(),
     anchors.Proximal(),
     anchors.Sequence(anchors.Behavior()),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from functools import partial
 
 import drpo_jax
 import drpo_torch
@@ -12,13 +13,14 @@ import pytest
 import torch
 from mode_oracles import EXAMPLES, arguments_for, batch, packed
 
-from drpo_core import DRPO, PPOClip, policy_loss_and_gradient, summarize, token_loss_and_gradient
+from drpo_core import DRPO, PPOClip, policy_loss_and_gradient, summarize, token_loss_and_gradient, token_mean
 from drpo_core.anchors import Behavior, Prefix, Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, LengthScale, RatioMask, Veto
 from drpo_core.modes import DoubleRatioWarning, Mode
 from drpo_core.modes.mode import REDUCTIONS
 from drpo_core.objectives import Reinforce
-from drpo_core.penalties import Penalty
+from drpo_core.penalties import CovariancePenalty, Penalty
+from drpo_core.reduction import prompt_mean
 
 
 def made(*arguments, **fields):
@@ -40,7 +42,10 @@ MODES = {
     "penalties": Mode(
         DRPO(delta=0.3),
         corrections=(Veto(low=0.3, high=3.0),),
-        penalties=tuple(Penalty(coefficient=0.1, estimator=name) for name in ("k1", "k2", "k3", "k1+", "r·k1", "r·k3")),
+        penalties=(
+            *(Penalty(coefficient=0.1, estimator=name) for name in ("k1", "k2", "k3", "k1+", "r·k1", "r·k3")),
+            CovariancePenalty(coefficient=0.2, share=0.4),
+        ),
     ),
     "each correction": made(
         DRPO(delta=0.3), corrections=tuple({type(e): e for e in EXAMPLES if hasattr(e, "factor")}.values())
@@ -242,3 +247,51 @@ def test_means_over_sequences_that_ranks_share_are_refused(library, reduction):
     else:
         with pytest.raises(ValueError, match=f"^across: .*'token_sum'.*, got '{reduction}'"):
             run(lambda array, _: array)
+
+
+def test_penalties_without_a_mask_act_at_tokens_that_a_correction_leaves_out():
+    mode = Mode(
+        DRPO(delta=0.3),
+        corrections=(RatioMask(edge="policy/behavior", high=1.1),),
+        penalties=(Penalty(coefficient=0.1, to="behavior"), CovariancePenalty(coefficient=0.2, share=0.7, to="behavior")),
+        count_masked=False,
+    )
+    arrays = {n: np.where(batch()["mask"], batch()[n], -0.5) for n in NAMES[:3]}
+    expected = wanted("token_loss", mode, arrays)
+    assert (token_loss_and_gradient(mode, **arrays).weight == 0.0).any()
+    assert_same(in_torch("token_loss", mode, arrays), expected)
+    assert_same(in_jax("token_loss", mode, arrays, jit=True), expected)
+
+
+@pytest.mark.parametrize("library", ["core", "torch", "jax"])
+def test_prompts(library):
+    """A mode says that it averages over prompts, and the call which prompt each sequence answers."""
+    mode = Mode(PPOClip(eps=0.2), reduction="prompt_mean")
+    arrays = {n: a for n, a in arguments_for(mode, batch(seed=5)).items() if not n.startswith(("proximal", "reference"))}
+    ids, mask = np.array([4, 0, 4, 9, 9]), arrays["mask"]
+    tokens = {i: mask[ids == i].sum() for i in set(ids)}
+    assert tokens[0] == 0
+    each = np.array([1.0 / (max(1, tokens[i]) * sum(n > 0 for n in tokens.values())) for i in ids])[:, None]
+    expected = np.where(mask, token_loss_and_gradient(mode, **arrays).gradient * each, 0.0)
+
+    def gradient(reduction, ids=ids):
+        options = {"reduction": reduction} if reduction is None else {"reduction": partial(reduction, group_ids=ids)}
+        options["diagnostics"] = False
+        if library == "core":
+            return policy_loss_and_gradient(mode, **arrays, **options, engine="arrays").gradient
+        if library == "torch":
+            tensors = {n: torch.tensor(a) for n, a in arrays.items()}
+            x = tensors["log_prob"].requires_grad_()
+            return torch.autograd.grad(drpo_torch.policy_loss(mode, **tensors, **options, engine="arrays")[0], x)[0].numpy()
+        given = {n: jnp.asarray(a) for n, a in arrays.items()}
+        x = given.pop("log_prob")
+        return np.asarray(jax.jit(jax.grad(lambda x: drpo_jax.policy_loss(mode, log_prob=x, **given, **options)[0]))(x))
+
+    make = {"core": np.asarray, "torch": torch.tensor, "jax": jnp.asarray}[library]
+    np.testing.assert_allclose(gradient(prompt_mean, make(ids)), expected, rtol=1e-10)
+    for wrong in (None, token_mean):
+        message = r"^reduction: expected functools.partial\(drpo_core.reduction.prompt_mean, group_ids=ids\), because Mode"
+        with pytest.raises(ValueError, match=message):
+            gradient(wrong)
+    with pytest.raises(TypeError, match=r"^reduction: expected group_ids bound, as in functools\.partial"):
+        gradient(prompt_mean, None)

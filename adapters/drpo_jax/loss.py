@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from drpo_core import token_loss_and_gradient
+from drpo_core._sequences import Sequences
 from drpo_core.diagnostics import combine_diagnostics
 from drpo_core.loss import PolicyLoss, is_elementwise, policy_pass, reduction_of
 from drpo_core.modes.mode import Mode, penalty_gradient, resolve
@@ -115,7 +116,8 @@ def token_loss(
         against: dict[str, Any] = arrays | {"log_prob": log_prob, "behavior_log_prob": mode.anchor_log_prob}
         loss = token_loss(mode.objective, **against, mask=mask, divergence=divergence)
         loss = loss if mode.factor is None else mode.factor * loss
-        penalty = _penalty_loss(objective, mode, log_prob, behavior_log_prob, **others, mask=mask, dtype=dtype)
+        given: dict[str, Any] = arrays | others | sequences | {"log_prob": log_prob}
+        penalty = _penalty_loss(objective, mode, **given, mask=mask, dtype=dtype)
         return loss if penalty is None else loss + penalty
 
     def run(log_prob: jax.Array, *constants: Any) -> TokenLoss:  # noqa: ANN401 -- the other arrays
@@ -262,7 +264,8 @@ def mode_loss(
     log_prob = log_prob if mode.penalty is None else log_prob.astype(dtype)
     arrays = (log_prob, mode.anchor_log_prob, advantages, mask, mode.scaled(coefficients), divergence)
     loss, statistics = checked_policy_loss(mode.objective, *arrays, dtype=dtype, diagnostics=diagnostics)
-    penalty = _penalty_loss(objective, mode, log_prob, behavior_log_prob, **others, mask=mask, dtype=dtype)
+    given: dict[str, Any] = tokens | others | sequences | {"log_prob": log_prob}
+    penalty = _penalty_loss(objective, mode, **given, mask=mask, dtype=dtype)
     if penalty is not None:
         constant = jax.lax.stop_gradient(coefficients)
         loss = loss + jnp.sum(jnp.where(mode.counted, constant * penalty, 0.0))
@@ -278,23 +281,28 @@ def _resolved(objective: Objective, **arguments: Any) -> Resolved:  # noqa: ANN4
 def _penalty_loss(
     objective: Any,  # noqa: ANN401 -- a mode, if there is a penalty
     mode: Resolved,
+    *,
     log_prob: jax.Array,
     behavior_log_prob: jax.Array,
+    advantages: jax.Array,
     proximal_log_prob: jax.Array | None,
     reference_log_prob: jax.Array | None,
-    *,
+    segment_ids: jax.Array | None,
+    across: Across | None,
     mask: jax.Array | None,
     dtype: Any,  # noqa: ANN401 -- a dtype of the namespace
 ) -> jax.Array | None:
     """The penalties per token, whose derivative is the gradient that they claim; None where there are none."""
     if mode.penalty is None:
         return None
-    where = mode.counted if mask is None else mask
-    constants = jax.lax.stop_gradient((behavior_log_prob, proximal_log_prob, reference_log_prob, where))
+    where = jnp.ones_like(log_prob, dtype=bool) if mask is None else mask
+    others = (behavior_log_prob, proximal_log_prob, reference_log_prob)
+    constants = jax.lax.stop_gradient((*others, advantages, segment_ids, where))
 
     def gradient(log_prob: jax.Array, *constants: Any) -> jax.Array:  # noqa: ANN401 -- the other arrays
-        *others, where = constants
-        found: jax.Array = penalty_gradient(objective, log_prob, *others, mask=where, dtype=dtype, xp=xp)
+        *others, advantages, segment_ids, where = constants
+        batch: dict[str, Any] = {"advantages": advantages, "sequences": Sequences(where, segment_ids, across=across, xp=xp)}
+        found: jax.Array = penalty_gradient(objective, log_prob, *others, **batch, dtype=dtype)
         return jnp.where(where, found, 0.0)
 
     value, slope = (jnp.where(where, each, 0.0) for each in mode.penalty)

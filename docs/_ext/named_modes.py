@@ -22,6 +22,7 @@ FRAMEWORKS: tuple[str, ...] = tuple(name for name in modes.__all__ if inspect.is
 _NEEDED: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("verl", "dro"): {"dro_beta": 0.1},
     ("tinker", "dro"): {"beta": 0.1},
+    ("skyrl", "kl_cov"): {"loss_reduction": None},
     ("ms_swift", "fipo"): {"delta": 4.0},
     ("nemo_rl", "sequence_level_importance_ratios"): {"token_level_loss": False},
 }

@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from drpo_core._checks import check_number
 from drpo_core.objectives import CISPO, PPOClip
+from drpo_core.penalties import CovariancePenalty
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from drpo_core.modes.mode import Mode
 
-__all__ = ["ONE_RATIO", "Keys", "chosen", "cispo", "clip", "made"]
+__all__ = ["AT_RANDOM", "ONE_RATIO", "Keys", "chosen", "cispo", "clip", "covariance_penalty", "made"]
 
 T = TypeVar("T")
 
 ONE_RATIO = "the ratio of a sequence is differentiated as one there, so its tokens share the mean of their weights"
 """Why weights of tokens on the ratio of a sequence are no mode, where a framework does not detach the mean."""
+
+AT_RANDOM = (
+    "it chooses tokens at random: pass drpo_core.corrections.clip_cov_weights(log_prob, advantages, mask, noise) as "
+    "token_weights, beside Mode(PPOClip(eps_low=…, eps_high=…), anchor=Proximal())"
+)
+"""Why Clip-Cov is no mode, and how it is had."""
 
 
 class Keys:
@@ -106,8 +113,17 @@ def made(
     defaults: Mapping[str, Any],
     name: str,
     given: Mapping[str, Any],
+    *,
+    no_modes: Mapping[str, str] | None = None,
 ) -> Mode:
-    """The mode of a framework's loss; `argument` is the framework's word for the name of a loss."""
+    """The mode of a framework's loss; `argument` is the framework's word for the name of a loss.
+
+    `no_modes`: the framework's losses that no mode can stand for, and why.
+    """
+    for refused, reason in (no_modes or {}).items():
+        if name == refused:
+            msg = f"{argument}: {framework}'s {name!r} is no Mode: {reason}"
+            raise ValueError(msg)
     loss = chosen(argument, name, losses)
     keys = Keys(framework, name, defaults, given)
     try:
@@ -125,6 +141,16 @@ def made(
 def cispo(eps_low: float, eps_high: float) -> CISPO:
     """CISPO with the ratio clipped to [1 − ε_low, 1 + ε_high]; ε_low ≥ 1 is no lower bound."""
     return CISPO(max_ratio=1.0 + eps_high, min_ratio=1.0 - eps_low if eps_low < 1.0 else None)
+
+
+def covariance_penalty(keys: Keys, share: str) -> tuple[CovariancePenalty, ...]:
+    """KL-Cov's penalty, under verl's and SkyRL's key for β; `share`: the key of the share of tokens."""
+    coefficient = keys.number("ppo_kl_coef", at_least=0.0)
+    of_tokens = keys.number(share, above=0.0)
+    if of_tokens > 1.0:
+        msg = f"{share}: expected 1 or less, got {of_tokens:g}"
+        raise ValueError(msg)
+    return (CovariancePenalty(coefficient=coefficient, share=of_tokens),) if coefficient > 0.0 else ()
 
 
 def clip(low: float, high: float) -> PPOClip:

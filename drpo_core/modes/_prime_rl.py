@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from drpo_core.modes._keys import Keys, clip, made
@@ -16,19 +17,18 @@ __all__ = ["prime_rl"]
 
 # each type has keys of its own, whose defaults differ
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "ipo": {"eps": 0.3, "max_importance_ratio": 1e4, "adv_tau": 1.0, "score_centering": False},
-    "icepop": {"ratio_low": 0.2, "ratio_high": 5.0, "adv_tau": 1.0},
-    "ppo": {"ratio_low": 0.8, "ratio_high": 1.2, "max_importance_ratio": 1e4, "adv_tau": 1.0},
-    "cispo": {"ratio_low": 0.0, "ratio_high": 5.0, "adv_tau": 1.0},
-    "default": {"dppo_mask_low": 0.2, "dppo_mask_high": 0.2, "adv_tau": 1.0, "kl_tau": 1e-3},
+    "ipo": {"eps": 0.3, "max_importance_ratio": 1e4, "adv_tau": 1.0, "loss_aggregation": "token", "score_centering": False},
+    "icepop": {"ratio_low": 0.2, "ratio_high": 5.0, "adv_tau": 1.0, "loss_aggregation": "token"},
+    "ppo": {"ratio_low": 0.8, "ratio_high": 1.2, "max_importance_ratio": 1e4, "adv_tau": 1.0, "loss_aggregation": "token"},
+    "cispo": {"ratio_low": 0.0, "ratio_high": 5.0, "adv_tau": 1.0, "loss_aggregation": "token"},
+    "default": {"dppo_mask_low": 0.2, "dppo_mask_high": 0.2, "adv_tau": 1.0, "loss_aggregation": "token", "kl_tau": 1e-3},
 }
 
 
 def prime_rl(type: str = "ipo", /, **keys: Any) -> Mode:  # noqa: A002 -- prime-rl's word
     """A loss of prime-rl by its ``type``, under the keys and values of ``[trainer.loss]``.
 
-    ``inference_logprobs`` of prime-rl is `behavior_log_prob`: there is no other policy. It divides by the number of
-    tokens.
+    ``inference_logprobs`` of prime-rl is `behavior_log_prob`: there is no other policy.
 
     ===========  ==============================================================  ===========================================
     ``type``     keys                                                            what differs
@@ -48,7 +48,8 @@ def prime_rl(type: str = "ipo", /, **keys: Any) -> Mode:  # noqa: A002 -- prime-
     type
         See the table.
     **keys
-        See the table; ``adv_tau`` (1.0) for each type.
+        See the table; for each type ``adv_tau`` (1.0) and ``loss_aggregation`` (``"token"``, or ``"prompt"``: the mean of the
+        prompts' means).
 
     Returns
     -------
@@ -65,6 +66,8 @@ def prime_rl(type: str = "ipo", /, **keys: Any) -> Mode:  # noqa: A002 -- prime-
     Notes
     -----
     ``ppo`` caps the ratio that multiplies the gradient where A < 0 at ``max_importance_ratio``; the mode does not.
+    With ``loss_aggregation="prompt"`` the losses take the prompts' ids:
+    ``reduction=functools.partial(drpo_core.reduction.prompt_mean, group_ids=ids)``.
 
     References
     ----------
@@ -84,37 +87,38 @@ def _ipo(keys: Keys) -> Mode:
     if keys.flag("score_centering"):
         keys.refuse("score_centering", "it needs the log-probs of the sampler's support")
     delta, cap = keys.number("eps", above=0.0), keys.number("max_importance_ratio", at_least=1.0)
-    return _unscaled(keys, Mode(IPO(delta=delta, max_ratio=cap)))
+    return _aggregated(keys, Mode(IPO(delta=delta, max_ratio=cap)))
 
 
 def _icepop(keys: Keys) -> Mode:
     low, high = (keys.number(f"ratio_{side}", above=0.0) for side in ("low", "high"))
-    return _unscaled(keys, Mode(IcePop(min_ratio=low, max_ratio=high)))
+    return _aggregated(keys, Mode(IcePop(min_ratio=low, max_ratio=high)))
 
 
 def _ppo(keys: Keys) -> Mode:
     low, high = (keys.number(f"ratio_{side}", above=0.0) for side in ("low", "high"))
     if keys.number("max_importance_ratio", at_least=1.0) < 1e4:
         keys.refuse("max_importance_ratio", "PPOClip has no such cap")
-    return _unscaled(keys, Mode(clip(low, high)))
+    return _aggregated(keys, Mode(clip(low, high)))
 
 
 def _cispo(keys: Keys) -> Mode:
     low, high = keys.number("ratio_low", at_least=0.0), keys.number("ratio_high", at_least=1.0)
-    return _unscaled(keys, Mode(CISPO(min_ratio=low or None, max_ratio=high)))
+    return _aggregated(keys, Mode(CISPO(min_ratio=low or None, max_ratio=high)))
 
 
 def _default(keys: Keys) -> Mode:
     low, high = (keys.number(f"dppo_mask_{side}", above=0.0) for side in ("low", "high"))
     tau = keys.number("kl_tau", at_least=0.0)
     penalties = (Penalty(coefficient=tau, estimator="square", to="behavior"),) if tau > 0.0 else ()
-    return _unscaled(keys, Mode(DPPO(delta_low=low, delta_high=high), penalties=penalties))
+    return _aggregated(keys, Mode(DPPO(delta_low=low, delta_high=high), penalties=penalties))
 
 
-def _unscaled(keys: Keys, mode: Mode) -> Mode:
+def _aggregated(keys: Keys, mode: Mode) -> Mode:
+    """The mode with the aggregation of the loss."""
     if keys.number("adv_tau", at_least=0.0) != 1.0:
         keys.refuse("adv_tau", "multiply the advantages with it")
-    return mode
+    return replace(mode, reduction=keys.choice("loss_aggregation", {"token": "token_mean", "prompt": "prompt_mean"}))
 
 
 LOSSES: Mapping[str, Callable[[Keys], Mode]] = {

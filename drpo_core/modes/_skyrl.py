@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from drpo_core.anchors import Behavior, Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, RatioMask, Veto
-from drpo_core.modes._keys import Keys, cispo, made
+from drpo_core.modes._keys import AT_RANDOM, Keys, cispo, covariance_penalty, made
 from drpo_core.modes.mode import Mode
 from drpo_core.objectives import DPPO, SAPO, IcePop, PolicyGradient, PPOClip
 from drpo_core.penalties import Penalty
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from drpo_core.anchors import Anchor
     from drpo_core.corrections import Correction
     from drpo_core.objectives import Objective
+    from drpo_core.penalties import PenaltyTerm
 
 __all__ = ["skyrl"]
 
@@ -32,6 +33,8 @@ DEFAULTS: Mapping[str, Any] = {
     "dppo_type": "binary_tv",
     "delta_low": 0.2,
     "delta_high": 0.2,
+    "kl_cov_frac": 0.2,
+    "ppo_kl_coef": 1.0,
     "loss_reduction": "token_mean",
     "max_seq_len": None,
     # SkyRL's own default is True
@@ -74,15 +77,20 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
                              ``delta_low``, ``delta_high`` (0.2)                   it counts π_old/μ twice: a warning
     ``rollout_is``           ``eps_clip_low``, ``eps_clip_high``                   IcePop on π/μ; TIS on top: as ``dppo``
     ``importance_sampling``  none, and none of the correction                      against ``old_log_probs``
+    ``kl_cov``               ``kl_cov_frac`` (0.2), ``ppo_kl_coef`` (1.0), and     the penalty is a sum, whatever
+                             none of the correction; ``loss_reduction`` has to     ``loss_reduction`` says: one of many tokens
+                             be None                                               outweighs the loss. verl's share: 2e-4
     =======================  ====================================================  =========================================
 
     Parameters
     ----------
     policy_loss_type
-        See the table. ``clip_cov``, ``kl_cov`` and ``cross_entropy`` are no modes.
+        See the table. ``clip_cov`` is no mode, because it chooses tokens at random: see
+        `drpo_core.corrections.clip_cov_weights`. Nor is ``cross_entropy``, which has no advantages.
     **keys
-        ``loss_reduction`` (``"token_mean"``, ``"sequence_mean"``, ``"seq_mean_token_sum_norm"``, which needs
-        ``max_seq_len``); ``tis_ratio_type`` (``"token"``, ``"sequence"``) with ``token_tis_ratio_clip_high`` (2.0) or
+        ``loss_reduction`` (``"token_mean"``, ``"sequence_mean"``, ``"prompt_mean"``, ``"seq_mean_token_sum_norm"``, which
+        needs ``max_seq_len``; or None, a sum: for advantages that are divided already, as SkyRL's own functions get them);
+        ``tis_ratio_type`` (``"token"``, ``"sequence"``) with ``token_tis_ratio_clip_high`` (2.0) or
         ``sequence_tis_ratio_clip_high`` (5.0); ``sequence_mask_metric`` (``"geometric"``, ``"product"``) with
         ``geo_mask_low``, ``geo_mask_high``, ``product_mask_low``, ``product_mask_high``;
         ``outlier_token_is_threshold_low`` and ``_high``; ``token_mask_is_threshold_low`` and ``_high``, which need each other;
@@ -97,10 +105,10 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
     ------
     TypeError, ValueError
         If the name, a key or a value is unknown, a key is given that these settings do not use, or a value asks for
-        what no mode does: ``"prompt_mean"``, which needs the prompts' ids (its coefficients may be `token_weights` of a mode:
-        `drpo_core.reduction.prompt_mean`), and ``"token_mean_legacy"``; a KL loss, which SkyRL always averages by
-        sequence, with another reduction (so ``use_kl_loss`` is False here unless it is given, True in SkyRL); a token mask
-        with weights or masks of sequences, which SkyRL takes over the tokens that are left.
+        what no mode does: ``"token_mean_legacy"``; any reduction with ``kl_cov``, because SkyRL divides the advantages by
+        it and not the penalty; a KL loss, which SkyRL always averages by sequence, with another reduction (so
+        ``use_kl_loss`` is False here unless it is given, True in SkyRL); a token mask with weights or masks of sequences,
+        which SkyRL takes over the tokens that are left.
 
     Warns
     -----
@@ -110,6 +118,9 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
     Notes
     -----
     SkyRL computes ratios in float32. Its denominators count rows without valid tokens, and tokens that a mask leaves out.
+    Among tokens of equal covariance, its ``kl_cov`` chooses by their order.
+    With ``"prompt_mean"`` the losses take the prompts' ids:
+    ``reduction=functools.partial(drpo_core.reduction.prompt_mean, group_ids=ids)``.
 
     References
     ----------
@@ -122,7 +133,10 @@ def skyrl(policy_loss_type: str = "regular", /, **keys: Any) -> Mode:
     >>> modes.skyrl("dppo", delta_low=0.15, delta_high=0.15)
     Mode(DPPO(delta_low=0.15, delta_high=0.15))
     """
-    return made("SkyRL", "policy_loss_type", LOSSES, DEFAULTS, policy_loss_type, keys)
+    return made("SkyRL", "policy_loss_type", LOSSES, DEFAULTS, policy_loss_type, keys, no_modes=_NO_MODES)
+
+
+_NO_MODES = {"clip_cov": AT_RANDOM, "cross_entropy": "it has no advantages"}
 
 
 def _regular(keys: Keys) -> Mode:
@@ -169,6 +183,14 @@ def _importance_sampling(keys: Keys) -> Mode:
     return _mode(keys, PolicyGradient(), corrected=False)
 
 
+def _kl_cov(keys: Keys) -> Mode:
+    if keys["loss_reduction"] is not None:
+        divided = "SkyRL divides the advantages by it, and not the penalty, which is a sum over the chosen tokens"
+        how = "pass None, and advantages times drpo_core.reduction.reduction_coefficients; or see modes.verl('kl_cov')"
+        keys.refuse("loss_reduction", f"{divided}: {how}")
+    return _mode(keys, PolicyGradient(), penalties=covariance_penalty(keys, "kl_cov_frac"), corrected=False)
+
+
 LOSSES: Mapping[str, Callable[[Keys], Mode]] = {
     "regular": _regular,
     "dual_clip": _dual_clip,
@@ -178,6 +200,7 @@ LOSSES: Mapping[str, Callable[[Keys], Mode]] = {
     "dppo": _dppo,
     "rollout_is": _rollout_is,
     "importance_sampling": _importance_sampling,
+    "kl_cov": _kl_cov,
 }
 
 
@@ -185,14 +208,23 @@ def _bounds(keys: Keys) -> tuple[float, float]:
     return keys.number("eps_clip_low", above=0.0), keys.number("eps_clip_high", above=0.0)
 
 
-REDUCTIONS: Mapping[str, str] = {
+REDUCTIONS: Mapping[str | None, str] = {
+    None: "token_sum",
     "token_mean": "token_mean",
     "sequence_mean": "sequence_mean_token_mean",
+    "prompt_mean": "prompt_mean",
     "seq_mean_token_sum_norm": "sequence_mean_token_sum",
 }
 
 
-def _mode(keys: Keys, objective: Objective, anchor: Anchor | None = None, *, corrected: bool = True) -> Mode:
+def _mode(
+    keys: Keys,
+    objective: Objective,
+    anchor: Anchor | None = None,
+    *,
+    penalties: tuple[PenaltyTerm, ...] = (),
+    corrected: bool = True,
+) -> Mode:
     """The objective with SkyRL's off-policy correction, reduction and KL loss."""
     reduction = keys.choice("loss_reduction", REDUCTIONS)
     norm = reduction == "sequence_mean_token_sum"
@@ -200,7 +232,7 @@ def _mode(keys: Keys, objective: Objective, anchor: Anchor | None = None, *, cor
         objective,
         anchor=Proximal() if anchor is None else anchor,
         corrections=_corrections(keys) if corrected else (),
-        penalties=_kl_loss(keys),
+        penalties=(*penalties, *_kl_loss(keys)),
         reduction=reduction,
         horizon=keys.number("max_seq_len", above=0.0) if norm else None,
     )

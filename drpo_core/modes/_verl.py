@@ -12,9 +12,9 @@ from drpo_core.corrections import (
     OutwardMask,
     RatioMask,
 )
-from drpo_core.modes._keys import Keys, chosen, cispo, made
+from drpo_core.modes._keys import AT_RANDOM, Keys, chosen, cispo, covariance_penalty, made
 from drpo_core.modes.mode import Mode
-from drpo_core.objectives import DPPO, SAPO, PPOClip, Reinforce
+from drpo_core.objectives import DPPO, SAPO, PolicyGradient, PPOClip, Reinforce
 from drpo_core.penalties import Penalty
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from drpo_core.anchors import Anchor
     from drpo_core.corrections import Correction, Edge
     from drpo_core.objectives import Objective
+    from drpo_core.penalties import PenaltyTerm
 
 __all__ = ["VERL_PRESETS", "verl"]
 
@@ -41,6 +42,8 @@ DEFAULTS: Mapping[str, Any] = {
     "kl_loss_type": "low_var_kl",
     # actor_rollout_ref.actor.policy_loss
     "dro_beta": None,
+    "kl_cov_ratio": 0.0002,
+    "ppo_kl_coef": 0.1,
     # algorithm.rollout_correction
     "rollout_is": None,
     "rollout_is_threshold": 2.0,
@@ -70,6 +73,8 @@ def verl(loss_mode: str = "vanilla", /, **keys: Any) -> Mode:
     ``geo_mean``              ``clip_ratio_low``, ``clip_ratio_high``, nats       GMPO; paper: 0.4. ``loss_agg_mode`` is
                                                                                   ignored, and empty rows count
     ``dro``                   ``dro_beta``, which has no default
+    ``kl_cov``                ``kl_cov_ratio`` (0.0002), ``ppo_kl_coef`` (0.1)    β would be 1 if it were null; each
+                                                                                  micro-batch chooses a token at least
     ``cispo``                 ``clip_ratio_low``, ``clip_ratio_high``             paper: no lower bound
     ``dppo_tv``, ``dppo_kl``  ``clip_ratio_low``, ``clip_ratio_high``: the δ;     paper: the cap is 20
                               ``clip_ratio_c`` (3.0): the cap of the ratio
@@ -80,8 +85,8 @@ def verl(loss_mode: str = "vanilla", /, **keys: Any) -> Mode:
     Parameters
     ----------
     loss_mode
-        See the table. ``clip_cov`` and ``kl_cov`` are no modes: they choose tokens at random, or by rank. For
-        ``clip_cov`` see `drpo_core.corrections.clip_cov_weights`.
+        See the table. ``clip_cov`` is no mode, because it chooses tokens at random: see
+        `drpo_core.corrections.clip_cov_weights`.
     **keys
         ``loss_agg_mode`` (``"token-mean"``, ``"token-sum"``, ``"seq-mean-token-sum"``, ``"seq-mean-token-mean"``,
         ``"seq-mean-token-sum-norm"``, which needs ``loss_scale_factor``); ``use_kl_loss`` with ``kl_loss_coef`` (0.001) and
@@ -100,15 +105,16 @@ def verl(loss_mode: str = "vanilla", /, **keys: Any) -> Mode:
     ------
     TypeError, ValueError
         If the name, a key or a value is unknown, a key is given that these settings do not use, or a value asks for
-        what no mode does: the ``"abs"`` KL, ``rollout_is`` with ``dro``, whose penalty verl multiplies too, or rules
-        for single tokens with ``gspo`` and ``geo_mean``, which verl applies before it averages.
+        what no mode does: the ``"abs"`` KL, ``rollout_is`` with ``dro`` and ``kl_cov``, whose penalties verl multiplies too,
+        ``rollout_rs`` with ``kl_cov``, which verl applies before it chooses tokens, or rules for single tokens with ``gspo``
+        and ``geo_mean``, which verl applies before it averages.
 
     Notes
     -----
     verl clamps log-ratios at ±20 (gspo at 10) and drops the gradient beyond, its k3 at a value of 10; it adds 1e-8 to the
-    length of sequences and to 1 − p. Its denominators are those of the response mask that ``rollout_rs`` leaves. Where a
-    batch is split, verl's trainer counts rejected rows in means over sequences and, with ``bypass_mode``, rejected tokens:
-    pass that number as `normalizer`.
+    length of sequences and to 1 − p. Among tokens of equal covariance, its ``kl_cov`` chooses by their order. Its
+    denominators are those of the response mask that ``rollout_rs`` leaves. Where a batch is split, verl's trainer counts
+    rejected rows in means over sequences and, with ``bypass_mode``, rejected tokens: pass that number as `normalizer`.
 
     References
     ----------
@@ -122,7 +128,7 @@ def verl(loss_mode: str = "vanilla", /, **keys: Any) -> Mode:
     >>> modes.verl("vanilla", **modes.VERL_PRESETS["bypass_ppo_clip"])
     Mode(PPOClip(eps_low=0.2, eps_high=0.2, dual_clip=3.0))
     """
-    return made("verl", "loss_mode", LOSSES, DEFAULTS, loss_mode, keys)
+    return made("verl", "loss_mode", LOSSES, DEFAULTS, loss_mode, keys, no_modes={"clip_cov": AT_RANDOM})
 
 
 _SEQ_IS = {"rollout_is": "sequence", "rollout_is_threshold": 2.0}
@@ -193,6 +199,14 @@ def _dro(keys: Keys) -> Mode:
     return _mode(keys, Reinforce(), penalties=(Penalty(coefficient=beta, estimator="k2", to="proximal"),))
 
 
+def _kl_cov(keys: Keys) -> Mode:
+    if keys["rollout_is"] is not None:
+        keys.refuse("rollout_is", "verl multiplies the penalty with the weights too")
+    if keys["rollout_rs"] is not None:
+        keys.refuse("rollout_rs", "verl chooses among the tokens that are left")
+    return _mode(keys, PolicyGradient(), penalties=covariance_penalty(keys, "kl_cov_ratio"))
+
+
 def _cispo(keys: Keys) -> Mode:
     return _mode(keys, cispo(*_bounds(keys)))
 
@@ -225,6 +239,7 @@ LOSSES: Mapping[str, Callable[[Keys], Mode]] = {
     "gpg": _gpg,
     "geo_mean": _geo_mean,
     "dro": _dro,
+    "kl_cov": _kl_cov,
     "cispo": _cispo,
     "dppo_tv": _dppo_tv,
     "dppo_kl": _dppo_kl,
@@ -256,7 +271,7 @@ def _mode(
     *,
     anchor: Anchor | None = None,
     corrections: tuple[Correction, ...] = (),
-    penalties: tuple[Penalty, ...] = (),
+    penalties: tuple[PenaltyTerm, ...] = (),
     edge: Edge = "proximal/behavior",
     weighted: bool = True,
     reduction: str | None = None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from drpo_core.corrections import Correction
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.objectives import Objective
-    from drpo_core.penalties import Penalty
+    from drpo_core.penalties import PenaltyTerm
     from drpo_core.reduction import Reduction
     from drpo_core.tokens import Tokens
 
@@ -60,8 +60,10 @@ class Mode:
     penalties
         See `drpo_core.penalties`.
     reduction
-        Name of a reduction of `drpo_core.reduction`: ``"token_mean"``, ``"sequence_mean_token_mean"`` or
-        ``"sequence_mean_token_sum"``; or ``"token_sum"``, the sum over valid tokens.
+        Name of a reduction of `drpo_core.reduction`: ``"token_mean"``, ``"sequence_mean_token_mean"``,
+        ``"sequence_mean_token_sum"`` or ``"prompt_mean"``; or ``"token_sum"``, the sum over valid tokens. Which prompt a
+        sequence answers is no part of a mode: with ``"prompt_mean"`` a loss is also given
+        ``reduction=functools.partial(drpo_core.reduction.prompt_mean, group_ids=ids)``.
     horizon
         H of ``"sequence_mean_token_sum"``; None: 1.
     count_masked
@@ -103,7 +105,7 @@ class Mode:
     objective: Objective
     anchor: Anchor = field(default_factory=anchors.Behavior)
     corrections: tuple[Correction, ...] = ()
-    penalties: tuple[Penalty, ...] = ()
+    penalties: tuple[PenaltyTerm, ...] = ()
     reduction: str = "token_mean"
     horizon: float | None = None
     count_masked: bool = True
@@ -227,6 +229,7 @@ REDUCTIONS: Mapping[str, Any] = {
     "token_mean": reductions.token_mean,
     "sequence_mean_token_mean": reductions.sequence_mean_token_mean,
     "sequence_mean_token_sum": reductions.sequence_mean_token_sum,
+    "prompt_mean": reductions.prompt_mean,
     "token_sum": partial(reductions.token_mean, normalizer=1.0),
 }
 
@@ -426,10 +429,8 @@ def evaluated(
 ) -> Resolved:
     """`resolve` of checked arrays."""
     mask, xp = sequences.mask, sequences.xp
-    policies = _policies(
-        log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob, mask=mask, dtype=dtype, xp=xp
-    )._replace(sequences=sequences)
-    evidence = corrections.Evidence(policies, xp.astype(xp.where(mask, advantages, 0.0), dtype, copy=False))
+    log_probs = (log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob)
+    evidence = _evidence(*log_probs, advantages=advantages, sequences=sequences, dtype=dtype)
     factor, counted = None, mask
     statistics: Diagnostics = {}
     for name, correction in zip(_names(mode.corrections), mode.corrections, strict=True):
@@ -440,22 +441,25 @@ def evaluated(
             counted = counted & (one != 0.0)
         if diagnostics:
             statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
-    penalty = _total(mode.penalties, policies) if mode.penalties else None
+    penalty = _total(mode.penalties, evidence) if mode.penalties else None
     if isinstance(mode.anchor, (anchors.Behavior, anchors.Proximal)):
         # nothing is added up, so its log-probs stay as they are: where π and the anchor are both 0, R is 1
         anchor = behavior_log_prob if mode.anchor.policy == "behavior" else proximal_log_prob
     else:
-        anchor = mode.anchor.log_prob(policies)
+        anchor = mode.anchor.log_prob(evidence.policies)
     return Resolved(mode.objective, anchor, factor, counted, penalty, statistics)
 
 
-def penalty_gradient(mode: Mode, *log_probs: Array | None, mask: Array, dtype: Any, xp: Namespace) -> Float[Array, "*tokens"]:
+def penalty_gradient(
+    mode: Mode, *log_probs: Array | None, advantages: Array, sequences: Sequences, dtype: Any
+) -> Float[Array, "*tokens"]:
     """Gradient of the penalties per token, from the log-probs under π, μ, π_old and π_ref; to be differentiated."""
-    return _total(mode.penalties, _policies(*log_probs, mask=mask, dtype=dtype, xp=xp))[1]
+    return _total(mode.penalties, _evidence(*log_probs, advantages=advantages, sequences=sequences, dtype=dtype))[1]
 
 
-def _policies(*log_probs: Array | None, mask: Array, dtype: Any, xp: Namespace) -> anchors.Policies:
-    """The policies by their log-probs, in one dtype, bounded, and 0 at masked tokens; without their sequences."""
+def _evidence(*log_probs: Array | None, advantages: Array, sequences: Sequences, dtype: Any) -> corrections.Evidence:
+    """The policies by their log-probs and the advantages, in one dtype and 0 at masked tokens; log-probs are bounded."""
+    mask, xp = sequences.mask, sequences.xp
 
     def prepared(array: Array | None) -> Array | None:
         if array is None:
@@ -463,12 +467,13 @@ def _policies(*log_probs: Array | None, mask: Array, dtype: Any, xp: Namespace) 
         x = xp.astype(xp.where(mask, array, 0.0), dtype, copy=False)
         return xp.where(x < -_FARTHEST, -_FARTHEST, x)
 
-    return anchors.Policies(*map(prepared, log_probs), sequences=None, xp=xp)  # type: ignore[misc, arg-type]
+    policies = anchors.Policies(*map(prepared, log_probs), sequences=sequences, xp=xp)  # type: ignore[misc, arg-type]
+    return corrections.Evidence(policies, xp.astype(xp.where(mask, advantages, 0.0), dtype, copy=False))
 
 
-def _total(terms: tuple[Penalty, ...], policies: anchors.Policies) -> tuple[Array, Array]:
+def _total(terms: tuple[PenaltyTerm, ...], evidence: corrections.Evidence) -> tuple[Array, Array]:
     """Value and gradient of all penalties, per token."""
-    values, gradients = zip(*(term.value_and_gradient(policies) for term in terms), strict=True)
+    values, gradients = zip(*(term.value_and_gradient(evidence) for term in terms), strict=True)
     return sum(values[1:], values[0]), sum(gradients[1:], gradients[0])
 
 

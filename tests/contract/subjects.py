@@ -416,7 +416,7 @@ CLASSES = {
     "UntraceableError": "an error",
     "VacuousTrustRegionWarning": "a warning",
     "DoubleRatioWarning": "a warning",
-    **dict.fromkeys(("Objective", "Anchor", "Correction", "TokenBounds"), "a protocol"),
+    **dict.fromkeys(("Objective", "Anchor", "Correction", "PenaltyTerm", "TokenBounds"), "a protocol"),
     **{
         name: PART_OF_A_MODE
         for module in (drpo_core.anchors, drpo_core.corrections, drpo_core.penalties)

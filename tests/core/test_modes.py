@@ -101,10 +101,9 @@ def parts(mode, arrays):
     factor = token_loss_and_gradient(only, **arguments_for(only, arrays)).weight
     penalty = np.zeros((2, *arrays["mask"].shape))
     if mode.penalties:
-        alone = quiet(*mode.penalties)
-        still = arrays | {"advantages": np.zeros_like(arrays["advantages"])}
-        found = token_loss_and_gradient(alone, **arguments_for(alone, still))
-        penalty = np.array([found.loss, found.gradient])
+        alone, without = quiet(*mode.penalties), quiet()
+        given, bare = (token_loss_and_gradient(each, **arguments_for(each, arrays)) for each in (alone, without))
+        penalty = np.array([given.loss - bare.loss, given.gradient - bare.gradient])
     return factor, of_objective, penalty
 
 

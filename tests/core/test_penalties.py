@@ -8,7 +8,17 @@ import pytest
 from backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mode_oracles import arguments_for, batch, examples_of, made_by, packed, penalty, quiet, sequences, spread_out
+from mode_oracles import (
+    arguments_for,
+    batch,
+    examples_of,
+    made_by,
+    packed,
+    penalties_of,
+    quiet,
+    sequences,
+    spread_out,
+)
 
 from drpo_core import (
     DRPO,
@@ -21,9 +31,10 @@ from drpo_core import (
 from drpo_core import penalties as module
 from drpo_core.corrections import ImportanceWeight, RatioMask
 from drpo_core.modes import Mode
-from drpo_core.penalties import Penalty
+from drpo_core.penalties import CovariancePenalty, Penalty
 
-EXAMPLES = examples_of(module)
+EVERY = examples_of(module)
+EXAMPLES = [example for example in EVERY if isinstance(example, Penalty)]
 ESTIMATORS = list(dict.fromkeys(example.estimator for example in EXAMPLES))
 TRUE = [name for name in ESTIMATORS if not name.endswith("+")]
 """Those whose gradient is the derivative of their value."""
@@ -31,33 +42,35 @@ FUZZ = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 def value_and_gradient(backend, made, arrays):
-    """Of the penalty alone: at A = 0 the objective has neither."""
+    """Of the penalty alone: without what the objective has, −A."""
     mode = quiet(made)
-    arrays = arrays | {"advantages": np.zeros_like(arrays["advantages"])}
     result = backend.run(token_loss_and_gradient, mode, **arguments_for(mode, arrays))
-    return result.loss, result.gradient
+    a = np.where(arrays["mask"], arrays["advantages"], 0.0)
+    return result.loss + a, result.gradient + a
 
 
 def expected(made, arrays):
-    pairs = [[penalty(made, t) for t in row] for row in sequences(arrays)]
+    pairs = penalties_of(made, sequences(arrays))
     return tuple(spread_out([[pair[i] for pair in row] for row in pairs], arrays["mask"]) for i in (0, 1))
 
 
 def test_every_public_penalty_and_estimator_has_an_example():
-    assert made_by(module, "value_and_gradient") == {Penalty}
+    assert made_by(module, "value_and_gradient") == {type(example) for example in EVERY}
     assert set(ESTIMATORS) == set(module._ESTIMATORS)  # noqa: SLF001 -- what the class accepts
-    assert {example.to for example in EXAMPLES} == {"reference", "behavior", "proximal"}
+    for kind in (Penalty, CovariancePenalty):
+        of_kind = {example.to for example in EVERY if isinstance(example, kind)}
+        assert of_kind == {"reference", "behavior", "proximal"}
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, None])
 def test_padded_and_packed(backend, estimator):
-    for made in (example for example in EXAMPLES if example.estimator == estimator):
+    for made in (example for example in EVERY if getattr(example, "estimator", None) == estimator):
         arrays = batch(seed=1)
         wanted = expected(made, arrays)
-        np.testing.assert_allclose(value_and_gradient(backend, made, arrays), wanted, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(value_and_gradient(backend, made, arrays), wanted, rtol=1e-12, atol=1e-14)
         flat, places = packed(arrays)
         flat_wanted = [part[places] for part in wanted]
-        np.testing.assert_allclose(value_and_gradient(backend, made, flat), flat_wanted, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(value_and_gradient(backend, made, flat), flat_wanted, rtol=1e-12, atol=1e-14)
 
 
 def at(ell, made=None, *, log_ratio=0.0, dtype=np.float64):
@@ -125,6 +138,48 @@ def test_the_gradient_rises_with_the_distance(ells, estimator):
     assert gradients == sorted(gradients)
 
 
+def chosen(log_prob, advantages, *, dtype=np.float64, **fields):
+    """Where a covariance penalty acts: 1 nat above π_old everywhere, its gradient is 1 there."""
+    x = np.asarray(log_prob, dtype)
+    arrays = {"log_prob": x, "behavior_log_prob": x, "proximal_log_prob": x - dtype(1.0)}
+    arrays |= {"advantages": np.asarray(advantages, dtype), "mask": np.ones(x.shape, dtype=bool)}
+    return value_and_gradient(Backend.NUMPY, CovariancePenalty(coefficient=1.0, **fields), arrays)[1].round(6).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+def test_the_share_is_never_exceeded(dtype):
+    """Covariances 6, 1.5, 1.5, 0, 0, 0: equal ones are chosen together, or not at all."""
+    x, a = [-1.0, -2.0, -2.0, -2.0, -2.5, -2.5], [6.0, 0.0, 0.0, 0.0, -3.0, -3.0]
+    covariance = (np.array(a) - np.mean(a)) * (np.array(x) - np.mean(x))
+    assert np.unique(covariance.round(12), return_counts=True)[1].tolist() == [3, 2, 1]
+    for share, most in ((1e-9, 1), (0.3, 1), (1 / 3 + 1e-3, 1), (0.5, 3), (0.7, 3), (0.99, 3), (1.0, 6)):
+        found = chosen(x, a, share=share, dtype=dtype)
+        assert found == [1.0, 0.0, 0.0, 0.0, *[float(most > 1)] * 2] if most < 6 else [1.0] * 6
+
+
+def test_equal_advantages_choose_nothing():
+    """So a micro-batch of one sequence, or of solved prompts alone, has no penalty; and one token is never more than one."""
+    assert not any(chosen([-1.0, -3.0, -0.5, -2.0], [0.5] * 4, share=0.5))
+    assert chosen([-1.0], [2.0], share=1e-6) == [1.0]
+
+
+def test_where_the_policies_agree_a_covariance_penalty_has_no_gradient():
+    arrays = batch(seed=6)
+    arrays["proximal_log_prob"] = np.where(arrays["advantages"] > 0.0, arrays["log_prob"], arrays["proximal_log_prob"])
+    made = CovariancePenalty(coefficient=0.3, share=0.5)
+    found = value_and_gradient(Backend.NUMPY, made, arrays)
+    np.testing.assert_allclose(found, expected(made, arrays), rtol=1e-12, atol=1e-14)
+    agree = arrays["mask"] & (arrays["log_prob"] == arrays["proximal_log_prob"])
+    assert agree.any()
+    np.testing.assert_allclose(np.stack(found)[:, agree], 0.0, atol=1e-15)
+
+
+def test_a_covariance_penalty_needs_every_token():
+    mode = quiet(CovariancePenalty(coefficient=0.3))
+    with pytest.raises(ValueError, match=r"^across: what depends on an order of the tokens needs the whole"):
+        policy_loss_and_gradient(mode, **arguments_for(mode, batch()), across=lambda array, _: array)
+
+
 def test_it_acts_where_the_advantage_is_0_and_no_correction_multiplies_it():
     arrays = batch(seed=2)
     made = Penalty(coefficient=0.3, estimator="k2")
@@ -173,12 +228,15 @@ def test_penalties_add_up():
     np.testing.assert_allclose([found.loss, found.gradient], wanted, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.usefixtures("interpreted_loops")
 def test_masked_junk_and_an_empty_batch():
     arrays = batch(seed=4)
     arrays["mask"] = np.zeros_like(arrays["mask"])
-    for made in EXAMPLES:
+    for made in EVERY:
         mode = quiet(made)
         result = policy_loss_and_gradient(mode, **arguments_for(mode, arrays))
+        none = {name: array[:0] for name, array in arguments_for(mode, arrays).items()}
+        assert policy_loss_and_gradient(mode, **none).gradient.shape == (0, 7)
         assert result.loss == 0.0
         assert (result.gradient == 0.0).all()
         assert all(math.isnan(v) or v == 0.0 for k, v in summarize(result.diagnostics).items() if "count" not in k)
@@ -216,12 +274,29 @@ def test_a_nan_at_a_valid_token_is_not_hidden():
 def test_errors(fields, error, message):
     with pytest.raises(error, match=message):
         Penalty(**fields)
+    if "estimator" not in fields and "ratio" not in fields:
+        with pytest.raises(error, match=message):
+            CovariancePenalty(**fields)
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "message"),
+    [
+        (0.0, ValueError, "^share: expected a finite number greater than 0, got 0.0$"),
+        (1.5, ValueError, "^share: expected 1 or less, got 1.5$"),
+        ("all", TypeError, "^share: expected a real number, got str"),
+    ],
+)
+def test_a_share_is_one(share, error, message):
+    with pytest.raises(error, match=message):
+        CovariancePenalty(coefficient=1.0, share=share)
 
 
 def test_arguments():
     assert Penalty(coefficient=1.0).arguments == ("reference_log_prob",)
     assert set(Penalty(coefficient=1.0, estimator="r·k1").arguments) == {"reference_log_prob", "behavior_log_prob"}
     assert Penalty(coefficient=1.0, to="proximal").arguments == ("proximal_log_prob",)
+    assert CovariancePenalty(coefficient=1.0).arguments == ("proximal_log_prob",)
     on_update = Penalty(coefficient=1.0, estimator="r·k3", ratio="proximal")
     assert set(on_update.arguments) == {"reference_log_prob", "proximal_log_prob"}
     made = Penalty(coefficient=np.float32(0.5))

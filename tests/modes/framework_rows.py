@@ -33,19 +33,33 @@ def differentiated(loss, arrays):
     return value.item(), gradient.numpy()
 
 
-def assert_same(mode, loss, *, value=True, tolerance=1e-9, arrays=None):
+def assert_same(mode, loss, *, value=True, tolerance=1e-9, arrays=None, reduction=None):
     """Assert that a mode's loss and gradient are those of `loss`, a function of rows.
 
-    `value=False` is for a loss that is another function of the same gradient.
+    `value=False` is for a loss that is another function of the same gradient; `reduction` for a mode that needs one.
     """
     arrays = batch() if arrays is None else arrays
-    others = {name: arrays[name] for name in ("mask", *mode.arguments)}
+    others = {name: arrays[name] for name in ("mask", *mode.arguments)} | {"reduction": reduction}
     ours = policy_loss_and_gradient(mode, *(arrays[n] for n in ("log_prob", "behavior_log_prob", "advantages")), **others)
     theirs, expected = differentiated(loss, arrays)
     assert np.any(expected)
     np.testing.assert_allclose(ours.gradient, expected, rtol=0.0, atol=tolerance * np.abs(expected).max())
     if value:
         np.testing.assert_allclose(ours.loss, theirs, rtol=tolerance, atol=1e-12)
+
+
+def kl_cov(rows, *, share, beta):
+    """KL-Cov's losses of the tokens of each row: with β abs(log π − log π_old) at the top share by covariance."""
+    x = torch.cat([row.x for row in rows]).detach()
+    a = torch.cat([row.a.expand(len(row.x)) for row in rows])
+    covariance = (a - a.mean()) * (x - x.mean())
+    top = set(torch.topk(covariance, max(1, int(len(x) * share))).indices.tolist())
+    lengths = [len(row.x) for row in rows]
+    chosen = torch.tensor([i in top for i in range(len(x))]).split(lengths)
+    ells = [row.x - row.old for row in rows]
+    return [
+        -row.a * torch.exp(ell) + torch.where(c, beta * ell.abs(), 0.0) for row, ell, c in zip(rows, ells, chosen, strict=True)
+    ]
 
 
 def keeps_some(kept):

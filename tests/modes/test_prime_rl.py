@@ -1,7 +1,9 @@
 """The modes of prime-rl against its formulas, token by token, and its keys."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from framework_rows import assert_same
@@ -10,6 +12,7 @@ from drpo_core import DPPO, modes
 from drpo_core.modes import Mode
 from drpo_core.objectives import CISPO, IPO
 from drpo_core.penalties import Penalty
+from drpo_core.reduction import prompt_mean
 
 
 def ipo(row, *, eps=0.3, max_importance_ratio=1e4):
@@ -60,6 +63,20 @@ def test_loss_and_gradient(name, keys):
     assert_same(modes.prime_rl(name, **keys), loss)
 
 
+@pytest.mark.usefixtures("interpreted_loops")
+def test_prompts():
+    ids = np.arange(16) // 3
+
+    def loss(rows):
+        groups = [[ipo(row) for row, i in zip(rows, ids, strict=True) if i == prompt] for prompt in set(ids)]
+        return torch.stack([torch.cat(group).mean() for group in groups]).mean()
+
+    for name in THEIRS:
+        assert modes.prime_rl(name, loss_aggregation="prompt").reduction == "prompt_mean"
+    mode = modes.prime_rl(loss_aggregation="prompt")
+    assert_same(mode, loss, reduction=partial(prompt_mean, group_ids=ids))
+
+
 def test_gradient_beyond_the_cap():
     keys = {"max_importance_ratio": 1.02}
     assert_same(modes.prime_rl("ipo", **keys), lambda rows: torch.cat([ipo(r, **keys) for r in rows]).mean(), value=False)
@@ -81,6 +98,7 @@ def test_mode_is_the_value():
         ("ipo", {"ipo_threshold": 0.1}, "ipo_threshold: expected keys of prime-rl among eps"),
         ("ipo", {"score_centering": True}, "score_centering: .* support"),
         ("ipo", {"adv_tau": 0.5}, "adv_tau: .* advantages"),
+        ("ipo", {"loss_aggregation": "sequence"}, "loss_aggregation: expected 'token', 'prompt', got 'sequence'"),
         ("ipo", {"max_importance_ratio": 0.5}, "max_importance_ratio: expected a finite number, 1 or more"),
         ("ppo", {"max_importance_ratio": 5.0}, "max_importance_ratio: .* no such cap"),
         ("icepop", {"ratio_low": 6.0}, "min_ratio"),

@@ -1,10 +1,12 @@
 """The modes of SkyRL against its formulas, sequence by sequence, and its keys."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from framework_rows import assert_same, batch
+from framework_rows import assert_same, batch, kl_cov
 
 from drpo_core import DPPO, PPOClip, modes
 from drpo_core.anchors import Behavior, Proximal
@@ -12,8 +14,10 @@ from drpo_core.corrections import ImportanceWeight, RatioMask, Veto
 from drpo_core.modes import DoubleRatioWarning, Mode
 from drpo_core.modes._keys import Keys
 from drpo_core.modes._skyrl import DEFAULTS, LOSSES
+from drpo_core.reduction import prompt_mean
 
-NAMES = tuple(name for name in LOSSES if name != "importance_sampling")
+REDUCED = tuple(name for name in LOSSES if name != "kl_cov")
+NAMES = tuple(name for name in REDUCED if name != "importance_sampling")
 
 
 def clipped(row, ell, c):
@@ -145,9 +149,31 @@ def settings(name):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", REDUCED)
 def test_loss_and_gradient(name, reduction):
     check(name, **settings(name), **reduction)
+
+
+@pytest.mark.usefixtures("interpreted_loops")
+@pytest.mark.parametrize("share", [1e-6, 0.05, 0.2])
+def test_kl_cov_sums(share):
+    """The advantages are divided before, by sequence here, which changes the choice; the penalty is not."""
+    arrays = batch(1)
+    arrays["advantages"] = arrays["advantages"] / arrays["mask"].sum(axis=1, keepdims=True) / len(arrays["mask"])
+    mode = modes.skyrl("kl_cov", kl_cov_frac=share, ppo_kl_coef=0.3, loss_reduction=None)
+    assert_same(mode, lambda rows: torch.cat(kl_cov(rows, share=share, beta=0.3)).sum(), arrays=arrays)
+
+
+@pytest.mark.usefixtures("interpreted_loops")
+def test_prompt_mean():
+    ids = np.array([3, 1, 3, 3, 0, 1, 5, 5, 5, 5, 0, 3, 1, 0, 3, 5])
+
+    def loss(rows):
+        groups = [[regular(row, DEFAULTS) for row, i in zip(rows, ids, strict=True) if i == prompt] for prompt in set(ids)]
+        return torch.stack([torch.cat(group).mean() for group in groups]).mean()
+
+    mode = modes.skyrl(loss_reduction="prompt_mean")
+    assert_same(mode, loss, reduction=partial(prompt_mean, group_ids=ids))
 
 
 def test_variants():
@@ -201,10 +227,15 @@ def test_mode_is_the_value():
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        ("clip_cov", {}, "policy_loss_type: expected 'regular', .* got 'clip_cov'"),
+        ("clip_cov", {}, r"policy_loss_type: .* is no Mode: .* drpo_core.corrections.clip_cov_weights\(.* token_weights"),
+        ("cross_entropy", {}, "policy_loss_type: .* no advantages"),
+        ("kl_cov", {}, "loss_reduction: .* with 'token_mean' is no Mode: .* not the penalty.* pass None"),
+        ("kl_cov", {"loss_reduction": None, "use_kl_loss": True}, "use_kl_loss: .* by sequence"),
+        ("kl_cov", {"loss_reduction": None, "kl_cov_frac": 2}, "kl_cov_frac: expected 1 or less, got 2"),
+        ("kl_cov", {"loss_reduction": None, "tis_ratio_type": "token"}, "tis_ratio_type: SkyRL's 'kl_cov'"),
         ("regular", {"eps": 0.2}, "eps: expected keys of SkyRL among eps_clip_low"),
         ("regular", {"delta_low": 0.2}, "delta_low: SkyRL's 'regular' with these settings reads"),
-        ("regular", {"loss_reduction": "prompt_mean"}, "loss_reduction: expected 'token_mean', .* got 'prompt_mean'"),
+        ("regular", {"loss_reduction": "token_mean_legacy"}, "loss_reduction: expected None, .* got 'token_mean_legacy'"),
         ("regular", {"loss_reduction": "seq_mean_token_sum_norm"}, "max_seq_len: expected a real number"),
         ("regular", {"use_kl_loss": True}, "use_kl_loss: .* by sequence"),
         ("regular", {"use_kl_loss": True, "loss_reduction": "sequence_mean", "kl_estimator_type": "abs"}, "got 'abs'"),
@@ -233,6 +264,7 @@ def test_every_key_is_read_by_some_loss():
         for given in ({"tis_ratio_type": "token"}, {"tis_ratio_type": "sequence"}):
             for metric in ("geometric", "product"):
                 values = {**({} if name in ("dppo", "rollout_is") else given), "sequence_mask_metric": metric}
+                values |= {"loss_reduction": None} if name == "kl_cov" else {}
                 keys = Keys("SkyRL", name, DEFAULTS, values)
                 loss(keys)
                 read |= keys.read.keys()

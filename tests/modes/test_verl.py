@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from framework_rows import assert_same, batch, kl_cov
 
 from drpo_core import PPOClip, modes, policy_loss_and_gradient
 from drpo_core.anchors import Proximal, Sequence
@@ -60,6 +62,23 @@ def test_loss_and_gradient_are_verls(loss_mode, aggregation):
     tolerance = 1e-7 if loss_mode == "sapo" else TOLERANCE[aggregation]
     key = f"{loss_mode}__{aggregation.replace('-', '_')}"
     assert_as_recorded(mode, key, tolerance, loss=loss_mode not in WITH_THEIR_OWN_LOSS)
+
+
+@pytest.mark.usefixtures("interpreted_loops")
+@pytest.mark.parametrize("share", [1e-6, 0.01, 0.2, 1.0])
+def test_kl_cov(share):
+    """Formulas: verl's own function gives the same to 1e-13, as tests/integrations/verl sees where verl is installed."""
+    keys = {"kl_cov_ratio": share, "ppo_kl_coef": 0.7}
+
+    def losses(rows):
+        return kl_cov(rows, share=share, beta=0.7)
+
+    for seed in range(3):
+        arrays = batch(seed)
+        assert_same(modes.verl("kl_cov", **keys), lambda rows: torch.cat(losses(rows)).mean(), arrays=arrays)
+        mode = modes.verl("kl_cov", **keys, loss_agg_mode="seq-mean-token-mean")
+        assert_same(mode, lambda rows: torch.stack([row.mean() for row in losses(rows)]).mean(), arrays=arrays)
+    assert modes.verl("kl_cov", ppo_kl_coef=0.0).penalties == ()
 
 
 def test_geo_mean_is_verls():
@@ -139,7 +158,11 @@ def test_presets_make_modes(preset):
 @pytest.mark.parametrize(
     ("loss_mode", "keys", "message"),
     [
-        ("clip_cov", {}, "loss_mode: expected 'vanilla', .* got 'clip_cov'"),
+        ("clip_cov", {}, r"loss_mode: .* is no Mode: .* drpo_core.corrections.clip_cov_weights\(log_prob, .* token_weights"),
+        ("kl_cov", {"rollout_is": "token"}, "rollout_is: .* penalty"),
+        ("kl_cov", {"rollout_rs": "token_k3", "rollout_rs_threshold": 1.0}, "rollout_rs: .* that are left"),
+        ("kl_cov", {"kl_cov_ratio": 1.5}, "kl_cov_ratio: expected 1 or less, got 1.5"),
+        ("kl_cov", {"clip_ratio_low": 0.2}, "clip_ratio_low: verl's 'kl_cov'"),
         ("vanilla", {"eps": 0.2}, "eps: expected keys of verl among clip_ratio, .*loss_type"),
         ("vanilla", {"loss_agg_mode": "mean"}, "loss_agg_mode: expected 'token-mean', .* got 'mean'"),
         ("vanilla", {"loss_agg_mode": []}, r"loss_agg_mode: expected .* got \[\]"),
@@ -180,7 +203,8 @@ def test_every_key_is_read_by_some_loss():
 
     read = {"loss_scale_factor", "clip_ratio"}
     for name, loss in LOSSES.items():
-        given = {**common, "rollout_is": None} if name == "dro" else common
+        given = common | ({"rollout_is": None} if name in ("dro", "kl_cov") else {})
+        given |= {"rollout_rs": None} if name == "kl_cov" else {}
         keys = Keys("verl", name, DEFAULTS, given)
         loss(keys)
         read |= keys.read.keys()

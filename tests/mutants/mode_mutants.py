@@ -150,6 +150,23 @@ MUTANTS = (
         (Backend.NUMPY, "r·k3"),
     ),
     ModeMutant(
+        "tokens of equal covariance beyond the share",
+        penalties.CovariancePenalty._chosen,  # noqa: SLF001
+        "covariance > xp",
+        "covariance >= xp",
+        _PENALTIES,
+        "test_equal_advantages_choose_nothing",
+    ),
+    ModeMutant(
+        "a covariance with masked tokens in its means",
+        corrections.covariances,
+        "n = count_true(mask, dtype, xp=xp)",
+        "n = count_true(mask | True, dtype, xp=xp)",
+        _PENALTIES,
+        _BOTH_LAYOUTS,
+        (Backend.NUMPY, None),
+    ),
+    ModeMutant(
         "a sequence's weight counted once a token",
         corrections.ImportanceWeight.factor,
         "first = sequences.first_of_each()",
@@ -214,14 +231,14 @@ MUTANTS = (
     ModeMutant(
         "tokens that are left out stay in the denominator",
         loss.policy_loss_and_gradient,
-        "reduction_coefficients(reduction, mode.counted,",
-        "reduction_coefficients(reduction, mask,",
+        "coefficients_of(mode.counted)",
+        "coefficients_of(mask)",
         _MODES,
         "test_tokens_that_are_masked_count_or_do_not",
     ),
     ModeMutant(
         "a zeroed weight leaves the denominator too",
-        mode.resolve,
+        mode.evaluated,
         "if correction.counts is None and not mode.count_masked:",
         "if not mode.count_masked:",
         _MODES,
@@ -285,7 +302,7 @@ MUTANTS = (
     # masks
     ModeMutant(
         "masked tokens are not replaced",
-        mode._policies,  # noqa: SLF001
+        mode._evidence,  # noqa: SLF001
         "xp.where(mask, array, 0.0)",
         "array",
         _MODES,

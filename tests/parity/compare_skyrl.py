@@ -20,6 +20,7 @@ FUNCTION = "`PolicyLossRegistry` and `apply_loss_reduction_to_advantages_minibat
 PACKAGES = ("torch", "omegaconf")
 PRECISION = "float32"
 SECTIONS = {"cispo": "cispo", "delta": "dppo", "dppo": "dppo", "tau": "sapo"}
+SECTIONS |= dict.fromkeys(("kl_cov_frac", "ppo_kl_coef"), "kl_cov")
 SECTIONS |= dict.fromkeys(("tis", "token", "sequence", "geo", "product", "outlier"), "off_policy_correction")
 OWN = {
     "cispo": {"cispo_eps_clip_low": 0.05, "cispo_eps_clip_high": 0.1},
@@ -42,8 +43,9 @@ def algorithm(name, keys):
     """`trainer.algorithm` of SkyRL's command line."""
     overrides = [f"trainer.algorithm.policy_loss_type={name}"]
     for key, value in keys.items():
-        section = SECTIONS.get(key.partition("_")[0])
-        overrides.append(f"trainer.algorithm.{section + '.' if section else ''}{key}={value}")
+        section = SECTIONS.get(key, SECTIONS.get(key.partition("_")[0]))
+        if value is not None:
+            overrides.append(f"trainer.algorithm.{section + '.' if section else ''}{key}={value}")
     return SkyRLTrainConfig.from_cli_overrides(overrides).trainer.algorithm
 
 
@@ -57,10 +59,12 @@ def theirs(name, keys):
     config = algorithm(name, keys)
 
     def loss(batch):
-        mask = batch["mask"].double()
-        scaled = apply_loss_reduction_to_advantages_minibatch(
-            batch["advantages"], mask, config.loss_reduction, len(mask), keys.get("max_seq_len")
-        )
+        mask, scaled = batch["mask"].double(), batch["advantages"]
+        # None: they are divided already
+        if keys.get("loss_reduction", "") is not None:
+            scaled = apply_loss_reduction_to_advantages_minibatch(
+                scaled, mask, config.loss_reduction, len(mask), keys.get("max_seq_len")
+            )
         old, rollout = batch["proximal_log_prob"], batch["behavior_log_prob"]
         value, _ = PolicyLossRegistry.get(name)(batch["log_prob"], old, scaled, config, mask, rollout)
         return value
@@ -69,9 +73,15 @@ def theirs(name, keys):
 
 
 def _settings():
+    # not 0.05, where tokens of equal covariance would be divided: SkyRL chooses among them by their order
+    for share in (2e-4, 0.07, 0.29):
+        yield "kl_cov", {"kl_cov_frac": share, "ppo_kl_coef": 0.7, "loss_reduction": None}
     for name in LOSSES:
+        if name == "kl_cov":
+            continue
         own = OWN.get(name, {"eps_clip_low": 0.05, "eps_clip_high": 0.1})
-        for reduction in REDUCTIONS:
+        # the prompts are no key
+        for reduction in (r for r in REDUCTIONS if r != "prompt_mean"):
             width = {"max_seq_len": 20} if reduction == "seq_mean_token_sum_norm" else {}
             yield name, {**own, "loss_reduction": reduction, **width}
         if name == "cispo":

@@ -21,6 +21,7 @@ ACTOR |= {"loss_agg_mode", "loss_scale_factor", "use_kl_loss", "kl_loss_coef", "
 KEYS = {
     "gspo": {"clip_ratio_low": 0.02, "clip_ratio_high": 0.03},
     "dro": {"dro_beta": 0.3},
+    "kl_cov": {"kl_cov_ratio": 0.07, "ppo_kl_coef": 0.7},
     "dppo_tv": {"clip_ratio_low": 0.01, "clip_ratio_high": 0.02},
     "dppo_kl": {"clip_ratio_low": 0.001, "clip_ratio_high": 0.002},
     "geo_mean": {"clip_ratio_low": 0.1, "clip_ratio_high": 0.05},
@@ -44,7 +45,8 @@ def theirs(loss_mode, keys):
             if name.startswith("rollout_") or name in ("bypass_mode", "loss_type")
         }
     )
-    policy_loss = PolicyLossConfig(loss_mode=loss_mode, dro_beta=values["dro_beta"], rollout_correction=correction)
+    own = {name: values[name] for name in ("dro_beta", "kl_cov_ratio", "ppo_kl_coef")}
+    policy_loss = PolicyLossConfig(loss_mode=loss_mode, **own, rollout_correction=correction)
     config = FSDPActorConfig(
         strategy="fsdp",
         rollout_n=1,
@@ -94,6 +96,8 @@ def _settings():
                 loss_mode,
                 {**KEYS.get(loss_mode, {}), "loss_agg_mode": aggregation, **({"loss_scale_factor": 512} if scaled else {})},
             )
+    for ratio in (0.01, 0.29, 1.0):
+        yield "kl_cov", {"kl_cov_ratio": ratio}
     for rule in sorted(SUPPORTED_ROLLOUT_RS_OPTIONS):
         for bypass in ({}, {"bypass_mode": True}):
             # π/μ is further from 1 than π_old/μ

@@ -8,11 +8,17 @@ from itertools import product
 from types import SimpleNamespace
 
 import mpmath
+import numpy as np
 import pytest
 import sympy
 from provers import Term, xp_at
 
-from drpo_core.penalties import Penalty
+from drpo_core import PolicyGradient, token_loss_and_gradient
+from drpo_core._sequences import Sequences
+from drpo_core.anchors import Policies, Proximal
+from drpo_core.corrections import Evidence
+from drpo_core.modes import Mode
+from drpo_core.penalties import CovariancePenalty, Penalty
 
 MP = mpmath.mp.clone()
 MP.dps = 40
@@ -36,7 +42,7 @@ def estimates(estimator, log_prob, other, behavior_log_prob, at):
         behavior_log_prob=Term(behavior_log_prob),
         xp=SimpleNamespace(**vars(xp_at(at)) | exact),
     )
-    value, gradient = Penalty(coefficient=beta, estimator=estimator).value_and_gradient(policies)
+    value, gradient = Penalty(coefficient=beta, estimator=estimator).value_and_gradient(Evidence(policies, None))
     return tuple(sympy.nsimplify(Term(part).e, rational=True) for part in (value, gradient))
 
 
@@ -149,7 +155,7 @@ def number(estimator, log_prob, other, behavior_log_prob):
         ones_like=lambda _: MP.mpf(1),
     )
     policies = SimpleNamespace(log_prob=log_prob, reference_log_prob=other, behavior_log_prob=behavior_log_prob, xp=xp)
-    return Penalty(coefficient=1.0, estimator=estimator).value_and_gradient(policies)[1]
+    return Penalty(coefficient=1.0, estimator=estimator).value_and_gradient(Evidence(policies, None))[1]
 
 
 def policy(*logits):
@@ -232,3 +238,80 @@ def test_the_optimum():
     ]
     slopes = [reduce(operator.add, (best[y] * g[y] * ((y == k) - best[k]) for y in range(4))) for k in range(4)]
     assert max(map(abs, slopes)) < MP.mpf(10) ** -30
+
+
+# --- at the tokens of largest covariance: KL-Cov ------------------------------------------------------------------------
+
+LOGITS = [MP.mpf(z) for z in ("0.3", "-0.2", "1.1", "0.0")]
+ADVANTAGES = [2.0, -1.0, 0.5, -0.3]
+
+
+def covariance_gradient(share):
+    """The code's gradient at each outcome of PI, held near REF with β = 1; and which outcomes it chooses."""
+    log_prob, other, a = (np.array([*values], dtype=float) for values in (map(MP.log, PI), map(MP.log, REF), ADVANTAGES))
+    sequences = Sequences(np.ones(4, dtype=bool), None, xp=np)
+    policies = Policies(log_prob, other, other, other, sequences, xp=np)
+    found = CovariancePenalty(coefficient=1.0, share=share, to="reference").value_and_gradient(Evidence(policies, a))[1]
+    return [MP.mpf(g) for g in found], [y for y in range(4) if found[y]]
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 4), (0.5, 2), (0.25, 1)])
+def test_covariance_penalty(share, count):
+    """enumeration: on samples of π it is ∇Σ abs(π − q) over the chosen outcomes, on samples of q ∇Σ q abs(log π − log q)."""
+    g, chosen = covariance_gradient(share)
+    assert len(chosen) == count
+
+    def at(*logits):
+        pi = policy(*logits)
+        return (
+            sum(abs(pi[y] - REF[y]) for y in chosen),
+            sum(REF[y] * abs(MP.log(pi[y]) - MP.log(REF[y])) for y in chosen),
+        )
+
+    for i, samples in enumerate((PI, REF)):
+        for k in range(4):
+            order = tuple(int(j == k) for j in range(4))
+            exact = MP.diff(lambda *z, i=i: at(*z)[i], tuple(LOGITS), order)
+            mean = sum(samples[y] * g[y] * ((y == k) - PI[k]) for y in range(4))
+            assert abs(mean - exact) < MP.mpf(10) ** -12
+
+
+def test_covariance_is_the_entropy_that_is_lost():
+    """enumeration: logits moved along A change the entropy of π at the rate −Cov(log π, A), the mean of the tokens' shares."""
+
+    def entropy(step):
+        pi = policy(*(z + step * a for z, a in zip(LOGITS, ADVANTAGES, strict=True)))
+        return -sum(p * MP.log(p) for p in pi)
+
+    mean_a = sum(p * a for p, a in zip(PI, ADVANTAGES, strict=True))
+    mean_x = sum(p * MP.log(p) for p in PI)
+    shares = [(a - mean_a) * (MP.log(p) - mean_x) for p, a in zip(PI, ADVANTAGES, strict=True)]
+    rate = sum(p * share for p, share in zip(PI, shares, strict=True))
+    assert abs(MP.diff(entropy, 0) + rate) < MP.mpf(10) ** -12
+    assert abs(rate) > 0.01
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+@pytest.mark.parametrize("a", [1.0, -1.0])
+def test_where_a_chosen_token_stops(a, beta):
+    """enumeration: a chosen token has −A R + β sign(ℓ), and −A at ℓ = 0: it is held at q where β > abs(A), else not at q."""
+    mode = Mode(PolicyGradient(), anchor=Proximal(), penalties=(CovariancePenalty(coefficient=beta),))
+
+    def gradient(ell):
+        old = np.array([-4.0])
+        return float(token_loss_and_gradient(mode, old + ell, old, np.array([a]), proximal_log_prob=old).gradient[0])
+
+    assert gradient(0.0) == -a
+    for ell in np.linspace(-3.0, 3.0, 25):
+        assert gradient(ell) == pytest.approx(-a * np.exp(ell) + beta * np.sign(ell), rel=1e-12)
+    held = gradient(1e-6) > 0.0 > gradient(-1e-6)
+    assert held == (beta > abs(a))
+    at_bound = np.log(beta / abs(a))
+    if a * at_bound > 0.0:
+        # A > 0 and β > A: pulled back below R = β/A only. A < 0 and β < abs(A): pushed down to R = β/abs(A) only
+        assert gradient(at_bound - 0.1) * gradient(at_bound + 0.1) < 0.0
+        assert gradient(at_bound + 0.1) * a < 0.0
+    elif a > 0.0:
+        assert all(gradient(ell) < 0.0 for ell in (0.1, 1.0, 3.0))
+    else:
+        assert all(gradient(ell) < 0.0 for ell in (-0.1, -1.0, -3.0))

@@ -23,7 +23,7 @@ from drpo_core.engines import numba_loop
 from drpo_core.engines.trace import Trace
 from drpo_core.modes import Mode
 from drpo_core.modes.mode import parts_of
-from drpo_core.penalties import Penalty
+from drpo_core.penalties import CovariancePenalty, Penalty
 
 EVERYTHING = Mode(
     PPOClip(eps_low=0.2, eps_high=0.28, dual_clip=3.0),
@@ -33,7 +33,7 @@ EVERYTHING = Mode(
     reduction="sequence_mean_token_mean",
     count_masked=False,
 )
-ACROSS_ROWS = (FutureRatio, MinimumPrefixRatio, Prefix, PrefixBudgetMask, SecondMomentMask)
+ACROSS_ROWS = (CovariancePenalty, FutureRatio, MinimumPrefixRatio, Prefix, PrefixBudgetMask, SecondMomentMask)
 """They look at the order of the tokens, or at those of other rows."""
 
 

@@ -11,7 +11,7 @@ from verl.workers.config import FSDPActorConfig
 from drpo_core import modes
 from drpo_core.modes._verl import DEFAULTS, LOSSES
 
-NOT_OF_THE_ACTOR = ("dro_beta", "bypass_mode", "loss_type")
+NOT_OF_THE_ACTOR = ("dro_beta", "kl_cov_ratio", "ppo_kl_coef", "bypass_mode", "loss_type")
 
 
 @pytest.mark.parametrize("preset", modes.VERL_PRESETS)
@@ -31,7 +31,7 @@ def test_presets_are_all():
 def test_names_and_defaults_are_verls():
     # plug-ins, ours among them, are in the registry too
     theirs = {name for name, loss in POLICY_LOSS_REGISTRY.items() if loss.__module__ == "verl.trainer.ppo.core_algos"}
-    assert LOSSES.keys() | {"clip_cov", "kl_cov"} == theirs
+    assert LOSSES.keys() | {"clip_cov"} == theirs
     config = FSDPActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
     actor = [name for name in DEFAULTS if not name.startswith("rollout_") and name not in NOT_OF_THE_ACTOR]
     assert {name: getattr(config, name) for name in actor} == {name: DEFAULTS[name] for name in actor}
