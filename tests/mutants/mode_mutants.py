@@ -160,8 +160,8 @@ MUTANTS = (
     ModeMutant(
         "a covariance with masked tokens in its means",
         corrections.covariances,
-        "n = count_true(mask, dtype, xp=xp)",
-        "n = count_true(mask | True, dtype, xp=xp)",
+        "count = count_true(over, dtype, xp=xp)",
+        "count = count_true(over | True, dtype, xp=xp)",
         _PENALTIES,
         _BOTH_LAYOUTS,
         (Backend.NUMPY, None),
