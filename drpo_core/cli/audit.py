@@ -20,6 +20,7 @@ from drpo_core.audit.selection import swept_by
 from drpo_core.cli.objective import parse_objective, try_out
 from drpo_core.cli.tables import print_tables
 from drpo_core.cli.usage import UsageError, quiet_stdout, stop
+from drpo_core.modes.mode import is_whole_mode
 
 __all__ = ["audit_command"]
 
@@ -108,6 +109,9 @@ class _Selection:
         found = []
         for text in dict.fromkeys(self.objective):
             parsed = parse_objective(text)
+            if is_whole_mode(parsed.objective):
+                msg = f"--objective: {text}: the audit is of objectives on π/μ; this mode has anchor, corrections or penalties"
+                raise UsageError(msg)
             try_out(parsed, text)
             found.append(Row(parsed.objective, warning="; ".join(parsed.warnings) or None))
         return found

@@ -5,10 +5,12 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
 
+from drpo_core import anchors, corrections, modes, objectives, penalties
 from drpo_core.cli.loading import load, user_line
 from drpo_core.cli.usage import UsageError, literal, one_of
 from drpo_core.objectives import OBJECTIVES, Objective
@@ -18,6 +20,7 @@ from drpo_core.tokens import Tokens
 __all__ = ["FLAG", "Parsed", "parse_objective", "try_out"]
 
 FLAG = "--objective"
+_ROOMS = (objectives, anchors, corrections, penalties, modes)
 EXAMPLE = 'such as "DRPO(delta=0.15)"'
 
 
@@ -35,9 +38,12 @@ def parse_objective(text: str) -> Parsed:
 
     One of the table is a call with its hyper-parameters, such as ``DRPO(delta=0.15)``. One of the user's own is
     ``package.module:NAME`` or ``path/to/file.py:NAME``, where NAME is an objective, or makes one when it is called; a call
-    may follow, such as ``mine.py:Mine(tau=0.3)``. Hyper-parameters are literals.
+    may follow, such as ``mine.py:Mine(tau=0.3)``. Hyper-parameters are literals. A mode is ``modes.FRAMEWORK(…)`` with the
+    framework's names and keys, or ``Mode(…)`` as it prints.
     """
     head, parenthesis, rest = text.strip().partition("(")
+    if head.strip() == "Mode" or head.strip().startswith("modes."):
+        return _mode(text)
     if ":" not in head:
         return _of_the_table(text)
     found = load(head, wanted="NAME")
@@ -88,6 +94,39 @@ def _of_the_table(text: str) -> Parsed:
     one_of(FLAG, call.func.id, sorted(known))
     objective, caught = _made(text, known[call.func.id], _hyper_parameters(text, call))
     return Parsed(cast("Objective", objective), caught)
+
+
+def _mode(text: str) -> Parsed:
+    """Make a mode from the call of a framework's function, or from the line that a mode prints."""
+    call = _call(text)
+    if call is None:
+        msg = f"{FLAG}: expected a call such as \"modes.verl('gspo')\", got {text!r}"
+        raise UsageError(msg)
+    if isinstance(call.func, ast.Attribute):
+        frameworks = [name for name in modes.__all__ if name.islower()]
+        one_of(FLAG, call.func.attr, frameworks)
+        keys = _hyper_parameters(text, ast.Call(call.func, [], call.keywords))
+        objective, caught = _made(text, partial(getattr(modes, call.func.attr), *map(partial(literal, FLAG), call.args)), keys)
+    else:
+        objective, caught = _made(text, partial(_of_parts, text, call), {})
+    if not isinstance(objective, modes.Mode):
+        msg = f"{FLAG}: {text} is a {type(objective).__name__}, not a mode"
+        raise UsageError(msg)
+    return Parsed(cast("Objective", objective), caught)
+
+
+def _of_parts(text: str, node: ast.expr) -> object:
+    """The value of calls of the library's classes with literals, nested; nothing else is evaluated."""
+    if isinstance(node, ast.Tuple):
+        return tuple(_of_parts(text, element) for element in node.elts)
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return literal(FLAG, node)
+    made = next((getattr(room, node.func.id) for room in _ROOMS if node.func.id in room.__all__), None)
+    if made is None:
+        msg = f"{FLAG}: {node.func.id} is no class of drpo_core's objectives, anchors, corrections, penalties or modes"
+        raise UsageError(msg)
+    values = {str(keyword.arg): _of_parts(text, keyword.value) for keyword in node.keywords}
+    return made(*(_of_parts(text, argument) for argument in node.args), **values)
 
 
 def _call(text: str) -> ast.Call | None:

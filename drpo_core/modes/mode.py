@@ -410,7 +410,7 @@ def resolve(
     return found._replace(diagnostics=separated(found.diagnostics, xp=xp)) if found.diagnostics else found
 
 
-def is_whole_mode(objective: Objective) -> TypeGuard[Mode]:
+def is_whole_mode(objective: object) -> TypeGuard[Mode]:
     """Whether it is a mode with more to it than an objective and a reduction."""
     return isinstance(objective, Mode) and not objective.is_plain
 

@@ -1,7 +1,7 @@
 """The verification kit: whether a policy loss is what it claims to be, in value and gradient, mask and boundary.
 
 Any loss will do: NumPy, torch or JAX, per token or reduced, with a gradient weight or with autodiff alone. Declare what it
-claims, and every property P1 to P24 that follows is searched for a counterexample. Four lines in a test file:
+claims, and every property P1 to P27 that follows is searched for a counterexample. Four lines in a test file:
 
 >>> from drpo_core import DPPO
 >>> from drpo_core.testing import from_function, parametrize_with_checks

@@ -37,6 +37,8 @@ class TokenBatch:
         True at tokens that count.
     segment_ids
         Of packed tokens: which sequence each belongs to.
+    proximal_log_prob, reference_log_prob
+        log π_old and log π_ref per token, for a mode that needs them.
 
     Examples
     --------
@@ -52,6 +54,15 @@ class TokenBatch:
     advantages: FloatArray
     mask: BoolArray
     segment_ids: NDArray[np.int64] | None = None
+    proximal_log_prob: FloatArray | None = None
+    reference_log_prob: FloatArray | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the arrays of numbers that it has."""
+        optional = ("proximal_log_prob", "reference_log_prob")
+        others = (name for name in optional if getattr(self, name) is not None)
+        return ("log_prob", "behavior_log_prob", "advantages", *others)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,13 +80,8 @@ class TokenBatch:
 
     def map(self, function: Any) -> TokenBatch:
         """The batch with a function of one array applied to each of them."""
-        return TokenBatch(
-            function(self.log_prob),
-            function(self.behavior_log_prob),
-            function(self.advantages),
-            function(self.mask),
-            None if self.segment_ids is None else function(self.segment_ids),
-        )
+        given = {name: getattr(self, name) for name in (*self.inputs, "mask", "segment_ids")}
+        return replace(self, **{name: function(array) for name, array in given.items() if array is not None})
 
     def __getitem__(self, index: Any) -> TokenBatch:
         """The tokens at an index, of every array."""
@@ -84,16 +90,13 @@ class TokenBatch:
     def join(self, *others: TokenBatch) -> TokenBatch:
         """The sequences of several padded batches of one width."""
         parts = (self, *others)
-        return TokenBatch(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("log_prob", "behavior_log_prob", "advantages", "mask")
-            )
-        )
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*self.inputs, "mask")}
+        return replace(self, **joined)
 
-    def poisoned(self, value: float, names: Sequence[str] = ("log_prob", "behavior_log_prob", "advantages")) -> TokenBatch:
-        """The batch with a value in some inputs of its masked positions, by default all three."""
-        return self.replace(**{name: np.where(self.mask, getattr(self, name), value) for name in names})
+    def poisoned(self, value: float, names: Sequence[str] | None = None) -> TokenBatch:
+        """The batch with a value in some inputs of its masked positions, by default all."""
+        chosen = self.inputs if names is None else names
+        return self.replace(**{name: np.where(self.mask, getattr(self, name), value) for name in chosen})
 
     def padded(self, *, rows: int = 0, columns: int = 0, value: float = 0.0) -> TokenBatch:
         """The batch with masked rows and columns appended, which hold a value."""
@@ -112,7 +115,7 @@ class TokenBatch:
 
     def __repr__(self) -> str:
         """Construct the batch, in full precision."""
-        names = ["log_prob", "behavior_log_prob", "advantages", "mask"]
+        names = ["log_prob", "behavior_log_prob", "advantages", "mask", *self.inputs[3:]]
         if self.segment_ids is not None:
             names.append("segment_ids")
         return "TokenBatch(" + ", ".join(f"{name}={literal(getattr(self, name))}" for name in names) + ")"

@@ -19,7 +19,9 @@ import numpy as np
 import drpo_core
 from drpo_core import divergence as divergences
 from drpo_core import reduction as reductions
-from drpo_core.loss import token_loss_and_gradient
+from drpo_core.loss import policy_loss_and_gradient, token_loss_and_gradient
+from drpo_core.modes import Mode
+from drpo_core.modes.mode import is_whole_mode
 from drpo_core.objectives import CISPO, GPPO, is_known, parameters_of
 from drpo_core.objectives.thresholds import VacuousTrustRegionWarning
 from drpo_core.testing.frameworks import Framework, Outputs, framework_named
@@ -38,7 +40,16 @@ Reduction: TypeAlias = Literal["none", "sum", "token_mean", "sequence_mean_token
 
 REDUCTIONS = ("none", "sum", "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum")
 
-ARGUMENTS = ("log_prob", "behavior_log_prob", "advantages", "mask", "segment_ids", "normalizer")
+ARGUMENTS = (
+    "log_prob",
+    "behavior_log_prob",
+    "advantages",
+    "mask",
+    "segment_ids",
+    "normalizer",
+    "proximal_log_prob",
+    "reference_log_prob",
+)
 """Names by which the kit passes a batch to a function; `arguments` maps them to the function's own."""
 
 
@@ -74,7 +85,8 @@ class Implementation:
     call
         Takes the arguments of the kit as NumPy arrays, and a dtype; returns (loss, gradient, weight or None).
     objective
-        What it implements; None if nothing the kit has a formula for (only structural properties are checked then).
+        What it implements, an objective or a `drpo_core.modes.Mode`; None if nothing the kit has a formula for (only
+        structural properties are checked then).
     form
         ``"ratio"`` if the gradient is the derivative of the loss value, ``"score"`` if something in it is detached.
     reduction, horizon
@@ -152,6 +164,11 @@ class Implementation:
         return self.name
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """The log-probs that it needs besides those of π and μ."""
+        return self.objective.arguments if isinstance(self.objective, Mode) else ()
+
+    @property
     def exact_gradient(self) -> bool:
         """Whether the gradient is good to rounding, not a finite difference."""
         return self.gradient != "differences"
@@ -159,9 +176,7 @@ class Implementation:
     def arguments(self, batch: TokenBatch, normalizer: float | None, dtype: str) -> dict[str, Any]:
         """What the function is called with; bfloat16 travels as float32, which NumPy has."""
         storage = np.float64 if dtype == "float64" else np.float32
-        arguments: dict[str, Any] = {
-            name: getattr(batch, name).astype(storage) for name in ("log_prob", "behavior_log_prob", "advantages")
-        }
+        arguments: dict[str, Any] = {name: getattr(batch, name).astype(storage) for name in batch.inputs}
         if self.takes_mask:
             arguments["mask"] = batch.mask
         if batch.segment_ids is not None:
@@ -274,7 +289,8 @@ def from_function(
         Whether it returns a pair, such as ``(loss, metrics)``, of which only the first is meant.
     arguments
         The function's names for the kit's `log_prob`, `behavior_log_prob`, `advantages`, `mask`, `segment_ids` and
-        `normalizer`, where they differ. Whether it takes the last three is read from its signature.
+        `normalizer`, `proximal_log_prob` and `reference_log_prob`, where they differ. Whether it takes the mask, the ids and
+        the normalizer is read from its signature; the last two are passed where the claimed mode needs them.
     constants
         Further keyword arguments of every call.
     transform
@@ -337,6 +353,7 @@ def from_function(
         glue.source(differentiate=not returns_gradient),
         glue.bfloat16_source,
     )
+    claims = _of_mode(claims)
     detected: dict[str, Any] = {
         "takes_mask": "mask" in accepted,
         "takes_normalizer": "normalizer" in accepted,
@@ -355,6 +372,19 @@ def from_function(
     # after `evaluate`, which imports the framework
     evaluate = f"{source.evaluate}\n\n{glue.gradient_source}"
     return replace(implementation, derivative=replace(implementation, call=second, source=replace(source, evaluate=evaluate)))
+
+
+def _of_mode(claims: dict[str, Any]) -> dict[str, Any]:
+    """The claims, with what a mode says of reduction and form; a mode that is no more than its objective, as that."""
+    mode = claims.get("objective")
+    if not isinstance(mode, Mode):
+        return claims
+    reduction = "sum" if mode.reduction == "token_sum" else mode.reduction
+    said = {"reduction": reduction, "horizon": mode.horizon or 1.0}
+    if mode.is_plain:
+        return said | claims | {"objective": mode.objective}
+    # anchor and corrections are constants, and their tokens look at each other
+    return said | {"form": "score", "local": False} | claims
 
 
 def from_core(
@@ -393,6 +423,20 @@ def from_core(
     """
     glue = framework_named(framework)
     label = "-".join(part for part in (framework, transform, "autodiff" if autodiff else None) if part)
+    if is_whole_mode(objective):
+
+        def reduced(**batch: Any) -> Any:
+            return policy_loss_and_gradient(objective, **batch, diagnostics=False)[:2]
+
+        call = "lambda **batch: policy_loss_and_gradient(function_of, **batch, diagnostics=False)[:2]"
+        return _of_a_mode(
+            objective,
+            reduced,
+            glue,
+            f"core[{label}]-{objective!r}",
+            f"from drpo_core import policy_loss_and_gradient\n\nfunction = {call}",
+            **{"returns_gradient": True, "transform": transform} | claims,
+        )
     functions = (getattr(divergences, f"{support}_{kind}") for support in ("binary", "top_k", "full") for kind in ("tv", "kl"))
     claimed: dict[str, Any] = {
         "takes_mask": True,
@@ -465,6 +509,17 @@ def from_adapter(
 
         return loss
 
+    if is_whole_mode(objective):
+
+        def of_mode(**batch: Any) -> Any:
+            return adapter.policy_loss(objective, **batch, diagnostics=False)[0]
+
+        name = f"{adapter.__name__}{f'[{label}]' if label else ''}-{objective!r}"
+        call = "lambda **batch: policy_loss(function_of, **batch, diagnostics=False)[0]"
+        source = f"from {adapter.__name__} import policy_loss\n\nfunction = {call}"
+        declared = {"gradient": "analytic", "max_abs_log_ratio": np.inf, "transform": transform}
+        return _of_a_mode(objective, of_mode, glue, name, source, **declared | claims)
+
     @cache
     def build(objective: Objective) -> Implementation:
         imports = _imports(objective, *([reduction] if reduction != "none" else []))
@@ -501,6 +556,21 @@ def from_adapter(
     return build(objective)  # type: ignore[arg-type]  # the Protocol can't say hashable
 
 
+def _of_a_mode(
+    mode: Mode, function: Callable[..., Any], glue: Framework, name: str, source: str, **claims: Any
+) -> Implementation:
+    """A loss of a mode that takes the arguments of the kit by keyword, and its source, where the mode is `function_of`."""
+    definition = (
+        "from drpo_core.anchors import *\nfrom drpo_core.corrections import *\nfrom drpo_core.modes import Mode\n"
+        f"from drpo_core.objectives import *\nfrom drpo_core.penalties import *\n\nfunction_of = {mode!r}\n"
+    )
+    given: dict[str, Any] = {"objective": mode, "dtypes": glue.dtypes} | claims
+    implementation = from_function(function, glue, name=name, call_source=f"{definition}\n{source}", **given)
+    # a sum has no denominator
+    counts = mode.reduction != "token_sum"
+    return replace(implementation, takes_packed=claims.get("transform") != "vmap", takes_normalizer=counts)
+
+
 def _imports(objective: object, *names: str) -> str:
     """Source that imports the objective's class, and other names of the core."""
     kind = type(objective)
@@ -519,6 +589,8 @@ def form_of(objective: Objective) -> str:
 
 def describe(objective: object) -> str:
     """The objective as one would write it in Python, without hyper-parameters that are not set."""
+    if isinstance(objective, Mode):
+        return repr(objective)
     fields = getattr(type(objective), "__dataclass_fields__", None)
     if fields is None and type(objective).__repr__ is object.__repr__:
         return f"{type(objective).__name__}({', '.join(f'{k}={v!r}' for k, v in parameters_of(objective).items())})"
@@ -561,7 +633,7 @@ def _call_source(
         else f"# {target}: the function under test, defined at {getattr(function, '__module__', '?')}.{qualified}"
     )
     keys = [key for key in ARGUMENTS if key in accepted]
-    always = [key for key in keys if key not in ("segment_ids", "normalizer")]
+    always = [key for key in keys if key in ARGUMENTS[:4]]
     optional = {key: names[key] for key in keys if key not in always}
     passed = [f"{names[key]}={key}" for key in always] + [f"{key}={value!r}" for key, value in fixed.items()]
     if optional:

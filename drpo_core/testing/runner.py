@@ -33,7 +33,7 @@ class CheckResult:
     Parameters
     ----------
     check, property, statement
-        Its name, ``"P1"`` to ``"P24"``, and what it states.
+        Its name, ``"P1"`` to ``"P27"``, and what it states.
     status
         ``"passed"``, ``"failed"``, ``"not applicable"``, ``"expected failure"`` or ``"unexpected pass"``.
     reason
@@ -312,5 +312,5 @@ def _refuse_unknown(names: Sequence[str]) -> None:
     valid = set(CHECKS) | {info.property for info in CHECKS.values()}
     unknown = sorted(set(names) - valid)
     if unknown:
-        msg = f"checks: expected names of checks or properties (P1 to P24), got {', '.join(unknown)}"
+        msg = f"checks: expected names of checks or properties (P1 to P27), got {', '.join(unknown)}"
         raise ValueError(msg)

@@ -33,7 +33,7 @@ the trust region; log-probs to −100."""
 LAYOUTS = ("full", "right_padded", "left_padded", "holes", "empty_rows")
 """Kinds of mask."""
 
-_BYTES = 9  # of one token
+_BYTES, _BYTES_OF_OTHERS = 9, 2  # of one token
 
 
 def token_batches(
@@ -46,6 +46,8 @@ def token_batches(
     layouts: Sequence[str] = LAYOUTS,
     max_abs_log_ratio: float = np.inf,
     max_ulp: int = 4,
+    others: Sequence[str] = (),
+    one_advantage: bool = False,
 ) -> SearchStrategy[TokenBatch]:
     """Batches of tokens, (sequences, tokens).
 
@@ -65,6 +67,11 @@ def token_batches(
         Largest abs(ℓ).
     max_ulp
         How many units in the last place of log π a token is off the boundary.
+    others
+        Which of ``"proximal_log_prob"`` and ``"reference_log_prob"`` to draw too: that of μ for some tokens, near it for
+        most, and far from it for a few.
+    one_advantage
+        Whether all tokens of a sequence have the same advantage, as losses of sequences take for granted.
 
     Returns
     -------
@@ -79,18 +86,19 @@ def token_batches(
 
     def build(drawn: tuple[tuple[int, int], str]) -> SearchStrategy[TokenBatch]:
         (rows, columns), layout = drawn
-        size = rows * columns * _BYTES
-        return st.binary(min_size=size, max_size=size).map(
-            lambda raw: _decode(
-                np.frombuffer(raw, np.uint8).reshape(rows, columns, _BYTES),
-                objective,
-                dtype,
-                tuple(regimes),
-                layout,
-                max_abs_log_ratio,
-                max_ulp,
-            )
-        )
+        per_token = _BYTES + _BYTES_OF_OTHERS * len(others)
+        size = rows * columns * per_token
+
+        def decoded(raw: bytes) -> TokenBatch:
+            every = np.frombuffer(raw, np.uint8).reshape(rows, columns, per_token)
+            own, more = every[..., :_BYTES], every[..., _BYTES:]
+            batch = _decode(own, objective, dtype, tuple(regimes), layout, max_abs_log_ratio, max_ulp)
+            near = (_near(more[..., i * _BYTES_OF_OTHERS :], batch, dtype) for i in range(len(others)))
+            batch = batch.replace(**dict(zip(others, near, strict=True)))
+            same = np.broadcast_to(batch.advantages[:, :1], batch.shape).copy()
+            return batch.replace(advantages=same) if one_advantage else batch
+
+        return st.binary(min_size=size, max_size=size).map(decoded)
 
     shapes: SearchStrategy[tuple[int, int]]
     if shape is not None:
@@ -164,6 +172,14 @@ def _decode(
         limit = max_abs_log_ratio * (1.0 - 4.0 * unit_roundoff(dtype)) - 1e-6
         b = round_to(dtype, np.clip(b, x - limit, np.minimum(x + limit, 0.0)))
     return TokenBatch(x, b, advantages, _mask(seed, layout))
+
+
+def _near(raw: NDArray[np.uint8], batch: TokenBatch, dtype: str) -> FloatArray:
+    """Log-probs under another policy: μ's for code 0 and a quarter of the codes, else 0.001 to 10 nats from them."""
+    kind, size = raw[..., 0], raw[..., 1] / 255.0
+    step = np.where(kind % 2 == 0, 1.0, -1.0) * 10.0 ** (-3.0 + np.where(kind % 8 == 7, 4.0, 2.5) * size)
+    moved = batch.behavior_log_prob + np.where(kind % 4 == 0, 0.0, step)
+    return round_to(dtype, np.minimum(moved, 0.0))
 
 
 def _log_probs(

@@ -430,7 +430,7 @@ USAGE = {
     ("good", "--dtype", "float16"): "--dtype: expected one of float64, float32, bfloat16, got 'float16'",
     ("good", "--framework", "tensorflow"): "--framework: expected one of numpy, torch, jax, got 'tensorflow'",
     ("good", "--profile", "fast"): "--profile: expected one of dev, ci, nightly, got 'fast'",
-    ("good", "--property", "P25"): "--property, --expect-failure: expected names of checks or properties (P1 to P24), got P25",
+    ("good", "--property", "P28"): "--property, --expect-failure: expected names of checks or properties (P1 to P27), got P28",
     ("good", "--expect-failure", "P25=x"): "--property, --expect-failure: expected names of checks",
     ("good", "--expect-failure", "P2"): "--expect-failure: expected NAME=VALUE, got 'P2'",
     ("good", "--map", "log_prob"): "--map: expected NAME=VALUE, got 'log_prob'",

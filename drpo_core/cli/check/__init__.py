@@ -54,7 +54,7 @@ def check_command(
         list[str] | None, typer.Option(help="float64, float32, bfloat16; repeatable (default: the first two).")
     ] = None,
     selected: Annotated[
-        list[str] | None, typer.Option("--property", help="P1 to P24, or the name of a check; repeatable.")
+        list[str] | None, typer.Option("--property", help="P1 to P27, or the name of a check; repeatable.")
     ] = None,
     expect_failure: Annotated[
         list[str] | None, typer.Option(help="Property or check that is known to fail, and why.", metavar="P2=REASON")
@@ -70,7 +70,7 @@ def check_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     snippets: Annotated[bool, typer.Option(help="Print code that reproduces each failure.")] = True,
 ) -> None:
-    """Check a policy loss against the properties P1 to P24. Exit code 1 if one fails."""
+    """Check a policy loss against the properties P1 to P27. Exit code 1 if one fails."""
     try:
         _need_the_kit()
         from drpo_core.cli.check.declaration import Declared  # noqa: PLC0415 - these need the kit, of the extra `testing`

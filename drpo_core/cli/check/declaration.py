@@ -6,6 +6,7 @@ from typing import Any
 from drpo_core.cli.check.notes import note
 from drpo_core.cli.objective import parse_objective
 from drpo_core.cli.usage import UsageError, one_of
+from drpo_core.modes import Mode
 from drpo_core.objectives import Objective
 from drpo_core.testing.batch import DTYPES
 from drpo_core.testing.implementation import REDUCTIONS
@@ -64,14 +65,19 @@ class Declared:
         if self.max_log_ratio is not None and not self.max_log_ratio > 0.0:
             msg = f"--max-log-ratio: expected a positive number of nats, got {self.max_log_ratio:g}"
             raise UsageError(msg)
+        objective = None if self.objective is None else _claimed(self.objective)
         claims: dict[str, Any] = {
-            "objective": None if self.objective is None else _claimed(self.objective),
+            "objective": objective,
             "reduction": self.reduction or "none",
             "horizon": self.horizon,
             "form": self.form,
             "keeps_boundary": not self.boundary_dropped,
             "local": not self.not_local,
         }
+        if isinstance(objective, Mode):
+            # it says these itself, unless they are given
+            said = {"reduction": "--reduction", "horizon": "--horizon", "form": "--form", "local": "--not-local"}
+            claims = {name: value for name, value in claims.items() if name not in said or said[name] in self.given()}
         if self.max_log_ratio is not None:
             claims["max_abs_log_ratio"] = self.max_log_ratio
         if self.dtypes:

@@ -68,7 +68,7 @@ def implementation_of(text: str, declared: Declared) -> tuple[Implementation, Ab
 
 def _wrapped(target: Target, framework: str, declared: Declared, claims: dict[str, Any]) -> Implementation:
     function: Callable[..., Any] = target.thing  # type: ignore[assignment]
-    names, constants = _signature(function, target.label, declared)
+    names, constants = _signature(function, target.label, declared, claims["objective"])
 
     def loss(**batch: object) -> object:
         returned = function(**{names[key]: value for key, value in batch.items()}, **constants)
@@ -109,7 +109,9 @@ def _part(returned: Any, returns: str) -> Any:
     return returned[0] if returns == "tuple-first" else tuple(returned[:needed])
 
 
-def _signature(function: Callable[..., Any], label: str, declared: Declared) -> tuple[dict[str, str], dict[str, object]]:
+def _signature(
+    function: Callable[..., Any], label: str, declared: Declared, objective: object
+) -> tuple[dict[str, str], dict[str, object]]:
     """Return the function's name for each of the kit's arguments that it takes, and its constants."""
     mapped = pairs("--map", declared.renamed)
     for key in mapped:
@@ -134,7 +136,11 @@ def _signature(function: Callable[..., Any], label: str, declared: Declared) -> 
     if empty := [name for name, p in named.items() if p.default is p.empty and name not in {*names.values(), *constants}]:
         msg = f"{called}: no value for {', '.join(empty)}; --set {empty[0]}=VALUE, or --map OURS={empty[0]}"
         raise UsageError(msg)
-    optional = [names[key] for key in ("segment_ids", "normalizer") if key in names and names[key] in named]
+    always = getattr(objective, "arguments", ())
+    if absent := [key for key in always if key not in names]:
+        msg = f"{called} takes no {', '.join(absent)}, which {objective!r} needs; name it with --map {absent[0]}=THEIRS"
+        raise UsageError(msg)
+    optional = [names[key] for key in ARGUMENTS[4:] if key in names and names[key] in named and key not in always]
     if needed := [theirs for theirs in optional if named[theirs].default is inspect.Parameter.empty]:
         msg = f"{called}: {', '.join(needed)} needs a default, such as None: most calls come without it"
         raise UsageError(msg)
@@ -161,7 +167,7 @@ def _bare(parameter: inspect.Parameter) -> inspect.Parameter:
 def _call_source(target: Target, names: Mapping[str, str], constants: Mapping[str, object], part: str) -> str:
     """Return statements that define `function`, which takes the kit's arguments."""
     fixed = [f"{name}={value!r}" for name, value in constants.items()]
-    if {"segment_ids", "normalizer"} & set(names):
+    if set(ARGUMENTS[4:]) & set(names):
         passed = ", ".join(["**{names[name]: value for name, value in batch.items()}", *fixed])
         body = f"    batch = {{'log_prob': log_prob, **batch}}\n    return {target.expression}({passed}){part}"
         return f"{target.imports}\n\nnames = {dict(names)!r}\n\ndef function(log_prob, **batch):\n{body}"
@@ -193,6 +199,7 @@ def _probe(implementation: Implementation, declared: Declared) -> None:
         mask[-1, -1] = False
     advantages = np.where(mask, 1.0, 0.5)
     batch = TokenBatch(log_prob, log_prob.copy(), advantages, mask)
+    batch = batch.replace(**dict.fromkeys(implementation.others, log_prob.copy()))
     try:
         result = implementation(batch)
     except UsageError:

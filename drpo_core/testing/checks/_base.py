@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from hypothesis import strategies as st
 
+from drpo_core.modes.mode import is_whole_mode
 from drpo_core.objectives import DRPO, SPO
 from drpo_core.testing import oracle, own
 from drpo_core.testing.batch import TokenBatch, unit_roundoff
@@ -108,7 +109,7 @@ def check(
     Parameters
     ----------
     number
-        The property it checks, ``"P1"`` to ``"P24"``.
+        The property it checks, ``"P1"`` to ``"P27"``.
     cases
         Strategy of the cases for an implementation; default: any batch of tokens.
     needs
@@ -162,6 +163,8 @@ def tokens(
             layouts=layouts if implementation.takes_mask else ["full"],
             max_abs_log_ratio=implementation.max_abs_log_ratio,
             max_ulp=max_ulp,
+            others=implementation.others,
+            one_advantage=not implementation.local,
         )
         if not empty_rows:
             batches = batches.map(_with_a_token_in_every_row)
@@ -325,6 +328,8 @@ def needs_objective(implementation: Implementation) -> str | None:
     """It claims an objective that the oracle has a formula for."""
     if implementation.objective is None:
         return "claims no objective, so there is no formula to compare with"
+    if is_whole_mode(implementation.objective):
+        return "about objectives; P25 to P27 are about modes"
     known = oracle.knows(implementation.objective)
     return None if known else f"the oracle has no formula for {describe(implementation.objective)}"
 
@@ -332,7 +337,8 @@ def needs_objective(implementation: Implementation) -> str | None:
 def needs_formula(implementation: Implementation) -> str | None:
     """It claims an objective that the oracle has a formula for, or whose own methods take a token."""
     reason = needs_objective(implementation)
-    return None if implementation.objective is not None and own.evaluates(implementation.objective) else reason
+    objective = implementation.objective
+    return None if objective is not None and not is_whole_mode(objective) and own.evaluates(objective) else reason
 
 
 def needs_exact_gradient(implementation: Implementation) -> str | None:

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from drpo_core.anchors import Prefix
+from drpo_core.corrections import FutureRatio, MinimumPrefixRatio, PrefixBudgetMask, SecondMomentMask
+from drpo_core.modes import Mode
+from drpo_core.modes.mode import parts_of
 from drpo_core.objectives import ASPO, DPPO, IPO, UP, IcePop, PPOClip, Reinforce, TokenwiseClip
+from drpo_core.penalties import CovariancePenalty
 from drpo_core.testing.checks._base import (
     PropertyViolated,
     blur,
@@ -41,8 +46,10 @@ __all__ = [
     "close",
 ]
 
+_IN_ORDER = (FutureRatio, MinimumPrefixRatio, Prefix, PrefixBudgetMask)
+_OF_A_BATCH = (CovariancePenalty, SecondMomentMask)
+
 POISONS = (np.nan, np.inf, -np.inf, 1e4, -1e4)
-INPUTS = ("log_prob", "behavior_log_prob", "advantages")
 
 _MASKED = ("right_padded", "left_padded", "holes")
 
@@ -60,20 +67,20 @@ def check_masked_inputs_are_inert(implementation: Implementation, batch: TokenBa
     batch = batch.poisoned(-1.0)
     clean = implementation(batch)
     expect(clean, "gradient", "equal", 0.0, where=~batch.mask, because="the gradient at masked tokens is exactly 0")
-    for names in (INPUTS, *((name,) for name in INPUTS)):
+    for names in (batch.inputs, *((name,) for name in batch.inputs)):
         for poison in POISONS:
             _expect_inert(implementation, batch, poison, names, clean)
     empty = batch.replace(mask=np.zeros_like(batch.mask))
     clean = implementation(empty)
     if np.isfinite(clean.loss).all() and np.isfinite(clean.gradient).all():  # if not, P5 says so
-        _expect_inert(implementation, empty, np.nan, INPUTS, clean)
+        _expect_inert(implementation, empty, np.nan, empty.inputs, clean)
 
 
 def _expect_inert(
     implementation: Implementation, batch: TokenBatch, poison: float, names: Sequence[str], clean: Evaluation
 ) -> None:
     dirty = implementation(batch.poisoned(poison, names))
-    because = f"masked {'inputs' if names == INPUTS else names[0]} of {poison} are inert"
+    because = f"masked {'inputs' if len(names) > 1 else names[0]} of {poison} are inert"
     expect(dirty, "gradient", "equal", clean.gradient, because=because)
     expect(dirty, "loss", "equal", clean.loss, because=because)
 
@@ -86,9 +93,13 @@ def check_nan_at_a_valid_token_is_not_hidden(implementation: Implementation, bat
     is certainty. A mask fails closed, with a gradient of exactly 0; anything else must be loud.
     """
     objective = implementation.objective
-    may_drop = objective is None or isinstance(objective, (PPOClip, DPPO, IcePop, IPO, UP, ASPO, TokenwiseClip))
-    # REINFORCE, or a loss of no declared objective, may ignore log μ
-    names = ("log_prob", "advantages") if objective is None or isinstance(objective, Reinforce) else INPUTS
+    may_drop = objective is None or isinstance(objective, (Mode, PPOClip, DPPO, IcePop, IPO, UP, ASPO, TokenwiseClip))
+    # REINFORCE, a mode, or a loss of no declared objective may ignore log μ
+    ignores = objective is None or isinstance(objective, (Mode, Reinforce))
+    names: tuple[str, ...] = ("log_prob", "advantages") if ignores else ("log_prob", "behavior_log_prob", "advantages")
+    if isinstance(objective, Mode) and objective.penalties:
+        # what a NaN advantage drops still has the gradient of the penalties
+        names = ("log_prob",)
     first = np.zeros(batch.shape, dtype=bool)
     first[(0,) * first.ndim] = True
     for name in names:
@@ -203,13 +214,37 @@ def check_padding_does_not_matter(implementation: Implementation, batch: TokenBa
             close(after, "loss", before.loss, because=because)
 
 
+def _looks_at(implementation: Implementation, parts: tuple[type, ...], why: str) -> str | None:
+    """The reason, if a mode has one of these anchors, corrections and penalties."""
+    objective = implementation.objective
+    return why if objective is not None and any(isinstance(part, parts) for part in parts_of(objective)) else None
+
+
+def _needs_no_order(implementation: Implementation) -> str | None:
+    return _looks_at(implementation, _IN_ORDER, "its mode looks at the order of the tokens")
+
+
+def _needs_no_batch(implementation: Implementation) -> str | None:
+    mode = implementation.objective
+    why = "its mode looks at all tokens of a call"
+    if isinstance(mode, Mode) and any(getattr(part, "normalize", False) for part in mode.corrections):
+        return why
+    return _looks_at(implementation, _OF_A_BATCH, why)
+
+
+def _needs_own_count(implementation: Implementation) -> str | None:
+    mode = implementation.objective
+    counts = not isinstance(mode, Mode) or mode.count_masked or not mode.corrections
+    return None if counts else "its mode counts what its corrections keep: micro-batches can't know of the others'"
+
+
 def _needs_global_denominator(implementation: Implementation) -> str | None:
     if implementation.reduction in ("none", "sum") or implementation.takes_normalizer:
         return None
     return f"its {implementation.reduction} takes no denominator of the whole batch: micro-batches can't add up"
 
 
-@check("P7", needs=[_needs_global_denominator], cases=tokens(empty_rows=True))
+@check("P7", needs=[_needs_global_denominator, _needs_no_batch, _needs_own_count], cases=tokens(empty_rows=True))
 def check_micro_batches_sum_to_the_batch(implementation: Implementation, batch: TokenBatch) -> None:
     """With the denominator of the whole batch, losses and gradients of its micro-batches add up to those of the batch.
 
@@ -236,7 +271,7 @@ def check_micro_batches_sum_to_the_batch(implementation: Implementation, batch: 
         close(implementation(batch), "gradient", whole.gradient, because="its own denominator is that of the whole batch")
 
 
-@check("P8")
+@check("P8", needs=[_needs_no_order])
 def check_order_does_not_matter(implementation: Implementation, batch: TokenBatch) -> None:
     """Permuting sequences, and tokens within them, permutes the gradients and leaves a reduced loss as it is."""
     before = implementation(batch)
@@ -248,7 +283,7 @@ def check_order_does_not_matter(implementation: Implementation, batch: TokenBatc
         close(after, "loss", loss, because=because)
 
 
-@check("P8")
+@check("P8", needs=[_needs_no_batch])
 def check_duplicates_leave_means_unchanged(implementation: Implementation, batch: TokenBatch) -> None:
     """A batch beside a copy of itself has the same mean loss, and each token half the gradient."""
     before = implementation(batch)
