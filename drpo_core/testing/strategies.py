@@ -93,7 +93,8 @@ def token_batches(
             every = np.frombuffer(raw, np.uint8).reshape(rows, columns, per_token)
             own, more = every[..., :_BYTES], every[..., _BYTES:]
             batch = _decode(own, objective, dtype, tuple(regimes), layout, max_abs_log_ratio, max_ulp)
-            near = (_near(more[..., i * _BYTES_OF_OTHERS :], batch, dtype) for i in range(len(others)))
+            places = (more[..., i * _BYTES_OF_OTHERS :] for i in range(len(others)))
+            near = (_near(place, batch, dtype, max_abs_log_ratio) for place in places)
             batch = batch.replace(**dict(zip(others, near, strict=True)))
             same = np.broadcast_to(batch.advantages[:, :1], batch.shape).copy()
             return batch.replace(advantages=same) if one_advantage else batch
@@ -174,11 +175,19 @@ def _decode(
     return TokenBatch(x, b, advantages, _mask(seed, layout))
 
 
-def _near(raw: NDArray[np.uint8], batch: TokenBatch, dtype: str) -> FloatArray:
-    """Log-probs under another policy: μ's for code 0 and a quarter of the codes, else 0.001 to 10 nats from them."""
+def _near(raw: NDArray[np.uint8], batch: TokenBatch, dtype: str, max_abs_log_ratio: float) -> FloatArray:
+    """Log-probs under another policy: μ's for code 0 and a quarter of the codes, else 0.001 to 10 nats from them.
+
+    Within the largest abs(ℓ) of π's too.
+    """
     kind, size = raw[..., 0], raw[..., 1] / 255.0
-    step = np.where(kind % 2 == 0, 1.0, -1.0) * 10.0 ** (-3.0 + np.where(kind % 8 == 7, 4.0, 2.5) * size)
+    # near, as far as weights are truncated, and further
+    lowest, span = (np.array(exponents)[kind % 4] for exponents in ((0.0, -3.0, -1.0, 0.0), (0.0, 2.5, 1.3, 1.0)))
+    step = np.where(kind // 4 % 2 == 0, 1.0, -1.0) * 10.0 ** (lowest + span * size)
     moved = batch.behavior_log_prob + np.where(kind % 4 == 0, 0.0, step)
+    if np.isfinite(max_abs_log_ratio):
+        limit = max_abs_log_ratio * (1.0 - 4.0 * unit_roundoff(dtype)) - 1e-6
+        moved = np.clip(moved, batch.log_prob - limit, batch.log_prob + limit)
     return round_to(dtype, np.minimum(moved, 0.0))
 
 

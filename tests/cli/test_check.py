@@ -173,7 +173,7 @@ def test_the_docs_list_every_check_in_its_own_words():
     page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if re.match(r"\| P\d+ \|", line)]
     assert rows == [f"| {info.property} | `{info.name}` | {info.statement} |" for info in CHECKS.values()]
-    assert {info.property for info in CHECKS.values()} == {f"P{n}" for n in range(1, 25)}
+    assert {info.property for info in CHECKS.values()} == {f"P{n}" for n in range(1, 28)}
 
 
 # ---- targets
@@ -431,7 +431,7 @@ USAGE = {
     ("good", "--framework", "tensorflow"): "--framework: expected one of numpy, torch, jax, got 'tensorflow'",
     ("good", "--profile", "fast"): "--profile: expected one of dev, ci, nightly, got 'fast'",
     ("good", "--property", "P28"): "--property, --expect-failure: expected names of checks or properties (P1 to P27), got P28",
-    ("good", "--expect-failure", "P25=x"): "--property, --expect-failure: expected names of checks",
+    ("good", "--expect-failure", "P28=x"): "--property, --expect-failure: expected names of checks",
     ("good", "--expect-failure", "P2"): "--expect-failure: expected NAME=VALUE, got 'P2'",
     ("good", "--map", "log_prob"): "--map: expected NAME=VALUE, got 'log_prob'",
     ("good", "--map", "logprob=lp"): "--map: expected one of log_prob, behavior_log_prob",
@@ -515,3 +515,37 @@ def test_without_hypothesis_it_says_how_to_install_it(monkeypatch, write):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     code, _, err = run(f"{write(NUMPY_LOSS)}:loss")
     assert (code, err) == (2, "drpo check: hypothesis is not installed: pip install 'drpo-core[testing]'\n")
+
+
+def test_a_mode_is_claimed_by_a_framework_s_keys_or_as_it_prints(write):
+    """Log-probs of the third policy arrive by the loss's own name for them."""
+    source = """
+        import torch
+
+        def gspo(logprobs, behavior_log_prob, advantages, mask, old):
+            x = torch.where(mask, logprobs, 0.0)
+            ell, lengths = x - torch.where(mask, old, 0.0), mask.sum(-1, keepdim=True).clamp(min=1)
+            mean = torch.where(mask, ell, 0.0).sum(-1, keepdim=True) / lengths
+            ratio, a = (mean.detach() + x - x.detach()).clamp(max=20.0).exp(), torch.where(mask, advantages, 0.0)
+            losses = torch.where(mask, -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a), 0.0)
+            return (losses.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / (mask.sum(-1) > 0).sum().clamp(min=1)
+    """
+    target = f"{write(source)}:gspo"
+    flags = ("--map", "log_prob=logprobs", "--map", "proximal_log_prob=old", "--property", "P25")
+    for mode in (
+        "modes.verl('gspo', loss_agg_mode='seq-mean-token-mean')",
+        "Mode(PPOClip(eps=0.2), anchor=Sequence(Proximal()), reduction='sequence_mean_token_mean')",
+    ):
+        code, out, _ = run(target, *flags, "--objective", mode)
+        assert (code, "P25  check_mode_gradient_matches_the_formula  passed" in out) == (0, True)
+    code, out, _ = run(target, *flags, "--objective", "modes.verl('vanilla')")
+    assert code == 1
+    assert "the gradient is −c K A R w plus that of the penalties" in out
+    for wrong, message in {
+        "modes.verl('nothing')": "nothing",
+        "modes.none()": "areal",
+        "Mode(open('x'))": "open is no class",
+        "Mode(PPOClip(eps=0.2), anchor=Proximal(), penalties=(Penalty(coefficient=0.1),))": "reference_log_prob",
+    }.items():
+        code, _, err = run(target, *flags, "--objective", wrong)
+        assert (code, message in err) == (2, True), err
