@@ -249,7 +249,7 @@ def test_means_over_sequences_that_ranks_share_are_refused(library, reduction):
             run(lambda array, _: array)
 
 
-def test_penalties_without_a_mask_act_at_tokens_that_a_correction_leaves_out():
+def test_penalties_leave_out_what_does_not_count_also_without_a_mask():
     mode = Mode(
         DRPO(delta=0.3),
         corrections=(RatioMask(edge="policy/behavior", high=1.1),),

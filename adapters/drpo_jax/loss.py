@@ -297,15 +297,15 @@ def _penalty_loss(
         return None
     where = jnp.ones_like(log_prob, dtype=bool) if mask is None else mask
     others = (behavior_log_prob, proximal_log_prob, reference_log_prob)
-    constants = jax.lax.stop_gradient((*others, advantages, segment_ids, where))
+    constants = jax.lax.stop_gradient((*others, advantages, segment_ids, where, mode.counted))
 
     def gradient(log_prob: jax.Array, *constants: Any) -> jax.Array:  # noqa: ANN401 -- the other arrays
-        *others, advantages, segment_ids, where = constants
+        *others, advantages, segment_ids, where, counted = constants
         batch: dict[str, Any] = {"advantages": advantages, "sequences": Sequences(where, segment_ids, across=across, xp=xp)}
         found: jax.Array = penalty_gradient(objective, log_prob, *others, **batch, dtype=dtype)
-        return jnp.where(where, found, 0.0)
+        return jnp.where(counted, found, 0.0)
 
-    value, slope = (jnp.where(where, each, 0.0) for each in mode.penalty)
+    value, slope = (jnp.where(mode.counted, each, 0.0) for each in mode.penalty)
     return _attached(gradient, value, slope, log_prob.astype(dtype), constants)
 
 
