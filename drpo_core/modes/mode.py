@@ -161,7 +161,8 @@ class Mode:
     @property
     def is_plain(self) -> bool:
         """Whether it is no more than an objective and a reduction."""
-        return not (self.corrections or self.penalties or self.anchor != anchors.Behavior())
+        # in terms that Dynamo knows: it can't negate a tuple
+        return type(self.anchor) is anchors.Behavior and len(self.corrections) == len(self.penalties) == 0
 
     @property
     def alone(self) -> Objective:
