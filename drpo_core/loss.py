@@ -492,8 +492,11 @@ def compiled_mode(
     `mode_pass`, without coefficients.
     """
     before, after = arrays[:4], arrays[4:]
+    counted: Array = before[-1]
+    if counted.ndim == 0:
+        # a number has no row, which `resolve` says
+        return None
     try:
-        counted: Array = before[-1]
         if mode.corrections and not mode.count_masked:
             one = np.ones((), np.float32)
             found = compiled_pass(mode, *before, one, *after, **options | {"diagnostics": False}, run=counted_pass)

@@ -178,3 +178,10 @@ def test_widths_that_do_not_fit():
             numba_loop.run(loss.mode_pass, EVERYTHING, arrays, np.empty(12), diagnostics=False, width=width)
     with pytest.raises(ValueError, match=r"^width: expected the tokens of a row"):
         numba_loop.run(loss.mode_pass, EVERYTHING, arrays, np.empty(12), diagnostics=False)
+
+
+@pytest.mark.parametrize("engine", ["arrays", "compiled"])
+def test_a_number_has_no_row(engine):
+    x = np.asarray(-1.0)
+    with pytest.raises(ValueError, match="^mask: expected at least one axis"):
+        policy_loss_and_gradient(EVERYTHING, x, x, x, mask=x < 0.0, proximal_log_prob=x, reference_log_prob=x, engine=engine)
