@@ -183,5 +183,5 @@ def test_widths_that_do_not_fit():
 @pytest.mark.parametrize("engine", ["arrays", "compiled"])
 def test_a_number_has_no_row(engine):
     x = np.asarray(-1.0)
-    with pytest.raises(ValueError, match="^mask: expected at least one axis"):
+    with pytest.raises(ValueError, match=r"^mask: expected at least one axis"):
         policy_loss_and_gradient(EVERYTHING, x, x, x, mask=x < 0.0, proximal_log_prob=x, reference_log_prob=x, engine=engine)
