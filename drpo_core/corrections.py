@@ -1043,7 +1043,8 @@ def covariances(
 
     A token that π can't take (−∞, or the −10⁶ that stands for it among a mode's log-probs) has none.
     """
-    known = mask & (log_prob > -1e6)
+    # in the dtype of the arithmetic: float16 has no such number
+    known = mask & (xp.astype(log_prob, dtype, copy=False) > -1e6)
 
     def centred(x: Array, over: Array) -> Array:
         x = xp.where(over, xp.astype(x, dtype, copy=False), 0.0)

@@ -152,6 +152,10 @@ def test_each_fault_is_found(loss, fault):
     assert not found[0].startswith("raised")
 
 
+def test_every_property_of_modes_finds_a_fault():
+    assert {"P25", "P26", "P27"} <= {found for faults in FAULTS.values() for found in faults.values()}
+
+
 @pytest.mark.parametrize("mode", [GSPO, DECOUPLED, KIMI], ids=["gspo", "decoupled", "kimi"])
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_our_own_pass(mode, framework):
