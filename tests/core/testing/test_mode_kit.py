@@ -97,7 +97,7 @@ def truncated(log_prob, behavior_log_prob, advantages, mask, *, fault=""):
     return quiet(-quiet(advantages, mask) * weights * x, mask).sum() / mask.sum().clamp(min=1)
 
 
-FEW = matrix.settings(20)
+FEW = matrix.settings(14)
 LOSSES = {gspo: GSPO, decoupled: DECOUPLED, kimi: KIMI, truncated: ON_POLICY_EDGE}
 FAULTS = {
     gspo: {
