@@ -249,6 +249,23 @@ def test_means_over_sequences_that_ranks_share_are_refused(library, reduction):
             run(lambda array, _: array)
 
 
+@each_function
+def test_what_a_correction_leaves_out_may_hold_a_nan(function):
+    mode = Mode(
+        DRPO(delta=0.3),
+        corrections=(RatioMask(edge="policy/behavior", low=0.8, high=1.2), Veto(edge="policy/behavior", low=0.2, high=5.0)),
+        penalties=(Penalty(coefficient=0.1, to="behavior"),),
+    )
+    arrays = arguments_for(mode, batch(seed=1))
+    left_out = token_loss_and_gradient(mode, **arrays).weight == 0.0
+    assert (left_out & arrays["mask"]).any()
+    arrays["advantages"] = np.where(left_out, np.nan, arrays["advantages"])
+    expected = wanted(function, mode, arrays)
+    assert np.isfinite(expected[0])
+    assert_same(in_torch(function, mode, arrays), expected)
+    assert_same(in_jax(function, mode, arrays, jit=True), expected)
+
+
 def test_penalties_leave_out_what_does_not_count_also_without_a_mask():
     mode = Mode(
         DRPO(delta=0.3),

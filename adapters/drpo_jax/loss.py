@@ -114,7 +114,12 @@ def token_loss(
         # the gradients of the objective and of its penalties are rounded together
         log_prob = log_prob if mode.penalty is None else log_prob.astype(dtype)
         against: dict[str, Any] = arrays | {"log_prob": log_prob, "behavior_log_prob": mode.anchor_log_prob}
-        loss = token_loss(mode.objective, **against, mask=mask, divergence=divergence)
+        kept = mask
+        if mode.factor is not None:
+            # what a correction leaves out is masked: 0 times its loss, or times its derivative, could be a NaN
+            nonzero = jnp.broadcast_to(mode.factor != 0.0, log_prob.shape)
+            kept = nonzero if mask is None else mask & nonzero
+        loss = token_loss(mode.objective, **against, mask=kept, divergence=divergence)
         loss = loss if mode.factor is None else mode.factor * loss
         given: dict[str, Any] = arrays | others | sequences | {"log_prob": log_prob}
         penalty = _penalty_loss(objective, mode, **given, mask=mask, dtype=dtype)

@@ -42,10 +42,8 @@ def parse_objective(text: str) -> Parsed:
     framework's names and keys, or ``Mode(…)`` as it prints.
     """
     head, parenthesis, rest = text.strip().partition("(")
-    if head.strip() == "Mode" or head.strip().startswith("modes."):
-        return _mode(text)
     if ":" not in head:
-        return _of_the_table(text)
+        return _mode(text) if head.strip() == "Mode" or head.strip().startswith("modes.") else _of_the_table(text)
     found = load(head, wanted="NAME")
     if parenthesis:
         if not callable(found.thing):
@@ -108,25 +106,25 @@ def _mode(text: str) -> Parsed:
         keys = _hyper_parameters(text, ast.Call(call.func, [], call.keywords))
         objective, caught = _made(text, partial(getattr(modes, call.func.attr), *map(partial(literal, FLAG), call.args)), keys)
     else:
-        objective, caught = _made(text, partial(_of_parts, text, call), {})
+        objective, caught = _made(text, partial(_of_parts, call), {})
     if not isinstance(objective, modes.Mode):
         msg = f"{FLAG}: {text} is a {type(objective).__name__}, not a mode"
         raise UsageError(msg)
     return Parsed(cast("Objective", objective), caught)
 
 
-def _of_parts(text: str, node: ast.expr) -> object:
+def _of_parts(node: ast.expr) -> object:
     """The value of calls of the library's classes with literals, nested; nothing else is evaluated."""
     if isinstance(node, ast.Tuple):
-        return tuple(_of_parts(text, element) for element in node.elts)
+        return tuple(map(_of_parts, node.elts))
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return literal(FLAG, node)
     made = next((getattr(room, node.func.id) for room in _ROOMS if node.func.id in room.__all__), None)
     if made is None:
         msg = f"{FLAG}: {node.func.id} is no class of drpo_core's objectives, anchors, corrections, penalties or modes"
         raise UsageError(msg)
-    values = {str(keyword.arg): _of_parts(text, keyword.value) for keyword in node.keywords}
-    return made(*(_of_parts(text, argument) for argument in node.args), **values)
+    values = {str(keyword.arg): _of_parts(keyword.value) for keyword in node.keywords}
+    return made(*map(_of_parts, node.args), **values)
 
 
 def _call(text: str) -> ast.Call | None:

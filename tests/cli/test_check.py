@@ -12,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from drpo_core import cli
+from drpo_core.cli.objective import parse_objective
+from drpo_core.objectives import PSPO
 from drpo_core.testing.checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
@@ -549,3 +551,9 @@ def test_a_mode_is_claimed_by_a_framework_s_keys_or_as_it_prints(write):
     }.items():
         code, _, err = run(target, *flags, "--objective", wrong)
         assert (code, message in err) == (2, True), err
+
+
+def test_a_file_of_one_s_own_may_be_called_modes(write, monkeypatch):
+    path = write("from drpo_core.objectives import PSPO\n\ndef mine(alpha):\n    return PSPO(alpha=alpha)\n", "modes.py")
+    monkeypatch.chdir(path.parent)
+    assert parse_objective("modes.py:mine(alpha=0.2)").objective == PSPO(alpha=0.2)
