@@ -1,6 +1,7 @@
 """The kit on modes: correct losses written in plain torch pass, and each class of failure is found by its property."""
 
 import functools
+from typing import get_args
 
 import matrix
 import numpy as np
@@ -12,7 +13,7 @@ from drpo_core.anchors import Proximal, Sequence
 from drpo_core.corrections import ImportanceWeight, RatioMask
 from drpo_core.modes import Mode
 from drpo_core.objectives import Reinforce
-from drpo_core.penalties import Penalty
+from drpo_core.penalties import Estimator, Penalty
 from drpo_core.testing import CHECKS, check_implementation, from_adapter, from_core, from_function, run_check
 
 GSPO = Mode(PPOClip(eps=0.2), anchor=Sequence(Proximal()), reduction="sequence_mean_token_mean")
@@ -168,6 +169,14 @@ def test_our_own_in_jax_under_jit():
     ours = from_adapter(DECOUPLED, "jax", transform="jit")
     report = check_implementation(ours, settings=FEW, checks=["P25", "P26"])
     assert [(r.check, r.status, r.reason) for r in report.results if r.status != "passed"] == []
+
+
+@pytest.mark.parametrize("estimator", get_args(Estimator))
+def test_what_each_penalty_follows(estimator):
+    """k1 and the square follow no divergence that P27 knows."""
+    ours = from_core(Mode(Reinforce(), penalties=(Penalty(coefficient=0.3, estimator=estimator),)))
+    (result,) = check_implementation(ours, settings=FEW, checks=["P27"]).results
+    assert result.status == ("not applicable" if estimator in {"k1", "square"} else "passed"), result.reason
 
 
 def test_a_failure_s_snippet_has_the_log_probs_of_all_policies():
