@@ -82,13 +82,15 @@ def test_decay_is_exp_of_what_is_not_positive(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ordered_integers_are_in_the_order_of_floats(dtype):
-    ordered = functions(np.dtype(dtype)).ordered
+    ordered, unordered = functions(np.dtype(dtype)).ordered, functions(np.dtype(dtype)).unordered
     tiny, most = np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max
     negative_nan = np.copysign(dtype(np.nan), dtype(-1.0))
     x = np.array([-np.inf, -most, -1.0, -tiny, 0.0, tiny, 1.0, most, np.inf, np.nan, negative_nan], dtype)
     *integers, nan, other_nan = (ordered(value) for value in x)
     assert all(low < high for low, high in itertools.pairwise([*integers, nan]))
     assert nan == other_nan
+    back = numba.njit(lambda value: unordered(ordered(value)))
+    np.testing.assert_array_equal(np.array([back(value) for value in x], dtype), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

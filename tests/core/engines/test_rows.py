@@ -149,11 +149,22 @@ def test_a_correction_of_one_s_own_is_compiled_as_it_is_now(monkeypatch, wholes)
 def test_an_objective_that_changes_is_compiled_anew(monkeypatch):
     """The methods of every part are in the key, those of a base class too."""
     arrays = batch(seed=2)
-    mode = quiet(RatioMask(low=0.5, high=2.0))
+    mode = Mode(PPOClip(eps=0.2), corrections=(RatioMask(low=0.5, high=2.0),))
     kept = evaluated(mode, arrays, "compiled").gradient
     monkeypatch.setattr(RatioMask, "factor", lambda _, evidence: evidence.policies.xp.zeros_like(evidence.advantages))
     assert kept.any()
     assert not evaluated(mode, arrays, "compiled").gradient.any()
+
+
+def test_what_can_t_be_compiled_is_found_out_once(monkeypatch):
+    made = []
+    make = numba_loop._made  # noqa: SLF001 -- to count its calls
+    monkeypatch.setattr(numba_loop, "_made", lambda *arguments, **options: made.append(1) or make(*arguments, **options))
+    mode = Mode(PPOClip(eps=0.3), anchor=Prefix(Proximal()))
+    for _ in range(3):
+        evaluated(mode, batch(seed=1), "auto")
+    # the mode, and its objective alone
+    assert len(made) == 2
 
 
 def test_rows_in_a_trace():
