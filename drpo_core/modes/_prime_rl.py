@@ -66,6 +66,7 @@ def prime_rl(type: str = "ipo", /, **keys: Any) -> Mode:  # noqa: A002 -- prime-
     Notes
     -----
     ``ppo`` caps the ratio that multiplies the gradient where A < 0 at ``max_importance_ratio``; the mode does not.
+    The word ``"token"`` for its default aggregation is a guess: the sources that were read have only ``"prompt"``.
     With ``loss_aggregation="prompt"`` the losses take the prompts' ids:
     ``reduction=functools.partial(drpo_core.reduction.prompt_mean, group_ids=ids)``.
 
