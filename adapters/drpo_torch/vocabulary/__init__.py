@@ -3,7 +3,7 @@
 from drpo_torch.vocabulary.batch import VocabularyLoss
 from drpo_torch.vocabulary.divergences import Divergences, full_divergences, top_k_divergences
 from drpo_torch.vocabulary.linear import linear_policy_loss
-from drpo_torch.vocabulary.log_prob import TokenLogProb, token_log_prob
+from drpo_torch.vocabulary.log_prob import TokenLogProb, linear_log_prob, token_log_prob
 from drpo_torch.vocabulary.logits import logits_policy_loss
 from drpo_torch.vocabulary.recorded import FullDivergence, LinearHead, TopKDivergence
 
@@ -15,6 +15,7 @@ __all__ = [
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",
+    "linear_log_prob",
     "linear_policy_loss",
     "logits_policy_loss",
     "token_log_prob",

@@ -13,7 +13,7 @@ from drpo_torch.vocabulary.softmax import power_of_two_below, working_dtype
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from drpo_torch.vocabulary.softmax import Places
+    from drpo_torch.vocabulary.softmax import Places, Pull
 
 __all__ = ["Chunk", "Head", "HeadInputs"]
 
@@ -78,17 +78,17 @@ class Head:
         """Logits of hidden states over a part of the vocabulary."""
         head_logits(hidden, self.weight[part], None if self.bias is None else self.bias[part], out=out)
 
-    def begin(self, hidden: torch.Tensor, slope: torch.Tensor, temperature: float) -> tuple[torch.Tensor, Chunk]:
-        """∂loss/∂log π of the tokens of a chunk as ∂logits are to be formed from it, and their part in the products."""
+    def begin(self, hidden: torch.Tensor, pull: Pull, temperature: float) -> tuple[Pull, Chunk]:
+        """The pull of the tokens of a chunk as ∂logits are to be formed from it, and their part in the products."""
         total = torch.zeros(hidden.shape, dtype=self.row_dtype, device=hidden.device)
         if self.dtype != torch.float16:
-            return slope, Chunk(hidden, total, None, None)
+            return pull, Chunk(hidden, total, None, None)
         # ∂logits of a row are at most this large, and add up to at most twice as much
-        size = slope.abs() / temperature
+        size = pull.size(len(self.weight)) / temperature
         shift = power_of_two_below(_FLOAT16_BITS, size * self._reach)
         weight_shift = power_of_two_below(_FLOAT16_BITS, size.sum() * hidden.abs().amax().to(size.dtype))
         factor = (hidden * (weight_shift / shift)[:, None]).to(self.dtype)
-        return slope * shift, Chunk(factor, total, 1.0 / shift, 1.0 / weight_shift)
+        return pull.scaled(shift), Chunk(factor, total, 1.0 / shift, 1.0 / weight_shift)
 
     def add(self, gradient: torch.Tensor, part: slice, chunk: Chunk) -> None:
         """Add to the gradients, from a chunk's ∂logits over a part of the vocabulary."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,11 +10,12 @@ from drpo_core._checks import check_number
 from drpo_torch._checks import check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
-from drpo_torch.vocabulary.engines import loops, row_kernels
+from drpo_torch.vocabulary.chunks import Chunks
+from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values
 from drpo_torch.vocabulary.head import Head, HeadInputs
 from drpo_torch.vocabulary.recorded import FullDivergence, check_head, product_dtype, products_like
-from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, Tempering
+from drpo_torch.vocabulary.softmax import Pull, Tempering
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.loss import Engine
     from drpo_core.reduction import Reduction
+    from drpo_torch.vocabulary.chunks import Kept
     from drpo_torch.vocabulary.recorded import Divergence
+    from drpo_torch.vocabulary.softmax import Places
 
 __all__ = ["linear_policy_loss"]
-
-# rows of a chunk that are moved together
-_ROWS_MOVED = 16
 
 
 @depends_on_values
@@ -197,20 +197,6 @@ def linear_policy_loss(
     return result._replace(loss=_WithGradients.apply(*inputs, result.loss, *head.gradients))  # type: ignore[no-untyped-call]
 
 
-class _Kept(NamedTuple):
-    """A chunk's results that its gradient needs: for each part of the vocabulary, statistics and share of the probability."""
-
-    rows: Places
-    sampled: torch.Tensor
-    statistics: list[Statistics]
-    shares: torch.Tensor
-
-    def at(self, alive: torch.Tensor) -> _Kept:
-        """The same of some of the tokens."""
-        statistics = [of_part.at(alive) for of_part in self.statistics]
-        return _Kept(Places(self.rows.index[alive]), self.sampled[alive], statistics, self.shares[:, alive])
-
-
 class _Sweep:
     """Takes every valid token through a `TokenBatch`, and adds up the head's gradients."""
 
@@ -222,22 +208,14 @@ class _Sweep:
         module: ModuleType | None,
         chunk: tuple[int, int],
     ) -> None:
-        vocabulary, (self.chunk_tokens, width) = head.weight.shape[0], chunk
-        self.batch, self.head, self.tempering, self.module = batch, head, tempering, module
-        self.parts = [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+        self.chunk_tokens, width = chunk
+        self.batch, self.head = batch, head
         rows = min(self.chunk_tokens, len(batch.valid))
-        device = head.weight.device
-        self.storage = torch.empty(rows * width, dtype=head.dtype, device=device)
-        self.every = Places.first(rows, device)
-        widths = {part.stop - part.start for part in self.parts}
-        self.kernels = {size: row_kernels(module, tempering, size, head.dtype, device) for size in widths}
+        self.chunks = Chunks(head, tempering, module, rows=rows, width=width)
         self.at_once = rows == len(batch.valid) or looks_at_one_token(batch.given.objective)
         # whether logits are gone when the gradient in them is known
-        self.recompute = len(self.parts) > 1 or not self.at_once
-        # softmaxes wait in the logits' place for their coefficient, if neither rounding nor a derivative forbids it
-        exact = head.dtype == batch.row_dtype and tempering.softcap is None
-        keeps = all(kernels.keeps for kernels in self.kernels.values())
-        self.kept = exact and keeps and head.needed and not self.recompute
+        self.recompute = len(self.chunks.parts) > 1 or not self.at_once
+        self.softmax = self.chunks.keeps and head.needed and not self.recompute
 
     def run(self) -> None:
         chunks = self.batch.valid.chunks(self.chunk_tokens)
@@ -253,24 +231,19 @@ class _Sweep:
                 self._backward(kept, part)
         self.head.finish()
 
-    def _forward(self, rows: Places) -> tuple[Found, _Kept]:
+    def _forward(self, rows: Places) -> tuple[Found, Kept]:
         """Take a chunk through its logits: results for the objective, and results for the gradient."""
-        batch, every, statistics = self.batch, self.every[: len(rows)], []
-        hidden, columns, full = self.head.rows(rows), batch.columns(rows), None
-        picked = torch.zeros(columns.shape, dtype=batch.row_dtype, device=hidden.device)
-        for part in self.parts:
-            z = self._view(len(rows), part)
-            self.head.logits(hidden, part, z)
-            index, inside = _within(columns, part)
-            picked = torch.where(inside, self.tempering(z.gather(-1, index)), picked)
-            full = batch.full_divergence(self.module, rows, z, every, self.tempering)
-            kernels = self.kernels[z.shape[1]]
-            statistics.append(kernels.statistics(z, every, entropy=batch.given.entropy, keep=z if self.kept else None))
-        whole, shares = _merge(statistics)
-        found = Found(rows, columns, whole.log_prob(picked), whole.entropy, full)
-        return found, _Kept(rows, columns[:, 0], statistics, shares)
+        batch, full = self.batch, None
 
-    def _backward(self, kept: _Kept, slope: torch.Tensor) -> None:
+        def look(z: torch.Tensor, places: Places) -> None:
+            nonlocal full
+            full = batch.full_divergence(self.chunks.module, rows, z, places, self.chunks.tempering)
+
+        columns = batch.columns(rows)
+        log_prob, whole, kept = self.chunks.forward(rows, columns, entropy=batch.given.entropy, keep=self.softmax, look=look)
+        return Found(rows, columns, log_prob, whole.entropy, full), kept._replace(columns=columns[:, :1])
+
+    def _backward(self, kept: Kept, slope: torch.Tensor) -> None:
         """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂log π."""
         if not self.head.needed:
             return
@@ -279,64 +252,10 @@ class _Sweep:
             return
         if len(alive) < len(slope):
             if not self.recompute:
-                self._close_up(alive, len(slope))
+                self.chunks.close_up(alive, len(slope))
             kept, slope = kept.at(alive), slope[alive]
-        hidden, every = self.head.rows(kept.rows), self.every[: len(alive)]
-        slope, chunk = self.head.begin(hidden, slope, self.tempering.temperature)
-        for part, share, statistics in zip(self.parts, kept.shares, kept.statistics, strict=True):
-            gradient = self._view(len(alive), part)
-            if self.recompute:
-                self.head.logits(hidden, part, gradient)
-            index, inside = _within(kept.sampled, part)
-            pull = Pull(index, torch.where(inside, slope, 0.0), -slope * share)
-            kernels = self.kernels[gradient.shape[1]]
-            kernels.gradients(gradient, every, pull, statistics=statistics, out=gradient, kept=self.kept)
-            if self.recompute:
-                # in a part where every logit is −inf, softmax is NaN
-                gradient.masked_fill_((statistics.maximum == -torch.inf)[:, None], 0.0)
-            self.head.add(gradient, part, chunk)
-        self.head.end(kept.rows.key, chunk)
-
-    def _close_up(self, alive: torch.Tensor, rows: int) -> None:
-        """Move the rows of logits that are alive to the first places, in this order."""
-        z = self._view(rows, self.parts[0])
-        # those before the first gap stay; on a device, to count them would be to wait
-        stay = int((alive == self.every.index[: len(alive)]).sum()) if alive.device.type == "cpu" else 0
-        for start in range(stay, len(alive), _ROWS_MOVED):
-            # a row moves to the front, over rows that have moved already: several may be read before any is written
-            moved = z[alive[start : start + _ROWS_MOVED]]
-            z[start : start + len(moved)] = moved
-
-    def _view(self, rows: int, part: slice) -> torch.Tensor:
-        """The first elements of the buffer, as logits of some rows over a part of the vocabulary."""
-        width = part.stop - part.start
-        return self.storage[: rows * width].view(rows, width)
-
-
-def _merge(parts: list[Statistics]) -> tuple[Statistics, torch.Tensor]:
-    """The statistics of rows from those of parts of them, and each part's share of the probability, (parts, rows)."""
-    if len(parts) == 1:
-        return parts[0], torch.ones_like(parts[0].maximum)[None]
-    maxima = torch.stack([part.maximum for part in parts])
-    nothing = maxima == -torch.inf
-    log_sums = torch.stack([part.log_sum for part in parts]).masked_fill_(nothing, 0.0)
-    maximum = maxima.amax(0)
-    log_sum = torch.logsumexp(maxima - maximum + log_sums, 0)
-    log_shares = maxima - maximum + log_sums - log_sum
-    shares = log_shares.exp()
-    entropy = None
-    if parts[0].entropy is not None:
-        # chain rule: of the part, then within it
-        entropies = torch.stack([part.entropy for part in parts])  # type: ignore[misc]
-        entropy = (entropies - log_shares).mul_(shares).masked_fill_(nothing, 0.0).sum(0)
-    return Statistics(maximum, log_sum, entropy, torch.ones_like(maximum)), shares
-
-
-def _within(columns: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids counted from the start of a part of the vocabulary, clamped to it, and whether they are in it."""
-    size = part.stop - part.start
-    index = columns - part.start
-    return index.clamp(0, size - 1), (index >= 0) & (index < size)
+        pull = Pull(kept.columns, slope[:, None], -slope)
+        self.chunks.backward(kept, pull, recompute=self.recompute, softmax=self.softmax)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -1,14 +1,15 @@
-"""From logits: log-probs of the sampled tokens, entropies and log-normalisers, without a log-softmax."""
+"""Log-probs of the sampled tokens and of K others, entropies and log-normalisers, without a log-softmax."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative
+from drpo_torch.vocabulary.chunks import Chunks, Kept
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import (
     depends_on_values,
@@ -16,22 +17,30 @@ from drpo_torch.vocabulary.graph import (
     may_be_overwritten,
     refuse_transformed_cotangents,
 )
+from drpo_torch.vocabulary.head import Head, HeadInputs
+from drpo_torch.vocabulary.recorded import check_head, product_dtype, products_like
 from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, Tempering
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
 
     from drpo_core.loss import Engine
 
-__all__ = ["TokenLogProb", "token_log_prob"]
+__all__ = ["TokenLogProb", "linear_log_prob", "token_log_prob"]
 
 
 class TokenLogProb(NamedTuple):
-    """Per token, in nats: `log_prob` of the sampled token, `entropy` of its distribution (or None), `log_normalizer`."""
+    """Per token, in nats, 0 where the mask is False.
+
+    `log_prob` is that of the sampled token, `entropy` that of its distribution (or None), `log_normalizer` is
+    log Σ_v e^x(v) of its logits x; `top_k_log_prob` those of the `top_k_ids` (…, K), or None.
+    """
 
     log_prob: torch.Tensor
     entropy: torch.Tensor | None
     log_normalizer: torch.Tensor
+    top_k_log_prob: torch.Tensor | None
 
 
 @depends_on_values
@@ -39,6 +48,8 @@ def token_log_prob(
     *,
     logits: torch.Tensor,
     tokens: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    top_k_ids: torch.Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     overwrite_logits: bool = False,
@@ -54,7 +65,11 @@ def token_log_prob(
     logits
         (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32.
     tokens
-        Ids of the sampled tokens, (…), of any integral dtype.
+        Ids of the sampled tokens, (…), of any integral dtype; anything, such as −100, where the mask is False.
+    mask
+        Boolean, (…), True at tokens that count; the logits of the others may hold anything. None: every token counts.
+    top_k_ids
+        Ids of K more tokens for each, (…, K), whose log-probs are wanted too.
     temperature
         T > 0.
     entropy
@@ -71,7 +86,7 @@ def token_log_prob(
     Returns
     -------
     TokenLogProb
-        `log_prob`, `entropy` and `log_normalizer` = log Σ_v e^(logits/T), (…), float32 at least.
+        `log_prob`, `entropy` and `log_normalizer`, (…), and `top_k_log_prob`, (…, K); float32 at least, each differentiable.
 
     Raises
     ------
@@ -100,62 +115,322 @@ def token_log_prob(
     tensor([[ 0.5000, -0.3000, -0.2000]])
     """
     check_untransformed("logits", check_logits(logits))
-    check_untransformed("tokens", check_tensor("tokens", tokens, "integral", beside=logits))
-    check_shape("tokens", tokens, logits.shape[:-1], "logits without V")
-    check_ids("tokens", tokens, logits.shape[-1])
+    columns, rows = _checked(tokens, mask, top_k_ids, logits.shape[:-1], logits.shape[-1], logits)
     tempering = Tempering(check_number("temperature", temperature, above=0.0))
     flat = logits.reshape(-1, logits.shape[-1])
     overwrite = overwrite_logits and may_be_overwritten(flat)
     module = loops(engine, logits=flat)
-    return TokenLogProb(*_TokenLogProb.apply(flat, tokens, tempering, entropy, overwrite, module))  # type: ignore[no-untyped-call]
+    found = _TokenLogProb.apply(flat, columns, rows, tempering, entropy, overwrite, module)  # type: ignore[no-untyped-call]
+    return _shaped(found, tokens.shape, top_k_ids)
+
+
+@depends_on_values
+def linear_log_prob(
+    *,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    top_k_ids: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    entropy: bool = False,
+    chunk_tokens: int = 256,
+    chunk_vocabulary: int | None = None,
+    engine: Engine = "auto",
+) -> TokenLogProb:
+    """Log-prob log π of each sampled token from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
+
+    Any loss follows from it, differentiable in `hidden`, `weight` and `bias`. Logits exist for a chunk of tokens at a time,
+    in the forward pass and in the backward pass, which takes the products again: four matrix products a chunk, where
+    `drpo_torch.linear_policy_loss` needs three. No gradient is formed for a tensor that doesn't require it, nor for tokens
+    that no cotangent reaches.
+
+    Parameters
+    ----------
+    hidden
+        Last hidden states, (…, H); anything where the mask is False.
+    weight, bias
+        W and b of the LM head, (V, H) and (V,): plain tensors, gathered if they are sharded. The weight has the dtype of
+        `hidden`, except under autocast.
+    tokens, mask, top_k_ids
+        See `drpo_torch.token_log_prob`.
+    temperature
+        T > 0.
+    logit_softcap
+        cap > 0; None for none.
+    entropy
+        Whether to compute the entropy −Σ_v π log π too.
+    chunk_tokens
+        How many tokens' logits exist at once.
+    chunk_vocabulary
+        How many of the vocabulary's logits exist at once; None for all.
+    engine
+        See `drpo_torch.linear_policy_loss`.
+
+    Returns
+    -------
+    TokenLogProb
+        `log_prob`, `entropy` and `log_normalizer`, (…), and `top_k_log_prob`, (…, K); float32 at least, each differentiable.
+
+    Raises
+    ------
+    TypeError
+        If a type or a dtype is wrong.
+    ValueError
+        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary (on the CPU), the
+        engine is unknown, or ``engine="compiled"`` can't take these tensors.
+    ImportError
+        If ``engine="compiled"`` finds no numba.
+    RuntimeError
+        On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
+
+    See Also
+    --------
+    drpo_torch.linear_policy_loss : a policy loss from the same in three products.
+
+    Notes
+    -----
+    `torch.compile` of a model that calls it breaks the graph here: what is computed depends on the mask's values. Under
+    autocast the products are taken in its dtype, in both passes. ∂weight is accumulated in the dtype of `weight`.
+
+    Examples
+    --------
+    A penalty on the entropy of the policy, beside its log-probs:
+
+    >>> import torch
+    >>> from drpo_torch import linear_log_prob
+    >>> hidden = torch.eye(3)[:1].requires_grad_()
+    >>> weight = torch.tensor([[0.5, 0.3, 0.2]]).log().T.expand(3, 3).contiguous().requires_grad_()
+    >>> found = linear_log_prob(hidden=hidden, weight=weight, tokens=torch.tensor([0]), entropy=True)
+    >>> (found.log_prob - 0.1 * found.entropy).sum().backward()
+    >>> weight.grad[:, 0]
+    tensor([ 0.5168, -0.3052, -0.2116])
+    """
+    check_head(hidden, weight, bias)
+    inputs = HeadInputs(hidden, weight, bias)
+    for name, tensor in inputs.named():
+        check_untransformed(name, tensor)
+    columns, rows = _checked(tokens, mask, top_k_ids, hidden.shape[:-1], len(weight), hidden)
+    cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
+    tempering = Tempering(check_number("temperature", temperature, above=0.0), cap)
+    size, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), len(weight)
+    if chunk_vocabulary is not None:
+        width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
+    dtype = product_dtype(hidden, weight)
+    module = loops(engine, products=products_like(hidden, dtype))
+    sweep = _HeadSweep(rows, columns, tempering, module, dtype, (size, width), entropy=entropy)
+    found = _LinearLogProb.apply(*inputs, sweep)  # type: ignore[no-untyped-call]
+    return _shaped(found, tokens.shape, top_k_ids)
+
+
+def _checked(
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    top_k_ids: torch.Tensor | None,
+    leading: Sequence[int],
+    vocabulary: int,
+    beside: torch.Tensor,
+) -> tuple[torch.Tensor, Places]:
+    """Ids whose log-probs are wanted, that of the sampled token first, (rows, 1 or 1 + K), and the tokens that count."""
+    check_untransformed("tokens", check_tensor("tokens", tokens, "integral", beside=beside))
+    check_shape("tokens", tokens, leading, "the tokens")
+    if mask is not None:
+        check_untransformed("mask", check_tensor("mask", mask, "bool", beside=beside))
+        check_shape("mask", mask, leading, "the tokens")
+    check_ids("tokens", tokens, vocabulary, valid=mask)
+    columns = tokens.reshape(-1, 1)
+    if top_k_ids is not None:
+        check_untransformed("top_k_ids", check_tensor("top_k_ids", top_k_ids, "integral", beside=beside))
+        check_shape("top_k_ids", top_k_ids, (*leading, *top_k_ids.shape[-1:]), "the tokens and K")
+        check_ids("top_k_ids", top_k_ids, vocabulary, valid=mask)
+        columns = torch.cat((columns.to(torch.int64), top_k_ids.reshape(len(columns), -1).to(torch.int64)), dim=-1)
+    rows = Places.first(len(columns), columns.device) if mask is None else Places.where(mask.reshape(-1))
+    return columns.to(torch.int64), rows
+
+
+def _shaped(found: tuple[Any, ...], shape: torch.Size, top_k_ids: torch.Tensor | None) -> TokenLogProb:
+    log_probs, entropy, log_normalizer = found
+    return TokenLogProb(
+        log_probs[:, 0].reshape(shape),
+        None if entropy is None else entropy.reshape(shape),
+        log_normalizer.reshape(shape),
+        None if top_k_ids is None else log_probs[:, 1:].reshape(top_k_ids.shape),
+    )
+
+
+def _spread(values: torch.Tensor, rows: Places, count: int) -> torch.Tensor:
+    """The values at their rows, and 0 at the others."""
+    return torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device).index_copy_(0, rows.index, values)
+
+
+_Cotangents: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]"
+"""Those of the log-probs (rows, C), of the entropies, if there are any, and of the log-normalisers."""
+
+
+def _picked(cotangents: _Cotangents, rows: Places) -> _Cotangents:
+    of_log_probs, of_entropy, of_normalizer = cotangents
+    return of_log_probs[rows.index], None if of_entropy is None else of_entropy[rows.index], of_normalizer[rows.index]
+
+
+def _reached(
+    rows: Places, of_log_probs: torch.Tensor, of_entropy: torch.Tensor | None, of_normalizer: torch.Tensor
+) -> torch.Tensor:
+    """Which of these rows a cotangent reaches, by their number among them."""
+    every = (of_log_probs != 0.0).any(-1) | (of_normalizer != 0.0)
+    if of_entropy is not None:
+        every |= of_entropy != 0.0
+    return every[rows.index].nonzero()[:, 0]
+
+
+def _pull(
+    columns: torch.Tensor,
+    statistics: Statistics,
+    of_log_probs: torch.Tensor,
+    of_entropy: torch.Tensor | None,
+    of_normalizer: torch.Tensor,
+) -> Pull:
+    """∂log π(c)/∂x = 1[c] − π, ∂log Z/∂x = π, ∂H/∂x = −π (log π + H), times cotangents."""
+    pull = Pull(columns, of_log_probs, of_normalizer - of_log_probs.sum(-1))
+    if of_entropy is None or statistics.entropy is None:
+        return pull
+    return pull._replace(scale=pull.scale + of_entropy * (statistics.log_sum - statistics.entropy), slope=of_entropy)
 
 
 class _TokenLogProb(torch.autograd.Function):
+    """From logits (N, V): log-probs of the columns (N, C), entropies and log-normalisers (N,)."""
+
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
         logits: torch.Tensor,
-        tokens: torch.Tensor,
+        columns: torch.Tensor,
+        rows: Places,
         tempering: Tempering,
         entropy: bool,  # noqa: FBT001 -- Function.apply takes no keywords
         overwrite: bool,  # noqa: FBT001
         module: ModuleType | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         kernels = row_kernels(module, tempering, logits.shape[-1], logits.dtype, logits.device)
-        every, index = Places.first(len(logits), logits.device), tokens.reshape(-1).to(torch.int64)
-        found = kernels.statistics(logits, every, entropy=entropy)
-        log_prob = found.log_prob(tempering(logits.gather(-1, index[:, None]))[:, 0])
-        ctx.save_for_backward(logits, index, *(field for field in found if field is not None))
-        ctx.tempering, ctx.entropy, ctx.overwrite, ctx.module = tempering, entropy, overwrite, module
-        # copies, so that changing an output in place changes neither another nor what is saved
-        entropies = None if found.entropy is None else found.entropy.reshape(tokens.shape).clone()
-        return log_prob.reshape(tokens.shape).clone(), entropies, found.log_normalizer.reshape(tokens.shape).clone()
+        found = kernels.statistics(logits, rows, entropy=entropy)
+        log_probs = found.log_prob(tempering(logits[rows.index[:, None], columns[rows.key]]))
+        ctx.save_for_backward(logits, columns, *(field for field in found if field is not None))
+        ctx.rows, ctx.tempering, ctx.entropy, ctx.overwrite, ctx.module = rows, tempering, entropy, overwrite, module
+        n = len(logits)
+        entropies = None if found.entropy is None else _spread(found.entropy, rows, n)
+        return _spread(log_probs, rows, n), entropies, _spread(found.log_normalizer, rows, n)
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401
-        of_log_prob: torch.Tensor,
+        of_log_probs: torch.Tensor,
         of_entropy: torch.Tensor | None,
         of_normalizer: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
-        """∂log π/∂x = 1[token] − π, ∂log Z/∂x = π, ∂H/∂x = −π (log π + H)."""
+        cotangents = of_log_probs, of_entropy, of_normalizer
         refuse_second_derivative()
-        refuse_transformed_cotangents(of_log_prob, of_entropy, of_normalizer)
-        logits, index, maximum, log_sum, *rest = ctx.saved_tensors
-        statistics = Statistics(maximum, log_sum, rest[0] if ctx.entropy else None, rest[-1])
-        of_log_prob, of_normalizer = of_log_prob.reshape(-1), of_normalizer.reshape(-1)
-        reached = (of_log_prob != 0.0) | (of_normalizer != 0.0)
-        if of_entropy is not None:
-            of_entropy = of_entropy.reshape(-1)
-            reached = reached | (of_entropy != 0.0)
-        rows = Places.where(reached)
-        at, of_log_prob, of_normalizer = statistics.at(rows.index), of_log_prob[rows.index], of_normalizer[rows.index]
-        pull = Pull(index[rows.index], of_log_prob, of_normalizer - of_log_prob)
-        if of_entropy is not None and at.entropy is not None:
-            slope = of_entropy[rows.index]
-            pull = pull._replace(scale=pull.scale + slope * (at.log_sum - at.entropy), slope=slope)
+        refuse_transformed_cotangents(*cotangents)
+        logits, columns, *fields = ctx.saved_tensors
+        statistics = Statistics.of(fields, entropy=ctx.entropy)
+        alive = _reached(ctx.rows, *cotangents)
+        rows, statistics = Places(ctx.rows.index[alive]), statistics.at(alive)
+        pull = _pull(columns[rows.index], statistics, *_picked(cotangents, rows))
         gradient = logits.detach() if ctx.overwrite else gradient_like(logits)
         kernels = row_kernels(ctx.module, ctx.tempering, logits.shape[-1], logits.dtype, logits.device)
-        kernels.gradients(logits, rows, pull, statistics=at, out=gradient)
-        gradient.index_fill_(0, Places.where(~reached).index, 0.0)
-        return gradient, None, None, None, None, None
+        kernels.gradients(logits, rows, pull, statistics=statistics, out=gradient)
+        untouched = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, rows.index, 0)
+        gradient.index_fill_(0, Places.where(untouched).index, 0.0)
+        return gradient, None, None, None, None, None, None
+
+
+class _HeadSweep:
+    """All tokens through the head, chunk by chunk, in one pass or the other."""
+
+    def __init__(
+        self,
+        rows: Places,
+        columns: torch.Tensor,
+        tempering: Tempering,
+        module: ModuleType | None,
+        dtype: torch.dtype,
+        chunk: tuple[int, int],
+        *,
+        entropy: bool,
+    ) -> None:
+        self.rows, self.columns, self.entropy = rows, columns, entropy
+        self._tempering, self._module, self._dtype, (self._size, self._width) = tempering, module, dtype, chunk
+
+    def chunks(self, head: Head, rows: Places) -> Chunks:
+        return Chunks(head, self._tempering, self._module, rows=min(self._size, len(rows)), width=self._width)
+
+    def head(self, inputs: HeadInputs, *, needed: bool) -> Head:
+        with torch.autocast(inputs.hidden.device.type, enabled=False):
+            return Head(inputs, self._dtype, needed=needed)
+
+    def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
+        """Log-probs of the columns; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
+        head = self.head(inputs, needed=False)
+        chunks = self.chunks(head, self.rows)
+        found = [
+            chunks.forward(rows, self.columns[rows.key], entropy=self.entropy)
+            for rows in (self.rows.chunks(self._size) if len(self.rows) else (self.rows,))
+        ]
+        log_probs, whole, kept = zip(*found, strict=True)
+        parts = [Statistics.joined(part) for part in zip(*(one.statistics for one in kept), strict=True)]
+        return torch.cat(log_probs), parts, Statistics.joined(whole), torch.cat([one.shares for one in kept], dim=1)
+
+    def backward(self, head: Head, kept: Kept, pull: Pull) -> None:
+        """Add up the head's gradients; everything is of the same rows."""
+        chunks = self.chunks(head, kept.rows)
+        for start in range(0, len(kept.rows), self._size):
+            some = torch.arange(start, min(start + self._size, len(kept.rows)), device=pull.scale.device)
+            chunks.backward(kept.at(some), pull.at_rows(some), recompute=True)
+        head.finish()
+
+
+class _LinearLogProb(torch.autograd.Function):
+    """From hidden states, weight and bias, the outputs of `_TokenLogProb`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        sweep: _HeadSweep,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            log_probs, parts, whole, shares = sweep.forward(HeadInputs(hidden, weight, bias))
+        fields = [field for part in (*parts, whole) for field in part if field is not None]
+        ctx.save_for_backward(hidden, weight, bias, shares, *fields)
+        ctx.sweep, ctx.rows = sweep, sweep.rows
+        n = len(sweep.columns)
+        entropies = None if whole.entropy is None else _spread(whole.entropy, sweep.rows, n)
+        return _spread(log_probs, sweep.rows, n), entropies, _spread(whole.log_normalizer, sweep.rows, n)
+
+    @staticmethod
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        of_log_probs: torch.Tensor,
+        of_entropy: torch.Tensor | None,
+        of_normalizer: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
+        cotangents = of_log_probs, of_entropy, of_normalizer
+        refuse_second_derivative()
+        refuse_transformed_cotangents(*cotangents)
+        hidden, weight, bias, shares, *fields = ctx.saved_tensors
+        sweep, rows = ctx.sweep, ctx.rows
+        size = 4 if sweep.entropy else 3
+        every = [Statistics.of(fields[i : i + size], entropy=sweep.entropy) for i in range(0, len(fields), size)]
+        alive = _reached(rows, *cotangents)
+        *parts, whole = (statistics.at(alive) for statistics in every)
+        found = Places(rows.index[alive])
+        columns = sweep.columns[found.index]
+        kept = Kept(found, columns, whole.maximum, parts, shares[:, alive])
+        pull = _pull(columns, whole, *_picked(cotangents, found))
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = sweep.head(HeadInputs(hidden, weight, bias), needed=True)
+            sweep.backward(head, kept, pull)
+        gradients = zip(head.gradients, (hidden, weight, bias), strict=True)
+        return *(None if g is None else g.to(tensor.dtype) for g, tensor in gradients), None

@@ -188,7 +188,7 @@ class _Sweep:
             unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device)
             shift = power_of_two_below(_FLOAT16_BITS, slope.abs() / self.tempering.temperature)
             slope, unit[rows.key] = slope * shift, 1.0 / shift
-        pull = Pull(columns[:, 0], slope, -slope)
+        pull = Pull(columns[:, :1], slope[:, None], -slope)
         kernels.gradients(logits, rows, pull, statistics=found, out=gradient, kept=kept)
         gradient.index_fill_(0, Places.where(without).index, 0.0)
         return unit

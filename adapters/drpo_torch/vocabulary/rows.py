@@ -67,12 +67,12 @@ class LoopRows:
         """See `RowKernels`; where `pull` is 0 so is the result, whatever the row holds."""
         rows, into = _Rows.of(z, places), _Rows.of(out, places)
         slope = torch.zeros_like(pull.scale) if pull.slope is None else pull.slope
-        every = (statistics.maximum, statistics.total, pull.scale, slope, pull.at_column)
+        every = (statistics.maximum, statistics.total, pull.scale, slope)
         coefficients = np.stack([field.detach().to(self.dtype).numpy() for field in every])
-        columns = pull.column.numpy()
+        at, columns = pull.at.detach().to(self.dtype).numpy(), pull.columns.numpy()
         _in_threads(
             lambda first, last: self.kernels.gradients(
-                *rows, into.data, into.stride, self.numbers, first, last, coefficients, columns
+                *rows, into.data, into.stride, self.numbers, first, last, coefficients, at, columns
             ),
             places,
             z,
@@ -233,10 +233,17 @@ def _statistics(tools: _Tools, load: Callable[..., None]) -> Callable[..., None]
 
 
 def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., None]) -> Callable[..., None]:  # noqa: C901 -- the steps of one pass
-    """(p (scale − slope (x − max x)) + at_column at a column) ∂x/∂z, in the rows of another matrix or the same."""
+    """(p (scale − slope (x − max x)) + `at` some columns) ∂x/∂z, in the rows of another matrix or the same."""
     dtype, tempered = tools.dtype, _tempered(tools, load)
     decay, select = functions(dtype).decay, functions(dtype).select
     number, least, one, two, block = dtype.type, _least(dtype), dtype.type(1), dtype.type(2), _BLOCK
+
+    @_jit
+    def add_at(x: Any, columns: Any, at: Any, start: Any, t: Any) -> None:
+        for c in range(columns.size):
+            column = columns[c] - start
+            if 0 <= column < x.size:
+                x[column] += at[c] / t
 
     @_jit
     def gradients(
@@ -250,6 +257,7 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
         first: Any,
         last: Any,
         coefficients: Any,
+        at: Any,
         columns: Any,
     ) -> None:
         wide_vectors()
@@ -258,11 +266,11 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
         for r in range(first, last):
             row = z[rows[r] * stride : rows[r] * stride + width]
             place = out[rows[r] * out_stride : rows[r] * out_stride + width]
-            maximum, total, scale, slope, at_column = coefficients[:, r]
-            if scale == 0.0 and slope == 0.0 and at_column == 0.0:
+            maximum, total, scale, slope = coefficients[:, r]
+            if scale == 0.0 and slope == 0.0 and not at[r].any():
                 place[:] = 0
                 continue
-            scale, slope, at_column = scale / total / t, slope / total / t, at_column / t
+            scale, slope = scale / total / t, slope / total / t
             for start in range(0, width, block):
                 part = row[start : start + block]
                 x = buffer[: part.size]
@@ -276,9 +284,7 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
                 for i in range(x.size):
                     d = x[i] - maximum
                     x[i] = decay(d) * (scale - slope * select(d < least, least, d))
-                column = columns[r] - start
-                if 0 <= column < x.size:
-                    x[column] += at_column
+                add_at(x, columns[r], at[r], start, t)
                 if cap != 0.0:
                     for i in range(x.size):
                         x[i] *= steepness[i]

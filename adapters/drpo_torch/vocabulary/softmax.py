@@ -6,12 +6,13 @@ log-normaliser follows from it, so nothing is exponentiated twice.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -88,14 +89,42 @@ class Statistics(NamedTuple):
         """The statistics of some of the rows."""
         return Statistics(*(None if field is None else field[rows] for field in self))  # type: ignore[arg-type]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Statistics]) -> Statistics:
+        """The statistics of several lots of rows, one after the other."""
+        return cls(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, fields: Sequence[torch.Tensor], *, entropy: bool) -> Statistics:
+        """The statistics from those of their fields that are not None."""
+        maximum, log_sum, *rest = fields
+        return cls(maximum, log_sum, rest[0] if entropy else None, rest[-1])
+
 
 class Pull(NamedTuple):
-    """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + at_column at one column; one entry a row."""
+    """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + `at` some columns; an entry or (columns) C a row."""
 
-    column: torch.Tensor
-    at_column: torch.Tensor
+    columns: torch.Tensor
+    at: torch.Tensor
     scale: torch.Tensor
     slope: torch.Tensor | None = None
+
+    def size(self, vocabulary: int) -> torch.Tensor:
+        """A bound of the largest of a row's derivatives, and of half of what they add up to."""
+        # half of what those at columns and of the softmax add up to; Σ p (max x − x) is an entropy less a log-sum
+        of_softmax = self.scale.abs() if self.slope is None else self.scale.abs() + self.slope.abs() * math.log(vocabulary)
+        if self.columns.shape[1] == 1 and self.slope is None:
+            return torch.maximum(self.at.abs()[:, 0], of_softmax)
+        return self.at.abs().sum(-1) + of_softmax
+
+    def at_rows(self, rows: torch.Tensor) -> Pull:
+        """The pull of some of the rows."""
+        return Pull(*(None if field is None else field[rows] for field in self))  # type: ignore[arg-type]
+
+    def scaled(self, factor: torch.Tensor) -> Pull:
+        """The pull times a factor a row."""
+        slope = None if self.slope is None else self.slope * factor
+        return Pull(self.columns, self.at * factor[:, None], self.scale * factor, slope)
 
 
 class Places:
@@ -241,7 +270,7 @@ class ArrayRows:
                 else:
                     x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
                     p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
-            p.scatter_add_(-1, pull.column[step, None], pull.at_column[step, None])
+            p.scatter_add_(-1, pull.columns[step], pull.at[step])
             self.tempering.pull_back_(p, p if kept else stored)
             if not isinstance(key, slice):
                 out.index_copy_(0, key, p.to(out.dtype))
