@@ -151,7 +151,7 @@ FUNCTIONS = {
         ("logits",),
         (),
         ("tokens",),
-        lambda tensors, **options: tuple(token_log_prob(**tensors, entropy=True, **options)),
+        lambda tensors, **options: tuple(token_log_prob(**tensors, entropy=True, **options))[:3],
         _plain_log_prob,
     ),
     "logits_policy_loss": Function(
