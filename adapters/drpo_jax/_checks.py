@@ -24,6 +24,7 @@ __all__ = [
     "check_logits",
     "check_shape",
     "check_tokens",
+    "check_top_k_ids",
     "working_dtype",
 ]
 
@@ -84,6 +85,15 @@ def check_head(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, *, 
     if bias is not None:
         check_float(**{f"{prefix}bias": bias})
         check_shape(f"{prefix}bias", bias, weight.shape[:1], "the vocabulary, (V,)")
+
+
+def check_top_k_ids(name: str, ids: jax.Array, leading: tuple[int, ...]) -> None:
+    """Raise unless these are integers, K at each token."""
+    check_integers(**{name: ids})
+    if ids.ndim == 0:
+        msg = f"{name}: expected shape (…, K), got ()"
+        raise ValueError(msg)
+    check_shape(name, ids, (*leading, *ids.shape[-1:]), "the tokens and one more axis, K")
 
 
 def check_tokens(

@@ -9,8 +9,8 @@ from drpo_jax.vocabulary.divergences import (
     top_k_divergences,
 )
 from drpo_jax.vocabulary.linear import linear_policy_loss
+from drpo_jax.vocabulary.log_prob import TokenLogProb, linear_log_prob, token_log_prob
 from drpo_jax.vocabulary.logits import VocabularyLoss, logits_policy_loss
-from drpo_jax.vocabulary.softmax import TokenLogProb, token_log_prob
 
 __all__ = [
     "Divergences",
@@ -20,6 +20,7 @@ __all__ = [
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",
+    "linear_log_prob",
     "linear_policy_loss",
     "logits_policy_loss",
     "token_log_prob",

@@ -18,6 +18,7 @@ from drpo_jax._checks import (
     check_integers,
     check_logits,
     check_shape,
+    check_top_k_ids,
     working_dtype,
 )
 from drpo_jax._sharding import in_auto_mode
@@ -447,10 +448,6 @@ def _repeated(ids: jax.Array) -> jax.Array:
 def _check_top_k(recorded: TopKDivergence, leading: tuple[int, ...], *, names: tuple[str, str]) -> None:
     """Raise unless ids and log-probs are of K tokens at each position."""
     ids, log_prob = recorded.ids, recorded.behavior_log_prob
-    check_integers(**{names[0]: ids})
+    check_top_k_ids(names[0], ids, leading)
     check_float(**{names[1]: log_prob})
-    if ids.ndim == 0:
-        msg = f"{names[0]}: expected shape (…, K), got ()"
-        raise ValueError(msg)
-    check_shape(names[0], ids, (*leading, *ids.shape[-1:]), "the tokens and one more axis, K")
     check_shape(names[1], log_prob, ids.shape, names[0])

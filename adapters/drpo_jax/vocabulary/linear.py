@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 
 from drpo_core import merge_diagnostics
 from drpo_core._checks import check_number
@@ -19,9 +19,10 @@ from drpo_core.reduction import reduction_coefficients
 from drpo_jax._checks import check_head, check_jax_arrays, check_tokens, working_dtype
 from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode, varying_like
+from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
 from drpo_jax.vocabulary.divergences import FullDivergence, LinearHead, broken_tokens, check_divergence, measure
 from drpo_jax.vocabulary.logits import VocabularyLoss
-from drpo_jax.vocabulary.softmax import Normalized, inside_vocabulary, one_hot, select
+from drpo_jax.vocabulary.softmax import Normalized, entries, inside_vocabulary, one_hot
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from drpo_jax.vocabulary.divergences import Divergence
 
 __all__ = ["linear_policy_loss"]
-
-_WEIGHT_ROWS = 8192
-"""Rows of ∂weight that a chunk adds to at a time: a product of the whole size would be a second ∂weight."""
 
 
 def linear_policy_loss(
@@ -211,17 +209,6 @@ def linear_policy_loss(
     return VocabularyLoss(loss, statistics, per_token["log_prob"], per_token.get("entropy"))
 
 
-_Carry: TypeAlias = "tuple[_Sums, dict[str, jax.Array], _Gradients]"
-
-
-class _Gradients(NamedTuple):
-    """∂loss/∂ each differentiable input; None for those that need none."""
-
-    hidden: jax.Array | None
-    weight: jax.Array | None
-    bias: jax.Array | None
-
-
 class _Sums(NamedTuple):
     """What chunks add up to."""
 
@@ -253,7 +240,7 @@ class _Step(NamedTuple):
         z = head.uncapped(working_dtype(head.hidden, head.weight))
         logits = head.capped(z)
         policy = Normalized.of(logits / self.temperature)
-        log_prob = policy.log_prob(select(logits, rows["tokens"]) / self.temperature)
+        log_prob = policy.log_prob(entries(logits, rows["tokens"][:, None]) / self.temperature)[:, 0]
         divergence = rows["divergence"]
         broken = broken_tokens(rows["tokens"], divergence, logits.shape[-1])
         if behavior_head is not None:
@@ -300,13 +287,9 @@ class _Step(NamedTuple):
         return _Sums(found.loss, found.diagnostics)
 
     def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, probability: jax.Array, z: jax.Array) -> jax.Array:
-        """∂loss/∂z, z = h Wᵀ + b: slope (1[v = token] − π(v)) / T, times the soft-cap's sech²(z/cap)."""
+        """∂loss/∂z, z = h Wᵀ + b: slope (1[v = token] − π(v)) / T, times the soft-cap's derivative."""
         here = one_hot(inside_vocabulary(ids, z.shape[-1]), z)
-        difference = jnp.where(here, 1.0, 0.0) - probability
-        if self.logit_softcap is not None:
-            # 1 − tanh² has lost its digits where the logit is some times the cap
-            t = jnp.exp(-2.0 * jnp.abs(z / self.logit_softcap))
-            difference = difference * (4.0 * t / jnp.square(1.0 + t))
+        difference = before_softcap(jnp.where(here, 1.0, 0.0) - probability, z, self.logit_softcap)
         # by selection: a dropped token's row may hold a NaN
         return jnp.where(slope[:, None] == 0.0, 0.0, difference * (slope / self.temperature)[:, None])
 
@@ -327,20 +310,17 @@ def _with_gradients(
         bias: jax.Array | None,
         *others: Any,  # noqa: ANN401
     ) -> tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]]:
-        return _sweep(step, (False, False, False), hidden, weight, bias, *others)[0]
+        return _sweep(step, Needed(), hidden, weight, bias, *others)[0]
 
-    def forward(*arguments: Any) -> tuple[Any, _Gradients]:  # noqa: ANN401
-        needed = tuple(a is not None and a.perturbed for a in arguments[:3])
-        values = jax.tree.map(lambda a: a.value, arguments, is_leaf=lambda a: isinstance(a, CustomVJPPrimal))
-        return _sweep(step, needed, *values)
+    def forward(*arguments: Any) -> tuple[Any, Gradients]:  # noqa: ANN401
+        return _sweep(step, Needed.by(*arguments[:3]), *primals(arguments))
 
-    def backward(gradients: _Gradients, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+    def backward(gradients: Gradients, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
         scale = cotangents[0]
         if isinstance(scale, SymbolicZero):
             scale = jnp.zeros(scale.shape, scale.dtype)
-        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        scaled = (None if g is None else (g * scale).astype(d) for g, d in zip(gradients, dtypes, strict=True))
-        return (*scaled, None, None, None)
+        scaled = Gradients(*(None if g is None else g * scale for g in gradients))
+        return (*scaled.cast(hidden, weight, bias), None, None, None)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run(hidden, weight, bias, mask, rows, behavior_head)
@@ -348,100 +328,44 @@ def _with_gradients(
 
 def _sweep(
     step: _Step,
-    needed: tuple[bool, ...],
+    needed: Needed,
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
     mask: jax.Array,
     rows: dict[str, Any],
     behavior_head: LinearHead | None,
-) -> tuple[tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]], _Gradients]:
-    """Take every valid token through `step`, a chunk at a time; the loop ends where the masked tokens begin."""
+) -> tuple[tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]], Gradients]:
+    """Take every valid token through `step`, a chunk at a time."""
     dtype = working_dtype(hidden, weight)
-    n, chunk = mask.size, step.chunk
-    padded = -(-n // chunk) * chunk
-    order = jnp.argsort(~mask.reshape(-1), stable=True)
-    order = jnp.concatenate((order, jnp.zeros(padded - n, order.dtype)))
-    count = jnp.sum(mask.astype(jnp.int32))
+    shapes: dict[str, tuple[int, ...]] = {"log_prob": ()}
+    shapes |= {"entropy": ()} if step.entropy else {}
+    shapes |= {"hidden": hidden.shape[-1:]} if needed.hidden else {}
 
-    def zeros(shape: tuple[int, ...]) -> jax.Array:
-        # like an array of the tokens, so that under shard_map it varies over the devices as they do
-        return jnp.zeros_like(hidden, dtype=dtype, shape=shape)
-
-    measured = {name: zeros((padded,)) for name in ("log_prob", *(("entropy",) if step.entropy else ()))}
-    shapes = ((padded, hidden.shape[-1]), weight.shape, (weight.shape[0],))
-    gradients = _Gradients(*(zeros(shape) if wanted else None for shape, wanted in zip(shapes, needed, strict=True)))
-    carry: _Carry = (step.nothing(hidden, rows["divergence"]), measured, gradients)
-
-    def body(i: jax.Array, carry: _Carry) -> _Carry:
-        sums, measured, gradients = carry
-        start = i * chunk
-        # not of flattened arrays, whose masked tokens jax_debug_nans would see
-        here = jnp.unravel_index(jax.lax.dynamic_slice_in_dim(order, start, chunk), mask.shape)
-        valid = start + jnp.arange(chunk) < count
-
-        def take(array: jax.Array) -> jax.Array:
-            # what masked positions hold is replaced before any arithmetic
-            taken = array[here] if mask.ndim else array[None]
-            return jnp.where(valid.reshape(-1, *(1,) * (taken.ndim - 1)), taken, jnp.zeros((), array.dtype))
-
-        h, chunk_rows = take(hidden), jax.tree.map(take, rows)
+    def of_chunk(
+        carry: tuple[_Sums, HeadSums], taken: tuple[jax.Array, dict[str, Any]], valid: jax.Array
+    ) -> tuple[tuple[_Sums, HeadSums], dict[str, jax.Array]]:
+        (sums, head_sums), (h, chunk_rows) = carry, taken
         head = LinearHead(h, weight, bias, step.logit_softcap)
         found, figures, probability, z = step.values(head, valid, chunk_rows, behavior_head)
-        measured = {
-            name: jax.lax.dynamic_update_slice(measured[name], jnp.where(valid, x, 0.0), (start,))
-            for name, x in figures.items()
-        }
-        if any(needed):
+        if needed.any:
             slope = found.gradient.astype(dtype)
             of_logits = step.gradient_of_logits(chunk_rows["tokens"], slope, probability, z)
             # a dropped token's hidden state may hold a NaN too
             h = jnp.where(slope[:, None] == 0.0, jnp.zeros((), h.dtype), h)
-            gradients = _accumulate(gradients, of_logits, h, weight, start)
-        return sums.plus(found), measured, gradients
+            head_sums, of_hidden = head_sums.plus(of_logits, h, weight, needed)
+            figures |= of_hidden
+        return (sums.plus(found), head_sums), figures
 
-    if n:
-        carry = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, body, carry)
-    sums, measured, gradients = carry
-    place = jnp.argsort(order[:n]).reshape(mask.shape)
-    measured = {name: array[place] for name, array in measured.items()}
-    of_hidden = None if gradients.hidden is None else gradients.hidden[place]
-    return (*sums, measured), gradients._replace(hidden=of_hidden)
-
-
-def _accumulate(
-    gradients: _Gradients, of_logits: jax.Array, hidden: jax.Array, weight: jax.Array, start: jax.Array
-) -> _Gradients:
-    """Gradients with a chunk's share, whose products are taken in the dtype of the model."""
-    dtype = of_logits.dtype
-    of_hidden, of_weight, of_bias = gradients
-    if of_bias is not None:
-        of_bias = of_bias + jnp.sum(of_logits, axis=0)
-    power = _power_of_two(of_logits) if weight.dtype == jnp.float16 else None
-    low = (of_logits if power is None else jnp.ldexp(of_logits, power)).astype(weight.dtype)
-
-    def product(subscripts: str, *factors: jax.Array) -> jax.Array:
-        share = jnp.einsum(subscripts, *factors, preferred_element_type=dtype)
-        return share if power is None else jnp.ldexp(share, -power)
-
-    if of_hidden is not None:
-        of_hidden = jax.lax.dynamic_update_slice(of_hidden, product("nv,vh->nh", low, weight), (start, 0))
-    if of_weight is not None:
-
-        def add(row: jax.Array | int, size: int, of_weight: jax.Array) -> jax.Array:
-            share = product("nv,nh->vh", jax.lax.dynamic_slice_in_dim(low, row, size, 1), hidden)
-            sum_of_both = jax.lax.dynamic_slice_in_dim(of_weight, row, size) + share
-            return jax.lax.dynamic_update_slice(of_weight, sum_of_both, (row, 0))
-
-        size = min(_WEIGHT_ROWS, weight.shape[0])
-        blocks, rest = divmod(weight.shape[0], size)
-        of_weight = jax.lax.fori_loop(0, blocks, lambda i, g: add(i * size, size, g), of_weight)
-        if rest:
-            of_weight = add(blocks * size, rest, of_weight)
-    return _Gradients(of_hidden, of_weight, of_bias)
-
-
-def _power_of_two(x: jax.Array) -> jax.Array:
-    """The n for which the largest element times 2ⁿ is just within float16, so that small ones do not underflow."""
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(x)))
-    return 15 - exponent
+    (sums, head_sums), figures = over_chunks(
+        of_chunk,
+        (step.nothing(hidden, rows["divergence"]), HeadSums.zeros(needed, hidden, weight)),
+        hidden,
+        rows,
+        mask,
+        chunk=step.chunk,
+        shapes=shapes,
+        dtype=dtype,
+    )
+    gradients = Gradients(figures.pop("hidden", None), *head_sums)
+    return (*sums, figures), gradients

@@ -16,7 +16,7 @@ from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode
 from drpo_jax.loss import mode_loss
 from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure
-from drpo_jax.vocabulary.softmax import selected_log_prob
+from drpo_jax.vocabulary.log_prob import selected_log_prob
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -144,7 +144,7 @@ def logits_policy_loss(
     ) -> tuple[tuple[jax.Array, Diagnostics | None], tuple[jax.Array, jax.Array | None]]:
         mask, behavior_log_prob = batch["mask"], batch["behavior_log_prob"]
         ids, divergence = keep_valid(mask, (batch["tokens"], divergence))
-        result = selected_log_prob(temperature, entropy, logits, ids, mask)
+        result = selected_log_prob(temperature, entropy, logits, ids, None, mask)
         measured = measure(
             divergence,
             logits=jax.lax.stop_gradient(logits),
@@ -170,10 +170,8 @@ def logits_policy_loss(
             dtype=dtype,
             diagnostics=diagnostics,
         )
-        log_prob, entropies = (
-            None if a is None else jax.lax.stop_gradient(jnp.where(mask, a, 0.0)) for a in (result.log_prob, result.entropy)
-        )
-        return (loss + jnp.sum(poison).astype(loss.dtype), statistics), (log_prob, entropies)  # type: ignore[return-value]
+        per_token = jax.lax.stop_gradient((result.log_prob, result.entropy))
+        return (loss + jnp.sum(poison).astype(loss.dtype), statistics), per_token
 
     arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
     constants = jax.lax.stop_gradient((batch | others, divergence, arrays))

@@ -1,97 +1,22 @@
-"""Log-probs of the sampled tokens and the entropy from logits, without a log-softmax kept for the gradient."""
+"""Rows of logits as softmaxes, and their entries at ids, of which some are outside the vocabulary or do not count."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from drpo_core._checks import check_number
-from drpo_jax._checks import check_integers, check_logits, check_shape, working_dtype
-from drpo_jax._sharding import in_auto_mode
-
 __all__ = [
     "Normalized",
-    "TokenLogProb",
+    "at_entries",
     "entries",
     "inside_vocabulary",
     "masked",
     "one_hot",
     "outside_vocabulary",
     "poisoned",
-    "select",
-    "selected_log_prob",
-    "token_log_prob",
 ]
-
-
-class TokenLogProb(NamedTuple):
-    """Per token, in nats: `log_prob` of the sampled token, `entropy` of its distribution (or None), `log_normalizer`."""
-
-    log_prob: jax.Array
-    entropy: jax.Array | None
-    log_normalizer: jax.Array
-
-
-def token_log_prob(*, logits: jax.Array, tokens: jax.Array, temperature: float = 1.0, entropy: bool = False) -> TokenLogProb:
-    """Log-prob log π(token) = logits(token)/T − log Σ_v e^(logits(v)/T) of each sampled token, differentiable in reverse mode.
-
-    The backward pass forms the gradient in one expression, from the logits and the per-token results; nothing else of
-    the logits' size is kept. A row that no cotangent reaches has a gradient of 0, whatever it holds.
-
-    An id outside [0, V) gives a log-prob of NaN and a row of NaN as its gradient. It never raises, because JAX does not
-    know the ids while it traces.
-
-    Parameters
-    ----------
-    logits
-        (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32.
-    tokens
-        Ids of the sampled tokens, (…), in [0, V).
-    temperature
-        T > 0, a number: π = softmax(logits / T).
-    entropy
-        Also compute the entropy −Σ_v π(v) log π(v).
-
-    Returns
-    -------
-    TokenLogProb
-        `log_prob`, `entropy` and `log_normalizer` = log Σ_v e^(logits(v)/T), nats, (…), float32 at least.
-
-    Raises
-    ------
-    TypeError
-        If an array is not a JAX array or has a wrong dtype, or the temperature is not a number.
-    ValueError
-        If the shapes disagree, or the temperature is not finite and positive.
-
-    See Also
-    --------
-    drpo_jax.logits_policy_loss : the policy loss of these log-probs, with masked tokens.
-
-    Examples
-    --------
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from drpo_jax import token_log_prob
-    >>> def total(logits):
-    ...     return token_log_prob(logits=logits, tokens=jnp.array([0])).log_prob.sum()
-    >>> gradient = jax.grad(total)(jnp.log(jnp.array([[0.5, 0.3, 0.2]])))
-    >>> [round(g, 4) for g in gradient[0].tolist()]
-    [0.5, -0.3, -0.2]
-    """
-    temperature = check_number("temperature", temperature, above=0.0)
-    check_logits("logits", logits)
-    check_integers(tokens=tokens)
-    check_shape("tokens", tokens, logits.shape[:-1], "logits without its last axis")
-
-    def run(logits: jax.Array, tokens: jax.Array) -> tuple[None, TokenLogProb]:
-        return None, selected_log_prob(temperature, entropy, logits, tokens, None)
-
-    _, result = in_auto_mode(run, logits, tokens)
-    return result  # type: ignore[no-any-return]
 
 
 class Normalized(NamedTuple):
@@ -125,8 +50,8 @@ class Normalized(NamedTuple):
         return self.log_total - expected
 
     def log_prob(self, chosen: jax.Array) -> jax.Array:
-        """log π of an entry z of each row."""  # noqa: D403 -- a formula
-        return (chosen - self.top) - self.log_total
+        """log π of entries z (…, C) of the rows."""  # noqa: D403 -- a formula
+        return (chosen - self.top[..., None]) - self.log_total[..., None]
 
 
 def outside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
@@ -153,14 +78,18 @@ def entries(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> j
     return jnp.take_along_axis(rows, inside, axis=-1, mode="fill", fill_value=0.0)
 
 
-def select(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The entry of each row that its one id names, as `entries`."""
-    return entries(rows, ids[..., None], mask)[..., 0]
-
-
 def one_hot(ids: jax.Array, like: jax.Array) -> jax.Array:
     """True at each row's id, by a comparison: unlike a scatter, it fuses with what follows."""
     return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, like.shape, like.ndim - 1)
+
+
+def at_entries(values: jax.Array, ids: jax.Array, like: jax.Array) -> jax.Array:
+    """Rows (…, V) of zeros with the values (…, K) added at ids (…, K), what `entries` is transposed."""
+    inside = inside_vocabulary(ids, like.shape[-1])
+    if ids.shape[-1] == 1:
+        return jnp.where(one_hot(inside[..., 0], like), values, 0.0)
+    (rows,) = jax.linear_transpose(lambda rows: entries(rows, inside), like)(values)
+    return rows  # type: ignore[no-any-return]
 
 
 @jax.custom_vjp
@@ -184,84 +113,3 @@ poisoned.defvjp(_poisoned_forward, _poisoned_backward)
 def masked(rows: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Rows with 0 in those that the mask leaves out, so that nothing they hold enters any arithmetic."""
     return rows if mask is None else jnp.where(mask[..., None], rows, jnp.zeros((), rows.dtype))
-
-
-def selected_log_prob(
-    temperature: float,
-    entropy: bool,  # noqa: FBT001
-    logits: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array | None,
-) -> TokenLogProb:
-    """`token_log_prob` of checked arrays; rows that the mask leaves out give that of equal logits and a gradient of 0."""
-    return _token_log_prob(temperature, entropy, logits, tokens, mask)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_log_prob(
-    temperature: float,
-    entropy: bool,  # noqa: FBT001
-    logits: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array | None,
-) -> TokenLogProb:
-    return _forward(temperature, entropy, logits, tokens, mask)[0]
-
-
-class _Kept(NamedTuple):
-    """What the backward pass is given: the logits as they came, and per-token arrays."""
-
-    logits: jax.Array
-    tokens: jax.Array
-    mask: jax.Array | None
-    top: jax.Array
-    log_total: jax.Array
-    entropy: jax.Array | None
-
-
-def _forward(
-    temperature: float,
-    entropy: bool,  # noqa: FBT001
-    logits: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array | None,
-) -> tuple[TokenLogProb, _Kept]:
-    z = _tempered(logits, mask, temperature)
-    rows = Normalized.of(z)
-    log_prob = rows.log_prob(select(logits, tokens, mask).astype(z.dtype) / temperature)
-    log_prob = jnp.where(outside_vocabulary(tokens, logits.shape[-1]), jnp.nan, log_prob)
-    result = TokenLogProb(log_prob, rows.entropy if entropy else None, rows.top + rows.log_total)
-    return result, _Kept(logits, tokens, mask, rows.top, rows.log_total, result.entropy)
-
-
-def _backward(
-    temperature: float,
-    entropy: bool,  # noqa: ARG001, FBT001 -- whether there is one shows in what was kept
-    kept: _Kept,
-    cotangents: TokenLogProb,
-) -> tuple[jax.Array, None, None]:
-    logits, tokens, mask = kept.logits, kept.tokens, kept.mask
-    z = _tempered(logits, mask, temperature)
-    log_probs = (z - kept.top[..., None]) - kept.log_total[..., None]
-    probability = jnp.exp(log_probs)
-    outside = outside_vocabulary(tokens, logits.shape[-1])
-    of_log_prob = jnp.where(outside & (cotangents.log_prob != 0.0), jnp.nan, cotangents.log_prob)[..., None]
-    of_normalizer = cotangents.log_normalizer[..., None]
-    here = one_hot(inside_vocabulary(tokens, logits.shape[-1]), z)
-    gradient = jnp.where(here, of_log_prob, 0.0) + probability * (of_normalizer - of_log_prob)
-    reached = (of_log_prob != 0.0) | (of_normalizer != 0.0)
-    if kept.entropy is not None and cotangents.entropy is not None:
-        of_entropy = cotangents.entropy[..., None]
-        surprise = jnp.where(probability > 0.0, log_probs, 0.0) + kept.entropy[..., None]
-        gradient = gradient - of_entropy * probability * surprise
-        reached = reached | (of_entropy != 0.0)
-    if mask is not None:
-        reached = reached & mask[..., None]
-    return jnp.where(reached, gradient / temperature, 0.0).astype(logits.dtype), None, None
-
-
-_token_log_prob.defvjp(_forward, _backward)
-
-
-def _tempered(logits: jax.Array, mask: jax.Array | None, temperature: float) -> jax.Array:
-    return masked(logits, mask).astype(working_dtype(logits)) / temperature

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drpo_jax import FullDivergence, LinearHead, TopKDivergence, linear_policy_loss, logits_policy_loss, policy_loss
-from drpo_jax.vocabulary import linear
+from drpo_jax.vocabulary import chunks
 
 from drpo_core import (
     CISPO,
@@ -86,7 +86,7 @@ def test_loss_and_every_gradient(objective):
 
 @pytest.mark.parametrize("chunk", [1, 7, 24, 1000])
 def test_temperature_and_softcap_at_every_chunk_size(chunk, monkeypatch):
-    monkeypatch.setattr(linear, "_WEIGHT_ROWS", 4)
+    monkeypatch.setattr(chunks, "_WEIGHT_ROWS", 4)
     parameters, batch = make()
     found = jax.jit(jax.value_and_grad(ours(DRPO(delta=0.15), batch, temperature=0.8, logit_softcap=3.0, chunk_tokens=chunk)))
     agree(

@@ -1,0 +1,455 @@
+"""Log-probs of the sampled tokens and of K others, entropies and log-normalisers, without a log-softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from drpo_core._checks import check_mask, check_number
+from drpo_jax._checks import (
+    check_head,
+    check_integers,
+    check_jax_arrays,
+    check_logits,
+    check_shape,
+    check_top_k_ids,
+    working_dtype,
+)
+from drpo_jax._sharding import in_auto_mode, varying_like
+from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
+from drpo_jax.vocabulary.divergences import LinearHead
+from drpo_jax.vocabulary.softmax import Normalized, at_entries, entries, masked, outside_vocabulary
+
+__all__ = ["TokenLogProb", "linear_log_prob", "selected_log_prob", "token_log_prob"]
+
+
+class TokenLogProb(NamedTuple):
+    """Per token, in nats, 0 where the mask is False.
+
+    `log_prob` is that of the sampled token, `entropy` that of its distribution (or None), `log_normalizer` is
+    log Σ_v e^x(v) of its logits x; `top_k_log_prob` those of the `top_k_ids` (…, K), or None.
+    """
+
+    log_prob: jax.Array
+    entropy: jax.Array | None
+    log_normalizer: jax.Array
+    top_k_log_prob: jax.Array | None
+
+
+def token_log_prob(
+    *,
+    logits: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    top_k_ids: jax.Array | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> TokenLogProb:
+    """Log-prob log π(token) = logits(token)/T − log Σ_v e^(logits(v)/T) of each sampled token, differentiable in reverse mode.
+
+    The backward pass forms the gradient in one expression, from the logits and the per-token results; nothing else of
+    the logits' size is kept. A row that no cotangent reaches has a gradient of 0, whatever it holds.
+
+    An id outside [0, V) at a valid token gives a log-prob of NaN and a row of NaN as its gradient. It never raises,
+    because JAX does not know the ids while it traces.
+
+    Parameters
+    ----------
+    logits
+        (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32.
+    tokens
+        Ids of the sampled tokens, (…), in [0, V); anything where the mask is False.
+    mask
+        Boolean, (…), True at tokens that count; the logits of the others may hold anything. None: every token counts.
+    top_k_ids
+        Ids of K more tokens for each, (…, K), whose log-probs are wanted too.
+    temperature
+        T > 0, a number: π = softmax(logits / T).
+    entropy
+        Also compute the entropy −Σ_v π(v) log π(v).
+
+    Returns
+    -------
+    TokenLogProb
+        `log_prob`, `entropy` and `log_normalizer` = log Σ_v e^(logits(v)/T), nats, (…), and `top_k_log_prob`, (…, K);
+        float32 at least, each differentiable.
+
+    Raises
+    ------
+    TypeError
+        If an array is not a JAX array or has a wrong dtype, or the temperature is not a number.
+    ValueError
+        If the shapes disagree, or the temperature is not finite and positive.
+
+    See Also
+    --------
+    drpo_jax.linear_log_prob : the same from hidden states, where the logits never exist as a whole.
+    drpo_jax.logits_policy_loss : the policy loss of these log-probs.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from drpo_jax import token_log_prob
+    >>> def total(logits):
+    ...     return token_log_prob(logits=logits, tokens=jnp.array([0])).log_prob.sum()
+    >>> gradient = jax.grad(total)(jnp.log(jnp.array([[0.5, 0.3, 0.2]])))
+    >>> [round(g, 4) for g in gradient[0].tolist()]
+    [0.5, -0.3, -0.2]
+    """
+    temperature = check_number("temperature", temperature, above=0.0)
+    check_logits("logits", logits)
+    _check_columns(tokens, mask, top_k_ids, logits.shape[:-1], "logits without its last axis")
+
+    def run(
+        logits: jax.Array, tokens: jax.Array, mask: jax.Array | None, top_k_ids: jax.Array | None
+    ) -> tuple[None, TokenLogProb]:
+        return None, selected_log_prob(temperature, entropy, logits, tokens, top_k_ids, mask)
+
+    _, result = in_auto_mode(run, logits, tokens, mask, top_k_ids)
+    return result  # type: ignore[no-any-return]
+
+
+def linear_log_prob(
+    *,
+    hidden: jax.Array,
+    weight: jax.Array,
+    tokens: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    top_k_ids: jax.Array | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    entropy: bool = False,
+    chunk_tokens: int = 256,
+) -> TokenLogProb:
+    """Log-prob log π of each sampled token from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
+
+    Any loss follows from it, differentiable in `hidden`, `weight` and `bias`. Logits exist for a chunk of tokens at a time,
+    in the forward pass and in the backward pass, which takes the products again: four matrix products a chunk, where
+    `drpo_jax.linear_policy_loss` needs three. No gradient is formed for an array that isn't differentiated. Masked tokens
+    cost nothing, nor do tokens that no cotangent reaches in the backward pass: their gradient is 0, whatever they hold.
+
+    First derivatives are in reverse mode, second ones in forward mode over them (`jax.jvp` of `jax.grad`).
+    Meant to be called under `jit`. Works under `shard_map` over the tokens, which is faster than a sharded batch under
+    `jit`.
+
+    An id outside [0, V) at a valid token gives a log-prob of NaN, and NaN as the gradient of that token if a cotangent
+    reaches it. It never raises, because JAX does not know the ids while it traces.
+
+    Parameters
+    ----------
+    hidden
+        Last hidden states, (…, H); anything where the mask is False.
+    weight, bias
+        W and b of the LM head, (V, H) and (V,); no bias if None. Products are accumulated in float32 at least.
+    tokens, mask, top_k_ids
+        See `drpo_jax.token_log_prob`.
+    temperature
+        T > 0, a number.
+    logit_softcap
+        cap > 0, a number in units of a logit; None for none.
+    entropy
+        Also compute the entropy −Σ_v π(v) log π(v).
+    chunk_tokens
+        How many tokens' logits exist at once.
+
+    Returns
+    -------
+    TokenLogProb
+        `log_prob`, `entropy` and `log_normalizer`, nats, (…), and `top_k_log_prob`, (…, K); float32 at least, each
+        differentiable.
+
+    Raises
+    ------
+    TypeError
+        If an array is not a JAX array or has a wrong dtype, or a number is none.
+    ValueError
+        If shapes disagree, or a number is out of its range.
+
+    See Also
+    --------
+    drpo_jax.linear_policy_loss : a policy loss from the same in three products.
+
+    Examples
+    --------
+    A penalty on the entropy of the policy, beside its log-probs:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from drpo_jax import linear_log_prob
+    >>> def loss(weight):
+    ...     found = linear_log_prob(hidden=jnp.eye(3)[:1], weight=weight, tokens=jnp.array([0]), entropy=True)
+    ...     return jnp.sum(found.log_prob - 0.1 * found.entropy)
+    >>> gradient = jax.grad(loss)(jnp.tile(jnp.log(jnp.array([[0.5], [0.3], [0.2]])), 3))
+    >>> [round(g, 4) for g in gradient[:, 0].tolist()]
+    [0.5168, -0.3052, -0.2116]
+    """
+    temperature = check_number("temperature", temperature, above=0.0)
+    if logit_softcap is not None:
+        logit_softcap = check_number("logit_softcap", logit_softcap, above=0.0)
+    chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
+    check_head(hidden, weight, bias)
+    leading = hidden.shape[:-1]
+    _check_columns(tokens, mask, top_k_ids, leading, "hidden without its last axis")
+    head = _Head(temperature, logit_softcap, entropy, min(chunk_tokens, max(1, tokens.size)))
+
+    def run(
+        hidden: jax.Array,
+        weight: jax.Array,
+        bias: jax.Array | None,
+        tokens: jax.Array,
+        mask: jax.Array | None,
+        top_k_ids: jax.Array | None,
+    ) -> tuple[None, TokenLogProb]:
+        columns = _columns(tokens, top_k_ids, weight.shape[0])
+        valid = jnp.ones(leading, dtype=bool) if mask is None else mask
+        bias = None if bias is None else varying_like(hidden, bias)
+        found = _linear_log_prob(head, hidden, varying_like(hidden, weight), bias, columns, valid)
+        return None, found.named(top_k_ids)
+
+    _, result = in_auto_mode(run, hidden, weight, bias, tokens, mask, top_k_ids)
+    return result  # type: ignore[no-any-return]
+
+
+def selected_log_prob(
+    temperature: float,
+    entropy: bool,  # noqa: FBT001
+    logits: jax.Array,
+    tokens: jax.Array,
+    top_k_ids: jax.Array | None,
+    mask: jax.Array | None,
+) -> TokenLogProb:
+    """`token_log_prob` of checked arrays."""
+    columns = _columns(tokens, top_k_ids, logits.shape[-1])
+    return _token_log_prob(temperature, entropy, logits, columns, mask).named(top_k_ids)
+
+
+def _check_columns(
+    tokens: jax.Array, mask: jax.Array | None, top_k_ids: jax.Array | None, leading: tuple[int, ...], of: str
+) -> None:
+    check_integers(tokens=tokens)
+    check_shape("tokens", tokens, leading, of)
+    check_jax_arrays(mask=mask)
+    if mask is not None:
+        check_mask(mask, "tokens", tokens, xp=jnp)
+    if top_k_ids is not None:
+        check_top_k_ids("top_k_ids", top_k_ids, leading)
+
+
+def _columns(tokens: jax.Array, top_k_ids: jax.Array | None, vocabulary: int) -> jax.Array:
+    """Ids whose log-probs are wanted, that of the sampled token first, (…, 1 or 1 + K), as int32; −1 if outside."""
+    ids = [tokens[..., None]] if top_k_ids is None else [tokens[..., None], top_k_ids]
+    known = [jnp.where(outside_vocabulary(i, vocabulary), -1, i.astype(jnp.int32)) for i in ids]
+    return jnp.concatenate(known, axis=-1)
+
+
+class _Found(NamedTuple):
+    """log π at the columns (…, C), H or None, and log Z, (…): of tokens, or cotangents of these."""
+
+    log_probs: jax.Array
+    entropy: jax.Array | None
+    log_normalizer: jax.Array
+
+    def named(self, top_k_ids: jax.Array | None) -> TokenLogProb:
+        top_k = None if top_k_ids is None else self.log_probs[..., 1:]
+        return TokenLogProb(self.log_probs[..., 0], self.entropy, self.log_normalizer, top_k)
+
+    @property
+    def reached(self) -> jax.Array:
+        """Which tokens have a cotangent."""
+        some = jnp.any(self.log_probs != 0.0, axis=-1) | (self.log_normalizer != 0.0)
+        return some if self.entropy is None else some | (self.entropy != 0.0)
+
+
+class _Statistics(NamedTuple):
+    """Of a softmax: the maximum, log Σ e^(z − maximum), and the entropy if it was asked for; (…)."""
+
+    top: jax.Array
+    log_total: jax.Array
+    entropy: jax.Array | None
+
+
+def _measured(
+    logits: jax.Array, chosen: jax.Array, columns: jax.Array, temperature: float, *, entropy: bool
+) -> tuple[jax.Array, _Statistics]:
+    """log π of the chosen entries of the logits, NaN where a column is outside the vocabulary; and the statistics."""  # noqa: D403
+    rows = Normalized.of(logits / temperature)
+    log_probs = jnp.where(columns < 0, jnp.nan, rows.log_prob(chosen / temperature))
+    return log_probs, _Statistics(rows.top, rows.log_total, rows.entropy if entropy else None)
+
+
+def _pulled(
+    logits: jax.Array, columns: jax.Array, statistics: _Statistics, cotangents: _Found, temperature: float
+) -> jax.Array:
+    """(Σ_c g_c (1[c] − π) + n π − h π (log π + H)) / T, ∂loss/∂logits of cotangents g of log π, n of log Z and h of H.
+
+    0 in a row that no cotangent reaches, whatever it holds.
+    """
+    log_probs = (logits / temperature - statistics.top[..., None]) - statistics.log_total[..., None]
+    probability = jnp.exp(log_probs)
+    g = jnp.where((columns < 0) & (cotangents.log_probs != 0.0), jnp.nan, cotangents.log_probs)
+    scale = cotangents.log_normalizer - jnp.sum(g, axis=-1)
+    gradient = at_entries(g, columns, like=log_probs) + probability * scale[..., None]
+    if statistics.entropy is not None and cotangents.entropy is not None:
+        surprise = jnp.where(probability > 0.0, log_probs, 0.0) + statistics.entropy[..., None]
+        gradient = gradient - cotangents.entropy[..., None] * probability * surprise
+    return jnp.where(cotangents.reached[..., None], gradient / temperature, 0.0)
+
+
+def _where(mask: jax.Array | None, found: _Found) -> _Found:
+    """The results or cotangents, and 0 at masked tokens."""
+    if mask is None:
+        return found
+    return jax.tree.map(lambda a: jnp.where(mask.reshape(*mask.shape, *(1,) * (a.ndim - mask.ndim)), a, 0.0), found)  # type: ignore[no-any-return]
+
+
+# --- from logits -----------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_log_prob(
+    temperature: float,
+    entropy: bool,  # noqa: FBT001
+    logits: jax.Array,
+    columns: jax.Array,
+    mask: jax.Array | None,
+) -> _Found:
+    return _forward(temperature, entropy, logits, columns, mask)[0]
+
+
+class _Kept(NamedTuple):
+    """What the backward pass is given: the logits as they came, and per-token arrays."""
+
+    logits: jax.Array
+    columns: jax.Array
+    mask: jax.Array | None
+    statistics: _Statistics
+
+
+def _working(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return masked(logits, mask).astype(working_dtype(logits))
+
+
+def _forward(
+    temperature: float,
+    entropy: bool,  # noqa: FBT001
+    logits: jax.Array,
+    columns: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[_Found, _Kept]:
+    x = _working(logits, mask)
+    chosen = entries(logits, columns, mask).astype(x.dtype)
+    log_probs, statistics = _measured(x, chosen, columns, temperature, entropy=entropy)
+    found = _Found(log_probs, statistics.entropy, statistics.top + statistics.log_total)
+    return _where(mask, found), _Kept(logits, columns, mask, statistics)
+
+
+def _backward(
+    temperature: float,
+    entropy: bool,  # noqa: ARG001, FBT001 -- whether there is one shows in what was kept
+    kept: _Kept,
+    cotangents: _Found,
+) -> tuple[jax.Array, None, None]:
+    logits, columns, mask, statistics = kept
+    gradient = _pulled(_working(logits, mask), columns, statistics, _where(mask, cotangents), temperature)
+    return gradient.astype(logits.dtype), None, None
+
+
+_token_log_prob.defvjp(_forward, _backward)
+
+
+# --- from the head ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What is done to a chunk, apart from its arrays."""
+
+    temperature: float
+    logit_softcap: float | None
+    entropy: bool
+    chunk: int
+
+    def logits(self, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Logits, and z = h Wᵀ + b."""
+        head = LinearHead(hidden, weight, bias, self.logit_softcap)
+        z = head.uncapped(working_dtype(hidden, weight))
+        return head.capped(z), z
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_log_prob(
+    head: _Head, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, columns: jax.Array, mask: jax.Array
+) -> _Found:
+    return _head_forward(head, hidden, weight, bias, columns, mask)[0]
+
+
+def _head_forward(
+    head: _Head, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, columns: jax.Array, mask: jax.Array
+) -> tuple[_Found, _Statistics]:
+    shapes: dict[str, tuple[int, ...]] = {"log_probs": columns.shape[-1:], "top": (), "log_total": ()}
+    shapes |= {"entropy": ()} if head.entropy else {}
+
+    def of_chunk(sums: None, taken: tuple[jax.Array, jax.Array], _: jax.Array) -> tuple[None, dict[str, jax.Array]]:
+        h, ids = taken
+        logits, _ = head.logits(h, weight, bias)
+        log_probs, statistics = _measured(logits, entries(logits, ids), ids, head.temperature, entropy=head.entropy)
+        return sums, {"log_probs": log_probs} | statistics._asdict()
+
+    dtype = working_dtype(hidden, weight)
+    _, figures = over_chunks(of_chunk, None, hidden, columns, mask, chunk=head.chunk, shapes=shapes, dtype=dtype)
+    statistics = _Statistics(figures["top"], figures["log_total"], figures.get("entropy"))
+    return _Found(figures["log_probs"], statistics.entropy, statistics.top + statistics.log_total), statistics
+
+
+def _head_kept(head: _Head, *arguments: Any) -> tuple[_Found, tuple[Any, ...]]:  # noqa: ANN401
+    values = primals(arguments)
+    found, statistics = _head_forward(head, *values)
+    return found, (Needed.by(*arguments[:3]), values, statistics)
+
+
+def _head_backward(head: _Head, kept: tuple[Any, ...], cotangents: _Found) -> tuple[Any, ...]:
+    needed, (hidden, weight, bias, columns, mask), statistics = kept
+    dtype = working_dtype(hidden, weight)
+
+    def instantiated(cotangent: Any) -> Any:  # noqa: ANN401 -- an array or its symbolic zero
+        zero = isinstance(cotangent, SymbolicZero)
+        return jnp.zeros_like(hidden, dtype=dtype, shape=cotangent.shape) if zero else cotangent
+
+    of_entropy: Any = cotangents.entropy
+    cotangents = _Found(
+        instantiated(cotangents.log_probs),
+        # nothing is computed for one that is known to be 0
+        None if isinstance(of_entropy, SymbolicZero) else of_entropy,
+        instantiated(cotangents.log_normalizer),
+    )
+
+    def of_chunk(
+        sums: HeadSums, taken: tuple[jax.Array, tuple[jax.Array, _Statistics, _Found]], _: jax.Array
+    ) -> tuple[HeadSums, dict[str, jax.Array]]:
+        h, (ids, of_softmax, pulled) = taken
+        logits, z = head.logits(h, weight, bias)
+        of_logits = _pulled(logits, ids, of_softmax, pulled, head.temperature)
+        return sums.plus(before_softcap(of_logits, z, head.logit_softcap), h, weight, needed)
+
+    head_sums, of_hidden = over_chunks(
+        of_chunk,
+        HeadSums.zeros(needed, hidden, weight),
+        hidden,
+        (columns, statistics, cotangents),
+        # what holds a NaN and has no cotangent is not taken
+        mask & cotangents.reached,
+        chunk=head.chunk,
+        shapes={"hidden": hidden.shape[-1:]} if needed.hidden else {},
+        dtype=dtype,
+    )
+    return *Gradients(of_hidden.get("hidden"), *head_sums).cast(hidden, weight, bias), None, None
+
+
+_linear_log_prob.defvjp(_head_kept, _head_backward, symbolic_zeros=True)
