@@ -122,6 +122,10 @@ def vocabulary(function, inputs, data, **options):
     return tuple(function(*positional, **{name: data[name] for name in inputs}, **named, **extra))
 
 
+def columns(data):
+    return {"tokens": data["tokens"], "top_k_ids": data["ids"], "mask": data["mask"]}
+
+
 def top_k(data):
     return drpo_jax.TopKDivergence(kind="tv", ids=data["ids"], behavior_log_prob=data["top"])
 
@@ -145,8 +149,14 @@ CASES = {
     **{f"policy_loss {r} packed": (partial(policy, r, packed=True), ("log_prob",)) for r in list(REDUCTIONS)[:3]},
     "policy_loss in chunks": (partial(policy, "token_mean", chunk=5), ("log_prob",)),
     "token_log_prob": (
-        lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], tokens=d["tokens"], entropy=True)),
+        lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], **columns(d), entropy=True)),
         ("logits",),
+    ),
+    "linear_log_prob": (
+        lambda d: tuple(
+            drpo_jax.linear_log_prob(hidden=d["hidden"], weight=d["weight"], **columns(d), entropy=True, chunk_tokens=5)
+        ),
+        ("hidden", "weight"),
     ),
     "logits_policy_loss": (LOGITS, ("logits",)),
     "logits_policy_loss top-k": (lambda d: LOGITS(d, objective=PER, divergence=top_k(d)), ("logits",)),
@@ -155,7 +165,6 @@ CASES = {
         ("logits",),
     ),
     "linear_policy_loss": (LINEAR, ("hidden", "weight")),
-    "linear_policy_loss top-k": (lambda d: LINEAR(d, objective=PER, divergence=top_k(d)), ("hidden", "weight")),
     "linear_policy_loss head": (lambda d: LINEAR(d, objective=PER, divergence=recorded_head(d)), ("hidden", "weight")),
     "full_divergences": (
         lambda d: tuple(drpo_jax.full_divergences(logits=d["logits"], behavior_logits=d["behavior_logits"])),

@@ -111,6 +111,12 @@ class TopK(Case):
         return top_k_policy_loss(getattr(drpo_jax, self.name))
 
 
+def of_log_probs(found):
+    """A scalar of all that is found per token."""
+    first, *others = (found.top_k_log_prob[..., k] for k in range(K))
+    return jnp.sum(found.log_prob + 0.3 * found.entropy + 0.1 * found.log_normalizer - 0.2 * first + 0.4 * sum(others))
+
+
 BATCH = ("tokens", "behavior_log_prob", "advantages", "mask", "token_weights")
 POLICY = ("log_prob", "behavior_log_prob", "advantages", "divergence", "mask")
 RECORDED = ("top_k_ids", "top_k_behavior_log_prob")
@@ -119,11 +125,19 @@ CASES = [
     Case("policy_loss", (*POLICY, "token_weights"), ("log_prob",), lambda r, _: r[0], DRPO(delta=0.15), ("normalizer",)),
     Case(
         "token_log_prob",
-        ("logits", "tokens"),
+        ("logits", "tokens", "top_k_ids", "mask"),
         ("logits",),
-        lambda r, a: jnp.sum(jnp.where(a["mask"], r.log_prob + 0.3 * r.entropy, 0.0)),
+        lambda r, _: of_log_probs(r),
         numbers=("temperature",),
         options=(("entropy", True),),
+    ),
+    Case(
+        "linear_log_prob",
+        ("hidden", "weight", "bias", "tokens", "top_k_ids", "mask"),
+        ("hidden", "weight", "bias"),
+        lambda r, _: of_log_probs(r),
+        numbers=("temperature", "logit_softcap", "chunk_tokens"),
+        options=(("chunk_tokens", 5), ("entropy", True)),
     ),
     Case(
         "logits_policy_loss",
@@ -194,7 +208,7 @@ def plain(case):
 
 
 def combinations():
-    """All arrays of every case in float32, then each one in another dtype, then random combinations."""
+    """All arrays of every case in float32, then each one in another dtype, then a random combination."""
     rng = np.random.default_rng(0)
     for case, name in zip(CASES, IDS, strict=True):
         floats = [n for n in case.arrays if n not in ("tokens", "mask", "top_k_ids")]
@@ -202,8 +216,7 @@ def combinations():
         others = [dtype for dtype in FLOATS if dtype != jnp.float32]
         for array, dtype in zip(floats, itertools.cycle(others)):
             yield pytest.param(case, {array: dtype}, id=f"{name}-{array}-{jnp.dtype(dtype).name}")
-        for i in range(3):
-            yield pytest.param(case, {n: FLOATS[rng.integers(4)] for n in floats}, id=f"{name}-random-{i}")
+        yield pytest.param(case, {n: FLOATS[rng.integers(4)] for n in floats}, id=f"{name}-random")
 
 
 @pytest.mark.parametrize(("case", "dtypes"), list(combinations()))
@@ -283,11 +296,18 @@ BAD = [
 ]
 NUMBERS = [(case, number) for case in CASES for number in case.numbers]
 each_number = pytest.mark.parametrize(("case", "number"), NUMBERS, ids=[f"{c.name}-{n}" for c, n in NUMBERS])
-KIND = {np.ndarray: "array", list: "list", int: "int", bool: "bool"}
 
 
 def words(value):
     return f"{type(value).__name__}-{str(value)[:8]}"
+
+
+# without x64 there is no 64-bit array that a float64 could promote to
+each_good_number = pytest.mark.parametrize(
+    ("given", "x64"),
+    [(GOOD[2], False), *((given, True) for given in GOOD)],
+    ids=lambda value: words(value) if not isinstance(value, bool) else f"x64-{value}",
+)
 
 
 def test_every_number_is_in_the_table():
@@ -307,8 +327,7 @@ of_an_integer = functools.cache(program_with)
 
 
 @each_number
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("given", GOOD, ids=words)
+@each_good_number
 def test_a_number_of_any_type_promotes_nothing(case, number, given, x64):
     if number == "chunk_tokens" and not isinstance(given, (int, np.integer)):
         return
@@ -341,8 +360,7 @@ REDUCED = [c for c in CASES if "normalizer" in c.numbers]
 
 
 @pytest.mark.parametrize("case", REDUCED, ids=lambda c: c.name)
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("given", GOOD, ids=words)
+@each_good_number
 def test_a_horizon_of_any_type_promotes_nothing(case, given, x64):
     with jax.enable_x64(x64):
         arrays = arrays_of(np.float32)
@@ -432,7 +450,7 @@ def test_ids_that_are_known_do_not_raise_either():
     assert jnp.isnan(drpo_jax.token_log_prob(logits=jnp.zeros((1, 3)), tokens=jnp.array([3])).log_prob[0])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "top_k_ids" in c.arrays], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in CASES if set(RECORDED) <= set(c.arrays)], ids=lambda c: c.name)
 def test_an_id_that_comes_twice_counts_once(case):
     arrays = arrays_of()
     twice = arrays | {name: jnp.concatenate((arrays[name], arrays[name][..., :2]), axis=-1) for name in RECORDED}
@@ -445,20 +463,16 @@ def test_an_id_that_comes_twice_counts_once(case):
 # debugging switches and masked tokens
 
 
-@each_case
+@pytest.mark.parametrize("case", [c for c in CASES if "mask" in c.arrays], ids=lambda c: c.name + type(c).__name__)
 @pytest.mark.parametrize(("switch", "jitted"), [("nans", False), ("nans", True), ("infs", True)])
 def test_debugging_does_not_raise_on_masked_tokens(case, switch, jitted):
-    """Of token_log_prob and divergences the row itself is the result: they have no mask.
-
-    Not for infinities operation by operation, where every maximum begins with −∞.
-    """
+    """Not for infinities operation by operation, where every maximum begins with −∞."""
     arrays = arrays_of(np.float32)
-    if "mask" in case.arrays:
-        mask = arrays["mask"]
-        per_token = [n for n in case.arrays if n != "mask" and arrays[n].shape[:2] == SHAPE and is_float(arrays[n])]
-        for name in per_token:
-            where = mask.reshape(*SHAPE, *(1,) * (arrays[name].ndim - 2))
-            arrays[name] = jnp.where(where, arrays[name], jnp.nan)
+    mask = arrays["mask"]
+    per_token = [n for n in case.arrays if n != "mask" and arrays[n].shape[:2] == SHAPE and is_float(arrays[n])]
+    for name in per_token:
+        where = mask.reshape(*SHAPE, *(1,) * (arrays[name].ndim - 2))
+        arrays[name] = jnp.where(where, arrays[name], jnp.nan)
     evaluate = jax.jit(case.value_and_gradients) if jitted else case.value_and_gradients
     expected = evaluate(arrays)
     with getattr(jax, f"debug_{switch}")(True):  # noqa: FBT003 -- JAX's signature

@@ -314,7 +314,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from drpo_core import DRPO
-from drpo_jax import linear_policy_loss
+from drpo_jax import linear_log_prob, linear_policy_loss
 
 assert jax.device_count() == 4
 keys = jax.random.split(jax.random.key(0), 6)
@@ -330,9 +330,10 @@ weight, count = 0.3 * jax.random.normal(keys[1], (vocabulary, size)), rows[-1].s
 
 def loss(weight, hidden, tokens, behavior, advantages, mask, count):
     batch = {"tokens": tokens, "behavior_log_prob": behavior, "advantages": advantages, "mask": mask}
-    return linear_policy_loss(
-        DRPO(delta=0.15), hidden=hidden, weight=weight, **batch, normalizer=count, chunk_tokens=3
-    ).loss
+    how = {"hidden": hidden, "weight": weight, "chunk_tokens": 3}
+    loss = linear_policy_loss(DRPO(delta=0.15), **how, **batch, normalizer=count).loss
+    found = linear_log_prob(**how, tokens=tokens, mask=mask, top_k_ids=tokens[:, None] // 2, entropy=True)
+    return loss + jnp.sum(found.log_prob - 0.1 * found.entropy + 0.3 * found.top_k_log_prob[:, 0])
 
 def same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), found, expected)
