@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from drpo_torch import (
     full_divergences,
+    linear_log_prob,
     linear_policy_loss,
     logits_policy_loss,
     policy_loss,
@@ -37,6 +38,11 @@ class Function(NamedTuple):
     outputs: Callable[..., tuple[torch.Tensor, ...]]
     plain: Callable[..., tuple[torch.Tensor, ...]]
     engines: tuple[str, ...] = ENGINES
+
+    @property
+    def has_head(self):
+        """Whether it takes hidden states and an LM head."""
+        return "hidden" in self.differentiated
 
     def tensors(self, shape=(5,), seed=0):
         """Everything that the function takes, in float64."""
@@ -128,6 +134,16 @@ def _plain_log_prob(tensors):
     return log_p.gather(-1, tokens[..., None])[..., 0], entropy, tensors["logits"].logsumexp(-1)
 
 
+def _plain_linear_log_prob(tensors):
+    mask = tensors["mask"]
+    hidden = torch.where(mask[..., None], tensors["hidden"], 0.0)
+    logits = hidden @ tensors["weight"].T + tensors["bias"]
+    more = tensors["top_k_ids"].to(torch.int64)
+    log_prob, entropy, log_normalizer = _plain_log_prob(tensors | {"logits": logits})
+    top_k = logits.log_softmax(-1).gather(-1, more)
+    return *(torch.where(mask, x, 0.0) for x in (log_prob, entropy, log_normalizer)), torch.where(mask[..., None], top_k, 0.0)
+
+
 def _plain_divergences(tensors):
     x, y = tensors["logits"].log_softmax(-1), tensors["behavior_logits"].log_softmax(-1)
     return 0.5 * (x.exp() - y.exp()).abs().sum(-1), (y.exp() * (y - x)).sum(-1)
@@ -153,6 +169,13 @@ FUNCTIONS = {
         ("tokens",),
         lambda tensors, **options: tuple(token_log_prob(**tensors, entropy=True, **options))[:3],
         _plain_log_prob,
+    ),
+    "linear_log_prob": Function(
+        ("hidden", "weight", "bias"),
+        (),
+        ("tokens", "top_k_ids", "mask"),
+        lambda tensors, **options: tuple(linear_log_prob(**tensors, entropy=True, **options)),
+        _plain_linear_log_prob,
     ),
     "logits_policy_loss": Function(
         ("logits",),

@@ -18,6 +18,7 @@ __all__ = [
     "check_shape",
     "check_tensor",
     "check_tensors",
+    "check_top_k_ids",
     "check_untransformed",
 ]
 
@@ -68,6 +69,14 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int], of: str) 
             hint = "; per-sequence advantages are expanded with expand_advantages(advantages, mask)"
         msg = f"{name}: expected the shape of {of}, {tuple(shape)}, got {tuple(tensor.shape)}{hint}"
         raise ValueError(msg)
+
+
+def check_top_k_ids(name: str, ids: torch.Tensor, leading: Sequence[int]) -> None:
+    """Raise unless there are K ids at each token."""
+    if ids.ndim == 0:
+        msg = f"{name}: expected shape (…, K), got ()"
+        raise ValueError(msg)
+    check_shape(name, ids, (*leading, ids.shape[-1]), "the tokens and one more axis, K")
 
 
 def check_ids(name: str, ids: torch.Tensor, vocabulary: int, *, valid: torch.Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from contract.axes import Ambient, DType, Library, Masked, Regime, Shape, Use
 from contract.calls import Call, call_of
 from contract.oracle import SIZE, UNDECIDED
 from contract.reasons import Refusal, refusals
-from contract.subjects import ARRAYS, SUBJECTS, is_vocabulary
+from contract.subjects import ARRAYS, SUBJECTS, has_head, is_vocabulary
 
 if TYPE_CHECKING:
     from contract.calls import Cell
@@ -134,7 +134,7 @@ def _check_values(subject: str, cell: Cell, call: Call, result: uses.Result) -> 
         tolerance = _tolerance(subject, f"gradient {name}", cell, dtype_of(got), precise)
         want = _scale(cell) * gradients[name].numpy()
         # products of a narrow dtype are sums whose terms may cancel
-        absolute = tolerance * float(np.abs(want).max(initial=0.0)) if subject.endswith("linear_policy_loss") else 0.0
+        absolute = tolerance * float(np.abs(want).max(initial=0.0)) if has_head(subject) else 0.0
         _compare(f"gradient of {name}", got, want, tolerance, absolute)
         if name == "logits" and "objective" in cell:
             _check_rows_sum_to_zero(exact(got), tolerance)
@@ -204,7 +204,7 @@ def _tolerance(subject: str, path: str, cell: Cell, dtype: str, precise: float) 
     tolerance = ROUNDINGS * precise
     if path.startswith(("gradient", "second")) or subject.endswith("_advantages"):
         tolerance += 2.0 * EPSILON[dtype]
-    if subject.endswith("linear_policy_loss"):
+    if has_head(subject):
         # logits are products of the dtype of the model, or of autocast's
         narrow = max((EPSILON[d] for n, d in cell.items() if n in {"hidden", "weight", "bias"} and d in EPSILON), default=0.0)
         narrow = max(narrow, *(EPSILON[d] for a, d in axes.AUTOCAST.items() if a is cell["ambient"]), 0.0)
@@ -228,7 +228,7 @@ def _absolute(subject: str, path: str, cell: Cell, tolerance: float) -> float:
         return 1.6e-5  # its logarithm is a difference of logits of 100
     if path.endswith("entropy"):
         return tolerance / 16.0  # of a distribution that is nearly certain
-    if subject.endswith("linear_policy_loss") and "diagnostics" in path:
+    if has_head(subject) and "diagnostics" in path:
         return tolerance  # a weight is a difference from 1
     between = "diagnostics" in path or subject.endswith("divergences")
     if cell["regime"] is Regime.ON_POLICY and between and is_vocabulary(subject):

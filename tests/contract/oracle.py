@@ -680,10 +680,26 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -_xlogy(log_probs.exp(), log_probs).sum(-1)
 
 
-def token_log_prob(*, logits: Tensor, tokens: Tensor, temperature: float = 1.0, entropy: bool = False, **_: Any) -> Outputs:
-    x = (logits / temperature).log_softmax(-1)
-    outputs = {"log_prob": _picked(x, tokens[..., None])[..., 0], "log_normalizer": (logits / temperature).logsumexp(-1)}
-    return outputs | ({"entropy": _entropy(x)} if entropy else {})
+def token_log_prob(
+    *,
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    top_k_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    **_: Any,
+) -> Outputs:
+    counts = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    z = torch.where(counts[..., None], logits, 0.0) / temperature
+    x = z.log_softmax(-1)
+
+    def log_prob(ids: Tensor) -> Tensor:
+        return torch.where(counts[..., None], _picked(x, torch.where(counts[..., None], ids, 0)), 0.0)
+
+    outputs = {"log_prob": log_prob(tokens[..., None])[..., 0], "log_normalizer": torch.where(counts, z.logsumexp(-1), 0.0)}
+    outputs |= {} if top_k_ids is None else {"top_k_log_prob": log_prob(top_k_ids)}
+    return outputs | ({"entropy": torch.where(counts, _entropy(x), 0.0)} if entropy else {})
 
 
 def full_divergences(
@@ -773,7 +789,7 @@ def logits_policy_loss(
     **options: Any,
 ) -> Outputs:
     ids = torch.where(mask, tokens, 0)
-    known = token_log_prob(logits=logits, tokens=ids, temperature=temperature, entropy=entropy)
+    known = token_log_prob(logits=logits, tokens=ids, mask=mask, temperature=temperature, entropy=entropy)
     measured = _measure(divergence, logits, temperature, ids, behavior_log_prob, recorded or {})
     outputs = policy_loss(
         objective,
@@ -789,7 +805,13 @@ def logits_policy_loss(
         **{name: options[name] for name in ("proximal_log_prob", "reference_log_prob") if name in options},
     )
     figures = ("log_prob", "entropy") if entropy else ("log_prob",)
-    return outputs | {name: torch.where(mask, known[name].detach(), 0.0) for name in figures}
+    return outputs | {name: known[name].detach() for name in figures}
+
+
+def linear_log_prob(
+    *, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_softcap: float | None = None, **arguments: Any
+) -> Outputs:
+    return token_log_prob(logits=_head_logits(hidden, weight, bias, logit_softcap), **arguments)
 
 
 def linear_policy_loss(

@@ -324,7 +324,8 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     ),
     (
         lambda s, c: (
-            s == "drpo_torch.linear_policy_loss"
+            _named(s, "linear_policy_loss", "linear_log_prob")
+            and c["library"] is Library.TORCH
             and c["weight"] is not c["hidden"]
             and (c["ambient"] not in axes.AUTOCAST or DType.FLOAT64 in {c["weight"], c["hidden"]})
         ),
@@ -341,7 +342,7 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
         Refusal((RuntimeError,), "", "torch.func is not promised there: right or an error", always=False),
     ),
     (
-        lambda s, c: c["use"] is Use.BATCHED and _named(s, "token_log_prob", "full_divergences"),
+        lambda s, c: c["use"] is Use.BATCHED and _named(s, "token_log_prob", "linear_log_prob", "full_divergences"),
         Refusal((RuntimeError,), "vectorised cotangents", "which rows are needed differs between cotangents", always=False),
     ),
     (

@@ -282,6 +282,7 @@ def _adapters() -> dict[str, Subject]:
     }
     vocabulary = {
         "token_log_prob": Subject(oracle.token_log_prob, ("logits",)),
+        "linear_log_prob": Subject(oracle.linear_log_prob, head),
         "logits_policy_loss": Subject(oracle.logits_policy_loss, ("logits",)),
         "linear_policy_loss": Subject(oracle.linear_policy_loss, head),
         "full_divergences": Subject(oracle.full_divergences, ("logits",)),
@@ -480,6 +481,12 @@ def parameters_of(subject: str) -> dict[str, bool]:
 def is_vocabulary(subject: str) -> bool:
     """Whether it takes logits, or what they are made of."""
     return bool({"logits", "hidden"} & set(parameters_of(subject)))
+
+
+@functools.cache
+def has_head(subject: str) -> bool:
+    """Whether it takes hidden states and an LM head."""
+    return "hidden" in parameters_of(subject)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from drpo_core.modes.mode import Mode, Resolved, check_others, resolve
 from drpo_core.objectives import is_known
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
-from drpo_torch._checks import check_ids, check_shape, check_tensor, check_untransformed
+from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.divergences import TopK, full_divergence_rows, top_k_rows
@@ -95,7 +95,7 @@ class Arguments:
             check_shape("divergence", divergence, leading, "the tokens")
         elif isinstance(divergence, TopKDivergence):
             ids = check_tensor("divergence.ids", divergence.ids, "integral", beside=beside)
-            check_shape("divergence.ids", ids, (*leading, *ids.shape[-1:]), "the tokens and K")
+            check_top_k_ids("divergence.ids", ids, leading)
             check_ids("divergence.ids", ids, vocabulary, valid=self.mask)
         elif isinstance(divergence, FullDivergence):
             self._check_full(divergence.behavior, leading, vocabulary, beside)

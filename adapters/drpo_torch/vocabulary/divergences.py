@@ -11,7 +11,7 @@ import torch
 from drpo_core import sampled_in_top_k
 from drpo_core._checks import check_number
 from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
-from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_untransformed
+from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.autograd import has_memory, refuse_second_derivative
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents
@@ -172,7 +172,7 @@ def top_k_divergences(
     check_shape("tokens", check_tensor("tokens", tokens, "integral", beside=logits), leading, "logits without V")
     check_tensor("top_k_ids", top_k_ids, "integral", beside=logits)
     top_k = check_tensor("top_k_behavior_log_prob", top_k_behavior_log_prob, beside=logits)
-    check_shape("top_k_ids", top_k_ids, (*leading, *top_k_ids.shape[-1:]), "logits with K for V")
+    check_top_k_ids("top_k_ids", top_k_ids, leading)
     check_shape("top_k_behavior_log_prob", top_k, top_k_ids.shape, "top_k_ids")
     check_ids("tokens", tokens, vocabulary)
     check_ids("top_k_ids", top_k_ids, vocabulary)

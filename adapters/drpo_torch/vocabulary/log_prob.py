@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from drpo_core._checks import check_number
-from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_untransformed
+from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative
 from drpo_torch.vocabulary.chunks import Chunks, Kept
 from drpo_torch.vocabulary.engines import loops, row_kernels
@@ -243,20 +243,22 @@ def _checked(
     columns = tokens.reshape(-1, 1)
     if top_k_ids is not None:
         check_untransformed("top_k_ids", check_tensor("top_k_ids", top_k_ids, "integral", beside=beside))
-        check_shape("top_k_ids", top_k_ids, (*leading, *top_k_ids.shape[-1:]), "the tokens and K")
+        check_top_k_ids("top_k_ids", top_k_ids, leading)
         check_ids("top_k_ids", top_k_ids, vocabulary, valid=mask)
-        columns = torch.cat((columns.to(torch.int64), top_k_ids.reshape(len(columns), -1).to(torch.int64)), dim=-1)
+        more = top_k_ids.reshape(len(columns), top_k_ids.shape[-1])
+        columns = torch.cat((columns.to(torch.int64), more.to(torch.int64)), dim=-1)
     rows = Places.first(len(columns), columns.device) if mask is None else Places.where(mask.reshape(-1))
     return columns.to(torch.int64), rows
 
 
 def _shaped(found: tuple[Any, ...], shape: torch.Size, top_k_ids: torch.Tensor | None) -> TokenLogProb:
     log_probs, entropy, log_normalizer = found
+    log_prob, top_k = log_probs[:, 0], None
+    if top_k_ids is not None:
+        # results that share memory could not each be changed in place
+        log_prob, top_k = log_prob.clone(), log_probs[:, 1:].clone().reshape(top_k_ids.shape)
     return TokenLogProb(
-        log_probs[:, 0].reshape(shape),
-        None if entropy is None else entropy.reshape(shape),
-        log_normalizer.reshape(shape),
-        None if top_k_ids is None else log_probs[:, 1:].reshape(top_k_ids.shape),
+        log_prob.reshape(shape), None if entropy is None else entropy.reshape(shape), log_normalizer.reshape(shape), top_k
     )
 
 

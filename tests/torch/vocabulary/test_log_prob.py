@@ -243,7 +243,7 @@ def test_autocast_is_the_same_in_both_passes():
     [
         ({"tokens": torch.full((4, 6), 37)}, r"^tokens: expected ids in \[0, 37\) at valid positions, got 37"),
         ({"top_k_ids": torch.full((4, 6, 2), -1)}, r"^top_k_ids: expected ids in \[0, 37\) at valid positions, got -1"),
-        ({"top_k_ids": torch.zeros(4, 5, 2, dtype=torch.int64)}, r"^top_k_ids: expected the shape of the tokens and K"),
+        ({"top_k_ids": torch.zeros(4, 5, 2, dtype=torch.int64)}, r"^top_k_ids: expected the shape of the tokens and one more"),
         ({"mask": torch.ones(4, 5, dtype=torch.bool)}, "^mask: expected the shape of the tokens"),
         ({"chunk_tokens": 0}, "^chunk_tokens: expected"),
     ],
