@@ -226,7 +226,7 @@ def selected_log_prob(
     mask: jax.Array | None,
 ) -> TokenLogProb:
     """`token_log_prob` of checked arrays."""
-    columns = _columns(tokens, top_k_ids, logits.shape[-1])
+    columns = masked(_columns(tokens, top_k_ids, logits.shape[-1]), mask)
     return _token_log_prob(temperature, entropy, logits, columns, mask).named(top_k_ids)
 
 
