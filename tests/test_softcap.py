@@ -27,19 +27,22 @@ def expected():
         return float(-ratio * sum(s * mpmath.sech(z / CAP) ** 2 * z for s, z in zip(slopes, LOGITS, strict=True)))
 
 
+@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_log_prob"])
 @pytest.mark.parametrize("engine", ["arrays", "compiled", "jax"])
-def test_far_beyond_the_cap(engine):
+def test_far_beyond_the_cap(engine, name):
     module, make, where = (drpo_jax, jnp.asarray, {}) if engine == "jax" else (drpo_torch, torch.tensor, {"engine": engine})
+    head = {"weight": make(np.array(LOGITS, np.float32)[:, None]), "tokens": make(np.array([0]))} | where
     rest = {
-        "weight": make(np.array(LOGITS, np.float32)[:, None]),
-        "tokens": make(np.array([0])),
         "behavior_log_prob": make(np.array([BEHAVIOR], np.float32)),
         "advantages": make(np.array([1.0], np.float32)),
         "mask": make(np.array([True])),
     }
 
     def loss(hidden):
-        return module.linear_policy_loss(PolicyGradient(), hidden=hidden, **rest, logit_softcap=CAP, **where).loss
+        if name == "linear_policy_loss":
+            return module.linear_policy_loss(PolicyGradient(), hidden=hidden, **head, **rest, logit_softcap=CAP).loss
+        ell = module.linear_log_prob(hidden=hidden, **head, logit_softcap=CAP).log_prob - BEHAVIOR
+        return -(jnp if engine == "jax" else torch).exp(ell).sum()
 
     hidden = make(np.ones((1, 1), np.float32))
     if engine == "jax":

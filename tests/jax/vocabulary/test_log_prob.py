@@ -223,13 +223,13 @@ def test_rows_that_no_cotangent_reaches_cost_nothing(monkeypatch):
     columns = jax.tree.map(lambda ids: jnp.maximum(ids, 0), columns)
     wanted = jnp.zeros(SHAPE, dtype=bool).at[1:3, ::2].set(True)
     chunks = []
-    logits = LinearHead.logits
+    product = LinearHead.uncapped
 
     def counted(head, dtype):
         jax.debug.callback(lambda: chunks.append(len(head.hidden)))
-        return logits(head, dtype)
+        return product(head, dtype)
 
-    monkeypatch.setattr(LinearHead, "logits", counted)
+    monkeypatch.setattr(LinearHead, "uncapped", counted)
 
     def total(inputs):
         found = linear_log_prob(**inputs, **columns, entropy=True, chunk_tokens=5)

@@ -102,8 +102,9 @@ def test_minus_infinity_is_a_probability_of_zero():
 def test_low_precision_logits_are_accumulated_in_float32(dtype, rtol):
     data = make((64,))
     low = data["logits"].astype(dtype)
-    selected = token_log_prob(logits=low, tokens=data["tokens"], entropy=True)
-    exact = token_log_prob(logits=low.astype(jnp.float64), tokens=data["tokens"], entropy=True)
+    columns = {"tokens": data["tokens"], "top_k_ids": data["ids"]}
+    selected = token_log_prob(logits=low, **columns, entropy=True)
+    exact = token_log_prob(logits=low.astype(jnp.float64), **columns, entropy=True)
     for found, expected in zip(selected, exact, strict=True):
         assert found.dtype == jnp.float32
         close(found, expected, rtol=rtol, atol=1e-6)
