@@ -236,7 +236,7 @@ def top_k_kl_of(outcomes: Tokens) -> Float[Array, "*tokens"]:
     """Top-K KL(μ‖π) of `top_k_outcomes`."""
     x, b, d, xp = outcomes.log_prob, outcomes.behavior_log_prob, outcomes.shift, outcomes.xp
     known = xp.sum(_kl_term(xp.exp(b), outcomes.log_ratio, d, xp=xp), axis=-1)
-    (pi_rest, pi_rounding), (mu_rest, mu_rounding) = _rest(x, xp=xp), _rest(b, xp=xp)
+    (pi_rest, pi_rounding), (mu_rest, mu_rounding) = rest_of(x, xp=xp), rest_of(b, xp=xp)
     # what is within rounding is as good as nothing for μ; for π it must not become an infinite divergence
     mu_rest = xp.where(mu_rest > mu_rounding, mu_rest, 0.0)
     pi_rest = xp.where(pi_rest > pi_rounding, pi_rest, pi_rounding)
@@ -591,7 +591,7 @@ def top_k_outcomes(
     return Tokens.of(append(x, top_x), appended, appended, dtype=dtype, xp=xp)
 
 
-def _rest(log_p: Array, *, xp: Namespace) -> tuple[Array, Array]:
+def rest_of(log_p: Array, *, xp: Namespace) -> tuple[Array, Array]:
     """1 − Σ p over the last axis, accurate also where one token holds nearly all the mass, and its rounding error."""
     top = xp.max(log_p, axis=-1, keepdims=True)
     is_top = log_p == top

@@ -431,7 +431,7 @@ def evaluated(
     """`resolve` of checked arrays."""
     mask, xp = sequences.mask, sequences.xp
     log_probs = (log_prob, behavior_log_prob, proximal_log_prob, reference_log_prob)
-    evidence = _evidence(*log_probs, advantages=advantages, sequences=sequences, dtype=dtype)
+    evidence = evidence_of(*log_probs, advantages=advantages, sequences=sequences, dtype=dtype)
     factor, counted = None, mask
     statistics: Diagnostics = {}
     for name, correction in zip(_names(mode.corrections), mode.corrections, strict=True):
@@ -443,22 +443,31 @@ def evaluated(
         if diagnostics:
             statistics |= _statistics(name, xp.broadcast_to(one, mask.shape), mask, xp=xp)
     penalty = _total(mode.penalties, evidence) if mode.penalties else None
+    anchor = anchored(mode, evidence.policies, behavior_log_prob, proximal_log_prob)
+    return Resolved(mode.objective, anchor, factor, counted, penalty, statistics)
+
+
+def anchored(
+    mode: Mode,
+    policies: anchors.Policies,
+    behavior_log_prob: Float[Array, "*tokens"],
+    proximal_log_prob: Float[Array, "*tokens"] | None,
+) -> Array:
+    """The log-probs that the ratio is against, from the policies and from the log-probs that they were made of."""
     if isinstance(mode.anchor, (anchors.Behavior, anchors.Proximal)):
         # nothing is added up, so its log-probs stay as they are: where π and the anchor are both 0, R is 1
-        anchor = behavior_log_prob if mode.anchor.policy == "behavior" else proximal_log_prob
-    else:
-        anchor = mode.anchor.log_prob(evidence.policies)
-    return Resolved(mode.objective, anchor, factor, counted, penalty, statistics)
+        return behavior_log_prob if mode.anchor.policy == "behavior" else proximal_log_prob
+    return mode.anchor.log_prob(policies)
 
 
 def penalty_gradient(
     mode: Mode, *log_probs: Array | None, advantages: Array, sequences: Sequences, dtype: Any
 ) -> Float[Array, "*tokens"]:
     """Gradient of the penalties per token, from the log-probs under π, μ, π_old and π_ref; to be differentiated."""
-    return _total(mode.penalties, _evidence(*log_probs, advantages=advantages, sequences=sequences, dtype=dtype))[1]
+    return _total(mode.penalties, evidence_of(*log_probs, advantages=advantages, sequences=sequences, dtype=dtype))[1]
 
 
-def _evidence(*log_probs: Array | None, advantages: Array, sequences: Sequences, dtype: Any) -> corrections.Evidence:
+def evidence_of(*log_probs: Array | None, advantages: Array, sequences: Sequences, dtype: Any) -> corrections.Evidence:
     """The policies by their log-probs and the advantages, in one dtype and 0 at masked tokens; log-probs are bounded."""
     mask, xp = sequences.mask, sequences.xp
 

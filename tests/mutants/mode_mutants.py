@@ -302,7 +302,7 @@ MUTANTS = (
     # masks
     ModeMutant(
         "masked tokens are not replaced",
-        mode._evidence,  # noqa: SLF001
+        mode.evidence_of,
         "xp.where(mask, array, 0.0)",
         "array",
         _MODES,
