@@ -55,7 +55,7 @@ def small_steps(monkeypatch):
     """Several steps and chunks even for the few tokens of a test."""
     budget(monkeypatch, 3 * V * 8)
     batch_module = inspect.unwrap(logits_policy_loss).__globals__["TokenBatch"].__init__.__globals__
-    monkeypatch.setitem(batch_module, "_HEAD_BYTES", 7 * V * 8)
+    monkeypatch.setitem(batch_module["BehaviorLogits"].chunks.__globals__, "_HEAD_BYTES", 7 * V * 8)
 
 
 def batch(shape=(4, 6), seed=0, dtype=torch.float64, vocabulary=V):

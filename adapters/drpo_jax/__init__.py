@@ -4,6 +4,7 @@ At vocabulary scale, they start from logits or from hidden states and never keep
 """
 
 from drpo_jax._reduction import linear_reduction
+from drpo_jax.centering import score_centering
 from drpo_jax.loss import policy_loss, token_loss
 from drpo_jax.vocabulary import (
     Divergences,
@@ -33,6 +34,7 @@ __all__ = [
     "linear_reduction",
     "logits_policy_loss",
     "policy_loss",
+    "score_centering",
     "token_log_prob",
     "token_loss",
     "top_k_divergences",

@@ -134,7 +134,7 @@ def token_loss(
     log_prob = _in_working_dtype(log_prob, behavior_log_prob, advantages, divergence)
     constants = jax.lax.stop_gradient((behavior_log_prob, advantages, mask, divergence))
     result = run(jax.lax.stop_gradient(log_prob), *constants)
-    return _attached(lambda *arrays: run(*arrays).gradient, result.loss, result.gradient, log_prob, constants)
+    return attached(lambda *arrays: run(*arrays).gradient, result.loss, result.gradient, log_prob, constants)
 
 
 def policy_loss(
@@ -311,7 +311,7 @@ def _penalty_loss(
         return jnp.where(counted, found, 0.0)
 
     value, slope = (jnp.where(mode.counted, each, 0.0) for each in mode.penalty)
-    return _attached(gradient, value, slope, log_prob.astype(dtype), constants)
+    return attached(gradient, value, slope, log_prob.astype(dtype), constants)
 
 
 def checked_policy_loss(
@@ -332,7 +332,7 @@ def checked_policy_loss(
     def gradient(*arrays: Any) -> jax.Array:  # noqa: ANN401 -- those of `policy_pass`
         return run(*arrays, diagnostics=False).gradient  # type: ignore[no-any-return]
 
-    return _attached(gradient, result.loss, result.gradient, log_prob, constants), result.diagnostics
+    return attached(gradient, result.loss, result.gradient, log_prob, constants), result.diagnostics
 
 
 def _in_chunks(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool) -> PolicyLoss:  # noqa: ANN401
@@ -369,7 +369,7 @@ def _in_chunks(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool) 
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attached(
+def attached(
     formula: Callable[..., jax.Array],  # noqa: ARG001 -- for the derivative of the gradient
     loss: jax.Array,
     gradient: jax.Array,  # noqa: ARG001 -- for the derivative
@@ -381,14 +381,14 @@ def _attached(
 
 
 # a forward rule, linear in the tangent: JAX transposes it for reverse mode and keeps only the gradient
-@_attached.defjvp
-def _attached_jvp(
+@attached.defjvp
+def attached_jvp(
     formula: Callable[..., jax.Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     loss, *others = primals
     gradient = _gradient(formula, *others)
     change = gradient * tangents[2].astype(gradient.dtype)
-    return _attached(formula, *primals), change if change.shape == loss.shape else jnp.sum(change)
+    return attached(formula, *primals), change if change.shape == loss.shape else jnp.sum(change)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -4,12 +4,15 @@ At vocabulary scale, they start from logits or from hidden states and never form
 """
 
 from drpo_torch._checkpoints import register_classes
+from drpo_torch.centering import score_centering
 from drpo_torch.loss import linear_reduction, policy_loss, token_loss
 from drpo_torch.vocabulary import (
     Divergences,
+    FullCentering,
     FullDivergence,
     LinearHead,
     TokenLogProb,
+    TopKCentering,
     TopKDivergence,
     VocabularyLoss,
     full_divergences,
@@ -22,9 +25,11 @@ from drpo_torch.vocabulary import (
 
 __all__ = [
     "Divergences",
+    "FullCentering",
     "FullDivergence",
     "LinearHead",
     "TokenLogProb",
+    "TopKCentering",
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",
@@ -33,6 +38,7 @@ __all__ = [
     "linear_reduction",
     "logits_policy_loss",
     "policy_loss",
+    "score_centering",
     "token_log_prob",
     "token_loss",
     "top_k_divergences",

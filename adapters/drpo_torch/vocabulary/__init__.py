@@ -5,13 +5,15 @@ from drpo_torch.vocabulary.divergences import Divergences, full_divergences, top
 from drpo_torch.vocabulary.linear import linear_policy_loss
 from drpo_torch.vocabulary.log_prob import TokenLogProb, linear_log_prob, token_log_prob
 from drpo_torch.vocabulary.logits import logits_policy_loss
-from drpo_torch.vocabulary.recorded import FullDivergence, LinearHead, TopKDivergence
+from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence, LinearHead, TopKCentering, TopKDivergence
 
 __all__ = [
     "Divergences",
+    "FullCentering",
     "FullDivergence",
     "LinearHead",
     "TokenLogProb",
+    "TopKCentering",
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from drpo_core import UntraceableError, merge_diagnostics
+from drpo_core.centering import check_centred
 from drpo_core.engines.trace import Trace
 from drpo_core.loss import policy_pass, reduction_of
 from drpo_core.modes.mode import Mode, Resolved, check_others, resolve
@@ -17,16 +18,19 @@ from drpo_core.reduction import reduction_coefficients
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines._namespace import namespace
+from drpo_torch.vocabulary.behavior import BehaviorLogits
+from drpo_torch.vocabulary.centering import CenteredRows, FullTerm, Measured, top_k_terms
 from drpo_torch.vocabulary.divergences import TopK, full_divergence_rows, top_k_rows
 from drpo_torch.vocabulary.recorded import (
+    FullCentering,
     FullDivergence,
     LinearHead,
+    TopKCentering,
     TopKDivergence,
-    head_logits,
     product_dtype,
     products_like,
 )
-from drpo_torch.vocabulary.softmax import Places, working_dtype
+from drpo_torch.vocabulary.softmax import Places, Pull, working_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,13 +40,10 @@ if TYPE_CHECKING:
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.loss import Engine, PolicyLoss
     from drpo_core.reduction import Reduction
-    from drpo_torch.vocabulary.recorded import Divergence
+    from drpo_torch.vocabulary.recorded import Centering, Divergence
     from drpo_torch.vocabulary.softmax import Tempering
 
 __all__ = ["Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
-
-# how much memory the logits of a recorded head may take at a time
-_HEAD_BYTES = 64 << 20
 
 
 class VocabularyLoss(NamedTuple):
@@ -73,6 +74,7 @@ class Arguments:
     token_weights: torch.Tensor | None
     segment_ids: torch.Tensor | None
     divergence: Divergence | None
+    centering: Centering | None
     diagnostics: bool
     entropy: bool
     engine: Engine
@@ -93,16 +95,33 @@ class Arguments:
         if isinstance(divergence, torch.Tensor):
             check_untransformed("divergence", check_tensor("divergence", divergence, beside=beside))
             check_shape("divergence", divergence, leading, "the tokens")
-        elif isinstance(divergence, TopKDivergence):
-            ids = check_tensor("divergence.ids", divergence.ids, "integral", beside=beside)
-            check_top_k_ids("divergence.ids", ids, leading)
-            check_ids("divergence.ids", ids, vocabulary, valid=self.mask)
-        elif isinstance(divergence, FullDivergence):
-            self._check_full(divergence.behavior, leading, vocabulary, beside)
-        elif divergence is not None:
+        elif divergence is not None and not isinstance(divergence, (TopKDivergence, FullDivergence)):
             kind = type(divergence).__name__
             msg = f"divergence: expected a torch.Tensor, a TopKDivergence or a FullDivergence, got {kind}"
             raise TypeError(msg)
+        for name, record in (("divergence", divergence), ("centering", self.centering)):
+            if isinstance(record, (TopKDivergence, TopKCentering)):
+                ids = check_tensor(f"{name}.ids", record.ids, "integral", beside=beside)
+                check_top_k_ids(f"{name}.ids", ids, leading)
+                check_ids(f"{name}.ids", ids, vocabulary, valid=self.mask)
+            elif isinstance(record, (FullDivergence, FullCentering)):
+                self._check_full(f"{name}.behavior", record.behavior, leading, vocabulary, beside)
+        self._check_centering()
+
+    def _check_centering(self) -> None:
+        """Raise for what is no centring, or none of this mode."""
+        centering: object = self.centering
+        if centering is None:
+            return
+        if not isinstance(centering, (TopKCentering, FullCentering)):
+            msg = f"centering: expected a TopKCentering or a FullCentering, got {type(centering).__name__}"
+            raise TypeError(msg)
+        proximal = centering.proximal_log_prob if isinstance(centering, TopKCentering) else None
+        check_centred(self.objective, proximal, "centering.proximal_log_prob")
+        if isinstance(self.objective, Mode) and self.objective.corrections and not self.objective.count_masked:
+            # how many tokens count would depend on which outcome was sampled
+            msg = f"centering: expected a mode with count_masked=True, got {self.objective!r}"
+            raise ValueError(msg)
 
     def matrices(self) -> dict[str, torch.Tensor]:
         """Recorded logits that row kernels read, by the argument's name; for those of a `LinearHead`, an empty stand-in."""
@@ -115,9 +134,8 @@ class Arguments:
 
     @staticmethod
     def _check_full(
-        behavior: torch.Tensor | LinearHead, leading: Sequence[int], vocabulary: int, beside: torch.Tensor
+        name: str, behavior: torch.Tensor | LinearHead, leading: Sequence[int], vocabulary: int, beside: torch.Tensor
     ) -> None:
-        name = "divergence.behavior"
         if isinstance(behavior, LinearHead):
             check_tensor(f"{name}.hidden", behavior.hidden, beside=beside)
             size = behavior.hidden.shape[-1]
@@ -129,25 +147,27 @@ class Arguments:
 
 
 class Found(NamedTuple):
-    """A chunk of tokens as their logits show them: log-probs of `columns`, entropy, and the full divergence if measured."""
+    """A chunk of tokens as their logits show them: log-probs of `columns`, entropy, and what was measured over all logits."""
 
     rows: Places
     columns: torch.Tensor
     log_prob: torch.Tensor
     entropy: torch.Tensor | None
     divergence: torch.Tensor | None
+    centering: Measured | None
 
     @classmethod
     def joined(cls, parts: Sequence[Found]) -> Found:
         """Several chunks, in their order, as one."""
         rows = Places(torch.cat([part.rows.index for part in parts]))
-        columns, log_prob, *optional = zip(*(part[1:] for part in parts), strict=True)
+        columns, log_prob, *optional, centering = zip(*(part[1:] for part in parts), strict=True)
         entropy, divergence = (None if field[0] is None else torch.cat(field) for field in optional)
-        return cls(rows, torch.cat(columns), torch.cat(log_prob), entropy, divergence)
+        measured = None if centering[0] is None else Measured(*(torch.cat(field) for field in zip(*centering, strict=True)))
+        return cls(rows, torch.cat(columns), torch.cat(log_prob), entropy, divergence, measured)
 
 
 class TokenBatch:
-    """Flat tokens of one call. `step` takes what is known of a chunk and gives the final gradient in its log-probs."""
+    """Flat tokens of one call. `step` takes what is known of a chunk and gives the final gradient in its logits."""
 
     def __init__(self, arguments: Arguments, dtype: torch.dtype) -> None:
         given, mask = arguments, arguments.mask
@@ -163,46 +183,44 @@ class TokenBatch:
         check_others(given.objective, log_probs, given.behavior_log_prob, xp=namespace())
         self.coefficients = self._coefficients(mask)
         # here, where autocast is still as the caller has it
-        self.recorded_head = self._recorded_head()
+        self.behavior = BehaviorLogits(given.divergence) if isinstance(given.divergence, FullDivergence) else None
+        self.full_term = None
+        if isinstance(given.centering, FullCentering):
+            behavior = BehaviorLogits(given.centering)
+            self.full_term = FullTerm(given.objective, behavior, self.advantages, given.engine, self.row_dtype)
         self.valid = Places.where(mask.reshape(-1))
         self.log_prob = self._zeros()
         self.entropy = self._zeros() if given.entropy else None
         self.passes: list[PolicyLoss] = []
 
     def columns(self, rows: Places) -> torch.Tensor:
-        """Ids whose log-prob `step` needs: the sampled token, then the recorded top K; (rows, 1 or 1 + K)."""
-        key, divergence = rows.key, self.given.divergence
-        sampled = self.tokens[key, None]
-        if not isinstance(divergence, TopKDivergence):
-            return sampled
-        ids = divergence.ids.reshape(-1, divergence.ids.shape[-1])[key]
-        return torch.cat((sampled, ids.to(torch.int64)), dim=-1)
+        """Ids whose log-prob `step` needs: the sampled token, then recorded ones; (rows, C)."""
+        key = rows.key
+        recorded = [
+            r.ids for r in (self.given.centering, self.given.divergence) if isinstance(r, (TopKCentering, TopKDivergence))
+        ]
+        ids = [ids.reshape(-1, ids.shape[-1])[key].to(torch.int64) for ids in recorded]
+        return torch.cat((self.tokens[key, None], *ids), dim=-1)
 
-    def full_divergence(
+    def look(
         self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering
-    ) -> torch.Tensor | None:
-        """The full-vocabulary divergence of rows whose logits are at these places; None if none is to be measured."""
-        divergence, head = self.given.divergence, self.recorded_head
-        if not isinstance(divergence, FullDivergence):
-            return None
-        parts, chunk = [], max(1, len(rows))
-        if head is not None:
-            chunk = max(1, _HEAD_BYTES // (logits.shape[-1] * self.row_dtype.itemsize))
-        for start in range(0, max(1, len(rows)), chunk):
-            some = rows[start : start + chunk]
-            if head is None:
-                recorded: torch.Tensor = divergence.behavior.detach().reshape(-1, logits.shape[-1])  # type: ignore[union-attr]
-                at = some
-            else:
-                recorded = head_logits(head.hidden[some.key].to(head.weight.dtype), head.weight, head.bias)
-                at = Places.first(len(some), recorded.device)
-            of_logits = places[start : start + chunk]
-            found = full_divergence_rows(module, logits, of_logits, tempering, recorded, at, divergence.tempering)
-            parts.append(getattr(found, divergence.kind))
-        return torch.cat(parts)
+    ) -> tuple[torch.Tensor | None, Measured | None]:
+        """What is measured over all logits, of rows whose logits are at these places: divergence and centring, or None."""
+        divergence, centering = None, None
+        if self.behavior is not None and isinstance(self.given.divergence, FullDivergence):
+            parts = []
+            for part, recorded, at in self.behavior.chunks(rows, logits.shape[-1], self.row_dtype):
+                of_logits = places[part]
+                found = full_divergence_rows(module, logits, of_logits, tempering, recorded, at, self.behavior.tempering)
+                parts.append(getattr(found, self.given.divergence.kind))
+            divergence = torch.cat(parts)
+        if self.full_term is not None:
+            measured = divergence if self.measured is None else self.measured[rows.key]
+            centering = self.full_term.measure(rows, logits, places, tempering, measured)
+        return divergence, centering
 
-    def step(self, found: Found) -> torch.Tensor:
-        """∂(reduced loss)/∂log π of these tokens; keeps what `result` needs."""
+    def step(self, found: Found) -> Pull:
+        """∂(reduced loss)/∂logits of these tokens; keeps what `result` needs."""
         key, sampled = found.rows.key, found.log_prob[:, 0]
         self.log_prob[key] = sampled
         if self.entropy is not None and found.entropy is not None:
@@ -212,8 +230,9 @@ class TokenBatch:
             top_k = self.given.divergence.behavior_log_prob.detach()
             top_k = top_k.reshape(-1, top_k.shape[-1])[key]
             behavior = TopK(self.behavior_log_prob[key], top_k)
-            tokens, ids = found.columns[:, 0], found.columns[:, 1:]
-            both = top_k_rows(tokens, ids, TopK(sampled, found.log_prob[:, 1:]), behavior)
+            k = top_k.shape[-1]
+            tokens, ids = found.columns[:, 0], found.columns[:, found.columns.shape[-1] - k :]
+            both = top_k_rows(tokens, ids, TopK(sampled, found.log_prob[:, found.log_prob.shape[-1] - k :]), behavior)
             measured = getattr(both, self.given.divergence.kind)
         valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
         mode, coefficients = self._resolved(key)
@@ -228,10 +247,15 @@ class TokenBatch:
             diagnostics=self.given.diagnostics,
         )
         result = mode.added(result, coefficients, xp=namespace())
+        slope: torch.Tensor = result.gradient
+        pull = Pull(found.columns[:, :1], slope[:, None], -slope)
         # the gradient is as large as a chunk: not for longer than it takes
-        self.passes.append(result._replace(gradient=None))
-        gradient: torch.Tensor = result.gradient
-        return gradient
+        result = result._replace(gradient=None)
+        if self.given.centering is not None:
+            value, pull = self._centred(pull, found, coefficients, measured)
+            result = result._replace(loss=result.loss + value)
+        self.passes.append(result)
+        return pull
 
     def result(self) -> VocabularyLoss:
         """All that has been learnt, without a backward pass."""
@@ -239,7 +263,8 @@ class TokenBatch:
             none = self.valid[:0]
             columns = self.columns(none)
             empty = torch.empty(columns.shape, dtype=self.row_dtype, device=columns.device)
-            self.step(Found(none, columns, empty, empty[:, 0], empty[:, 0]))
+            none_of = empty[:, 0]
+            self.step(Found(none, columns, empty, none_of, none_of, Measured(none_of, none_of, none_of)))
         loss, _, diagnostics = self.passes[0]
         if len(self.passes) > 1:
             losses, _, every = zip(*self.passes, strict=True)
@@ -247,6 +272,25 @@ class TokenBatch:
         shape = self.given.mask.shape
         entropy = None if self.entropy is None else self.entropy.reshape(shape)
         return VocabularyLoss(loss, diagnostics, self.log_prob.reshape(shape), entropy)
+
+    def _centred(
+        self, pull: Pull, found: Found, coefficients: torch.Tensor, divergence: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Pull]:
+        """Σ c times the score-centring term of these tokens, and the pull with its gradient."""
+        centering, coefficients = self.given.centering, coefficients.to(self.row_dtype)
+        if isinstance(centering, TopKCentering):
+            k = centering.ids.shape[-1]
+            advantages = self.advantages[found.rows.key]
+            log_prob = found.log_prob[:, 1 : 1 + k]
+            value, at = top_k_terms(self.given.objective, centering, found.rows.key, log_prob, advantages, divergence)
+            at = at.to(self.row_dtype) * coefficients[:, None]
+            columns = found.columns[:, : 1 + k]
+            return (coefficients * value).sum(), Pull(columns, torch.cat((pull.at, at), -1), pull.scale - at.sum(-1))
+        assert self.full_term is not None
+        assert found.centering is not None
+        value, total, size = found.centering
+        everywhere = CenteredRows(self.full_term, found.rows.index, divergence, coefficients, size)
+        return (coefficients * value).sum(), pull._replace(scale=pull.scale - coefficients * total, everywhere=everywhere)
 
     def _coefficients(self, counted: torch.Tensor) -> torch.Tensor:
         """Those of the reduction, flat."""
@@ -293,16 +337,6 @@ class TokenBatch:
 
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(self.given.mask.numel(), dtype=self.row_dtype, device=self.given.mask.device)
-
-    def _recorded_head(self) -> LinearHead | None:
-        """The behaviour policy's head in the dtype of its products, if logits are to be taken from one."""
-        divergence = self.given.divergence
-        if not isinstance(divergence, FullDivergence) or not isinstance(divergence.behavior, LinearHead):
-            return None
-        head = divergence.behavior
-        dtype = product_dtype(head.hidden, head.weight)
-        hidden = head.hidden.detach().reshape(-1, head.hidden.shape[-1])
-        return LinearHead(hidden, head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach())
 
 
 def looks_at_one_token(objective: Objective) -> bool:

@@ -102,7 +102,7 @@ class Chunks:
             if slope is not None:
                 # a part's logits are counted from its own maximum
                 scale, slope = scale - slope * (statistics.maximum - kept.maximum).nan_to_num(), slope * share
-            of_part = Pull(index, torch.where(inside, pull.at, 0.0), scale * share, slope)
+            of_part = Pull(index, torch.where(inside, pull.at, 0.0), scale * share, slope, pull.everywhere)
             kernels = self._kernels[gradient.shape[1]]
             kernels.gradients(gradient, every, of_part, statistics=statistics, out=gradient, kept=softmax)
             if recompute:

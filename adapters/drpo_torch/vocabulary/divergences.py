@@ -196,7 +196,7 @@ class TopK(NamedTuple):
 
 def top_k_rows(tokens: torch.Tensor, ids: torch.Tensor, policy: TopK, behavior: TopK) -> Divergences:
     """Top-K TV and KL from the ids of the sampled token and of the K recorded ones."""
-    again = _repeated(ids)
+    again = repeated(ids)
     if again is not None:
         # of an id that comes twice, all but one are as if both policies gave it no probability
         policy, behavior = (p._replace(top_k=p.top_k.masked_fill(again, -torch.inf)) for p in (policy, behavior))
@@ -310,7 +310,7 @@ def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.T
     return tv.masked_fill_(invalid, torch.nan), kl.masked_fill_(invalid, torch.nan)
 
 
-def _repeated(ids: torch.Tensor) -> torch.Tensor | None:
+def repeated(ids: torch.Tensor) -> torch.Tensor | None:
     """True at ids that equal an earlier one on the last axis; None if there is known to be no such id."""
     if ids.shape[-1] < 2:
         return None

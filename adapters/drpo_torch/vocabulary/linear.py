@@ -14,8 +14,8 @@ from drpo_torch.vocabulary.chunks import Chunks
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values
 from drpo_torch.vocabulary.head import Head, HeadInputs
-from drpo_torch.vocabulary.recorded import FullDivergence, check_head, product_dtype, products_like
-from drpo_torch.vocabulary.softmax import Pull, Tempering
+from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence, check_head, product_dtype, products_like
+from drpo_torch.vocabulary.softmax import Tempering
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.loss import Engine
     from drpo_core.reduction import Reduction
+    from drpo_torch.vocabulary.centering import Measured
     from drpo_torch.vocabulary.chunks import Kept
-    from drpo_torch.vocabulary.recorded import Divergence
-    from drpo_torch.vocabulary.softmax import Places
+    from drpo_torch.vocabulary.recorded import Centering, Divergence
+    from drpo_torch.vocabulary.softmax import Places, Pull
 
 __all__ = ["linear_policy_loss"]
 
@@ -48,6 +49,7 @@ def linear_policy_loss(
     token_weights: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     divergence: Divergence | None = None,
+    centering: Centering | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     entropy: bool = False,
@@ -88,6 +90,9 @@ def linear_policy_loss(
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure
         chunk by chunk. A `LinearHead` in it takes another chunk of logits.
+    centering
+        Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
+        `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
         T > 0.
     logit_softcap
@@ -170,6 +175,7 @@ def linear_policy_loss(
         token_weights=token_weights,
         segment_ids=segment_ids,
         divergence=divergence,
+        centering=centering,
         diagnostics=diagnostics,
         entropy=entropy,
         engine=engine,
@@ -180,9 +186,11 @@ def linear_policy_loss(
     chunk_tokens, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), vocabulary
     if chunk_vocabulary is not None:
         width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), vocabulary)
-        if isinstance(divergence, FullDivergence):
-            msg = f"chunk_vocabulary: expected None with a FullDivergence, which needs whole rows of logits, got {width}"
-            raise ValueError(msg)
+        for record in (divergence, centering):
+            if isinstance(record, (FullDivergence, FullCentering)):
+                kind = type(record).__name__
+                msg = f"chunk_vocabulary: expected None with a {kind}, which needs whole rows of logits, got {width}"
+                raise ValueError(msg)  # noqa: TRY004 -- both types are right, but not together
     dtype = product_dtype(hidden, weight)
     module = loops(engine, products=products_like(hidden, dtype), **arguments.matrices())
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in inputs.named())
@@ -215,7 +223,7 @@ class _Sweep:
         self.at_once = rows == len(batch.valid) or looks_at_one_token(batch.given.objective)
         # whether logits are gone when the gradient in them is known
         self.recompute = len(self.chunks.parts) > 1 or not self.at_once
-        self.softmax = self.chunks.keeps and head.needed and not self.recompute
+        self.softmax = self.chunks.keeps and head.needed and not self.recompute and batch.full_term is None
 
     def run(self) -> None:
         chunks = self.batch.valid.chunks(self.chunk_tokens)
@@ -226,35 +234,36 @@ class _Sweep:
         else:
             # the objective has to see all tokens before the first gradient
             every = [self._forward(rows) for rows in chunks]
-            slope = self.batch.step(Found.joined([found for found, _ in every]))
-            for (_, kept), part in zip(every, torch.split(slope, self.chunk_tokens), strict=True):
-                self._backward(kept, part)
+            pull = self.batch.step(Found.joined([found for found, _ in every]))
+            parts = torch.split(torch.arange(len(pull.scale), device=pull.scale.device), self.chunk_tokens)
+            for (_, kept), part in zip(every, parts, strict=True):
+                self._backward(kept, pull.at_rows(part))
         self.head.finish()
 
     def _forward(self, rows: Places) -> tuple[Found, Kept]:
         """Take a chunk through its logits: results for the objective, and results for the gradient."""
-        batch, full = self.batch, None
+        batch: TokenBatch = self.batch
+        full: tuple[torch.Tensor | None, Measured | None] = (None, None)
 
         def look(z: torch.Tensor, places: Places) -> None:
             nonlocal full
-            full = batch.full_divergence(self.chunks.module, rows, z, places, self.chunks.tempering)
+            full = batch.look(self.chunks.module, rows, z, places, self.chunks.tempering)
 
         columns = batch.columns(rows)
         log_prob, whole, kept = self.chunks.forward(rows, columns, entropy=batch.given.entropy, keep=self.softmax, look=look)
-        return Found(rows, columns, log_prob, whole.entropy, full), kept._replace(columns=columns[:, :1])
+        return Found(rows, columns, log_prob, whole.entropy, *full), kept
 
-    def _backward(self, kept: Kept, slope: torch.Tensor) -> None:
-        """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂log π."""
+    def _backward(self, kept: Kept, pull: Pull) -> None:
+        """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂logits."""
         if not self.head.needed:
             return
-        alive = (slope != 0.0).nonzero()[:, 0]
+        alive, count = pull.moves.nonzero()[:, 0], len(pull.scale)
         if len(alive) == 0:
             return
-        if len(alive) < len(slope):
+        if len(alive) < count:
             if not self.recompute:
-                self.chunks.close_up(alive, len(slope))
-            kept, slope = kept.at(alive), slope[alive]
-        pull = Pull(kept.columns, slope[:, None], -slope)
+                self.chunks.close_up(alive, count)
+            kept, pull = kept.at(alive), pull.at_rows(alive)
         self.chunks.backward(kept, pull, recompute=self.recompute, softmax=self.softmax)
 
 

@@ -12,7 +12,7 @@ from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten
-from drpo_torch.vocabulary.softmax import Places, Pull, Tempering, power_of_two_below
+from drpo_torch.vocabulary.softmax import Places, Tempering, power_of_two_below
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.loss import Engine
     from drpo_core.reduction import Reduction
-    from drpo_torch.vocabulary.recorded import Divergence
+    from drpo_torch.vocabulary.recorded import Centering, Divergence
 
 __all__ = ["logits_policy_loss"]
 
@@ -44,6 +44,7 @@ def logits_policy_loss(
     token_weights: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     divergence: Divergence | None = None,
+    centering: Centering | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     overwrite_logits: bool = False,
@@ -73,6 +74,9 @@ def logits_policy_loss(
         See `drpo_torch.policy_loss`.
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure.
+    centering
+        Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
+        `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
         T > 0: π = softmax(logits / T).
     entropy
@@ -141,6 +145,7 @@ def logits_policy_loss(
         token_weights=token_weights,
         segment_ids=segment_ids,
         divergence=divergence,
+        centering=centering,
         diagnostics=diagnostics,
         entropy=entropy,
         engine=engine,
@@ -171,24 +176,24 @@ class _Sweep:
         batch, rows = self.batch, self.batch.valid
         kernels = row_kernels(self.module, self.tempering, logits.shape[-1], logits.dtype, logits.device)
         # a softmax that is in the working dtype already waits in the gradient's place for its coefficient
-        kept = gradient is not None and kernels.keeps and logits.dtype == batch.row_dtype
+        kept = gradient is not None and kernels.keeps and logits.dtype == batch.row_dtype and batch.full_term is None
         columns = batch.columns(rows)
         picked = self.tempering(logits[rows.index[:, None], columns])
-        full = batch.full_divergence(self.module, rows, logits, rows, self.tempering)
+        # before a softmax takes the place of the logits
+        full = batch.look(self.module, rows, logits, rows, self.tempering)
         found = kernels.statistics(logits, rows, entropy=batch.given.entropy, keep=gradient if kept else None)
-        slope = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, full))
+        pull = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, *full))
         self.result = batch.result()
         if gradient is None:
             return None
         # a dropped token's row may hold a NaN, which 0 does not silence
         without = (~batch.given.mask).reshape(-1)
-        without[rows.key] |= slope == 0.0
+        without[rows.key] |= ~pull.moves
         unit = None
         if logits.dtype == torch.float16:
             unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device)
-            shift = power_of_two_below(_FLOAT16_BITS, slope.abs() / self.tempering.temperature)
-            slope, unit[rows.key] = slope * shift, 1.0 / shift
-        pull = Pull(columns[:, :1], slope[:, None], -slope)
+            shift = power_of_two_below(_FLOAT16_BITS, pull.size(logits.shape[-1]) / self.tempering.temperature)
+            pull, unit[rows.key] = pull.scaled(shift), 1.0 / shift
         kernels.gradients(logits, rows, pull, statistics=found, out=gradient, kept=kept)
         gradient.index_fill_(0, Places.where(without).index, 0.0)
         return unit

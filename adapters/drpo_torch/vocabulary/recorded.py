@@ -1,4 +1,7 @@
-"""Records of the behaviour policy μ beside the sampled token: log-probs of K tokens, those of all, or its head."""
+"""Records of the behaviour policy μ beside the sampled token: log-probs of K tokens, those of all, or its head.
+
+What a divergence is measured from, or the score-centring term.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
 __all__ = [
+    "FullCentering",
     "FullDivergence",
     "LinearHead",
+    "TopKCentering",
     "TopKDivergence",
     "check_head",
     "head_logits",
@@ -98,12 +103,7 @@ class TopKDivergence:
     def __post_init__(self) -> None:
         """Check what can be checked without the tokens."""
         _check_kind(self.kind)
-        check_tensor("ids", self.ids, "integral")
-        check_tensor("behavior_log_prob", self.behavior_log_prob, beside=self.ids)
-        if self.ids.ndim == 0:
-            msg = "ids: expected shape (…, K), got ()"
-            raise ValueError(msg)
-        check_shape("behavior_log_prob", self.behavior_log_prob, self.ids.shape, "ids")
+        _check_top_k(self.ids, behavior_log_prob=self.behavior_log_prob)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,19 +140,126 @@ class FullDivergence:
     def __post_init__(self) -> None:
         """Check what can be checked without the tokens."""
         _check_kind(self.kind)
-        if not isinstance(self.behavior, LinearHead):
-            check_tensor("behavior", self.behavior)
-        object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
+        _check_full(self)
 
     @property
     def tempering(self) -> Tempering:
         """The step from the recorded logits to those of μ."""
-        cap = self.behavior.logit_softcap if isinstance(self.behavior, LinearHead) else None
-        return Tempering(self.temperature, cap)
+        return _tempering(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopKCentering:
+    """The score-centring term of a policy loss over recorded log μ of K tokens and one tail for all others.
+
+    The K tokens must not depend on which token was sampled, or the term's expectation is another one.
+
+    Parameters
+    ----------
+    ids, behavior_log_prob
+        Ids of the K recorded tokens (usually μ's most likely ones) and their log μ, nats; (…, K). An id that comes twice
+        counts once, the first time.
+    proximal_log_prob
+        Their log π_old, nats, (…, K), where the mode needs it.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong.
+    ValueError
+        If the shapes differ or K is 0.
+
+    See Also
+    --------
+    drpo_core.centering.score_centering : the formula.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_torch import TopKCentering
+    >>> recorded = TopKCentering(ids=torch.tensor([[3, 5]]), behavior_log_prob=torch.tensor([[0.6, 0.3]]).log())
+    """
+
+    ids: torch.Tensor
+    behavior_log_prob: torch.Tensor
+    proximal_log_prob: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the tokens."""
+        others = {} if self.proximal_log_prob is None else {"proximal_log_prob": self.proximal_log_prob}
+        _check_top_k(self.ids, behavior_log_prob=self.behavior_log_prob, **others)
+        if self.ids.shape[-1] == 0:
+            msg = f"ids: expected shape (…, K) with K of 1 or more, got {tuple(self.ids.shape)}"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FullCentering:
+    """The score-centring term of a policy loss over the whole vocabulary: exact, in another pass over the logits.
+
+    Parameters
+    ----------
+    behavior
+        Logits or log-probs of μ, (…, V), or the `LinearHead` to recompute them from, chunk by chunk.
+    temperature
+        μ is softmax(behavior / temperature): 1 for recorded log-probs.
+
+    Raises
+    ------
+    TypeError
+        If a type or dtype is wrong.
+    ValueError
+        If the temperature is not finite and positive.
+
+    See Also
+    --------
+    drpo_core.centering.score_centering : the formula.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from drpo_torch import FullCentering
+    >>> recorded = FullCentering(behavior=torch.randn(4, 10).log_softmax(-1))
+    """
+
+    behavior: torch.Tensor | LinearHead
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the tokens."""
+        _check_full(self)
+
+    @property
+    def tempering(self) -> Tempering:
+        """The step from the recorded logits to those of μ."""
+        return _tempering(self)
 
 
 if TYPE_CHECKING:
     Divergence: TypeAlias = torch.Tensor | TopKDivergence | FullDivergence
+    Centering: TypeAlias = TopKCentering | FullCentering
+
+
+def _check_top_k(ids: object, **log_probs: object) -> None:
+    """Raise unless these are ids (…, K) and log-probs of them."""
+    ids = check_tensor("ids", ids, "integral")
+    if ids.ndim == 0:
+        msg = "ids: expected shape (…, K), got ()"
+        raise ValueError(msg)
+    for name, log_prob in log_probs.items():
+        check_shape(name, check_tensor(name, log_prob, beside=ids), ids.shape, "ids")
+
+
+def _check_full(record: FullDivergence | FullCentering) -> None:
+    """Raise for what is no behaviour policy, and keep the temperature as a Python float."""
+    if not isinstance(record.behavior, LinearHead):
+        check_tensor("behavior", record.behavior)
+    object.__setattr__(record, "temperature", check_number("temperature", record.temperature, above=0.0))
+
+
+def _tempering(record: FullDivergence | FullCentering) -> Tempering:
+    cap = record.behavior.logit_softcap if isinstance(record.behavior, LinearHead) else None
+    return Tempering(record.temperature, cap)
 
 
 def check_head(hidden: object, weight: object, bias: object | None) -> None:

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from drpo_core.engines.elementary import functions, wide_vectors
 from drpo_torch.engines.threads import in_threads
-from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Pull, Statistics, Tempering, working_dtype
+from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, ArrayRows, Places, Pull, Statistics, Tempering, working_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ class LoopRows:
     keeps = False
 
     def __init__(self, tempering: Tempering, dtype: torch.dtype) -> None:
-        self.numbers = _numbers(tempering)
+        self.tempering, self.numbers = tempering, _numbers(tempering)
         self.dtype, self.kernels = working_dtype(dtype), _kernels(dtype)
 
     def statistics(
@@ -65,6 +65,10 @@ class LoopRows:
         kept: bool = False,  # noqa: ARG002
     ) -> None:
         """See `RowKernels`; where `pull` is 0 so is the result, whatever the row holds."""
+        if pull.everywhere is not None:
+            others = ArrayRows(self.tempering, z.shape[-1], z.dtype, z.device)
+            others.gradients(z, places, pull, statistics=statistics, out=out)
+            return
         rows, into = _Rows.of(z, places), _Rows.of(out, places)
         slope = torch.zeros_like(pull.scale) if pull.slope is None else pull.slope
         every = (statistics.maximum, statistics.total, pull.scale, slope)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LARGEST_LOG_RATIO",
     "ArrayRows",
+    "Everywhere",
     "Places",
     "Pull",
     "RowKernels",
@@ -85,7 +86,7 @@ class Statistics(NamedTuple):
         # two tanh of one argument may differ in their last bit
         return (x - self.maximum.reshape(-1, *extra)).clamp_(max=0.0) - self.log_sum.reshape(-1, *extra)
 
-    def at(self, rows: torch.Tensor) -> Statistics:
+    def at(self, rows: torch.Tensor | slice) -> Statistics:
         """The statistics of some of the rows."""
         return Statistics(*(None if field is None else field[rows] for field in self))  # type: ignore[arg-type]
 
@@ -101,30 +102,71 @@ class Statistics(NamedTuple):
         return cls(maximum, log_sum, rest[0] if entropy else None, rest[-1])
 
 
+class Everywhere(Protocol):
+    """Derivatives at all columns of some rows, which are formed a few rows at a time."""
+
+    @property
+    def moves(self) -> torch.Tensor:
+        """The rows that may have any."""
+        ...
+
+    @property
+    def size(self) -> torch.Tensor:
+        """A bound of their sum of absolute values, a row."""
+        ...
+
+    def of(self, step: slice, log_prob: torch.Tensor) -> torch.Tensor:
+        """Those of a few neighbouring rows, by their number among these and their log-probs (rows, V)."""
+        ...
+
+    def at_rows(self, rows: torch.Tensor) -> Everywhere:
+        """Those of some of the rows."""
+        ...
+
+    def scaled(self, factor: torch.Tensor) -> Everywhere:
+        """Those times a factor a row."""
+        ...
+
+
 class Pull(NamedTuple):
-    """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + `at` some columns; an entry or (columns) C a row."""
+    """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + `at` some columns; an entry or (columns) C a row.
+
+    `everywhere` adds derivatives at all columns.
+    """
 
     columns: torch.Tensor
     at: torch.Tensor
     scale: torch.Tensor
     slope: torch.Tensor | None = None
+    everywhere: Everywhere | None = None
+
+    @property
+    def moves(self) -> torch.Tensor:
+        """The rows where it is not 0."""
+        moves = (self.at != 0.0).any(-1) | (self.scale != 0.0)
+        moves = moves if self.slope is None else moves | (self.slope != 0.0)
+        return moves if self.everywhere is None else moves | self.everywhere.moves
 
     def size(self, vocabulary: int) -> torch.Tensor:
         """A bound of the largest of a row's derivatives, and of half of what they add up to."""
         # half of what those at columns and of the softmax add up to; Σ p (max x − x) is an entropy less a log-sum
         of_softmax = self.scale.abs() if self.slope is None else self.scale.abs() + self.slope.abs() * math.log(vocabulary)
-        if self.columns.shape[1] == 1 and self.slope is None:
+        if self.columns.shape[1] == 1 and self.slope is None and self.everywhere is None:
             return torch.maximum(self.at.abs()[:, 0], of_softmax)
-        return self.at.abs().sum(-1) + of_softmax
+        size = self.at.abs().sum(-1) + of_softmax
+        return size if self.everywhere is None else size + self.everywhere.size
 
     def at_rows(self, rows: torch.Tensor) -> Pull:
         """The pull of some of the rows."""
-        return Pull(*(None if field is None else field[rows] for field in self))  # type: ignore[arg-type]
+        slope = None if self.slope is None else self.slope[rows]
+        everywhere = None if self.everywhere is None else self.everywhere.at_rows(rows)
+        return Pull(self.columns[rows], self.at[rows], self.scale[rows], slope, everywhere)
 
     def scaled(self, factor: torch.Tensor) -> Pull:
         """The pull times a factor a row."""
         slope = None if self.slope is None else self.slope * factor
-        return Pull(self.columns, self.at * factor[:, None], self.scale * factor, slope)
+        everywhere = None if self.everywhere is None else self.everywhere.scaled(factor)
+        return Pull(self.columns, self.at * factor[:, None], self.scale * factor, slope, everywhere)
 
 
 class Places:
@@ -213,7 +255,7 @@ class RowKernels(Protocol):
     ) -> None:
         """∂/∂z to the rows of `out`, which may be z; with `kept`, `out` holds what `statistics` has left there.
 
-        Rows where `pull` is 0 become 0 or NaN if what they hold is not finite.
+        Rows where `pull` is 0 become 0 or NaN if what they hold is not finite. `kept` excludes a pull everywhere.
         """
         ...
 
@@ -270,6 +312,8 @@ class ArrayRows:
                 else:
                     x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
                     p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
+            if pull.everywhere is not None:
+                p.add_(pull.everywhere.of(step, statistics.at(step).log_prob(x)))
             p.scatter_add_(-1, pull.columns[step], pull.at[step])
             self.tempering.pull_back_(p, p if kept else stored)
             if not isinstance(key, slice):

@@ -1,0 +1,163 @@
+"""The score-centring term at vocabulary scale: over K recorded tokens and a tail, or over all tokens, a few rows at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from drpo_core.centering import outcome_terms
+from drpo_core.modes.mode import Mode, is_whole_mode
+from drpo_torch.engines import Batch, run_pass
+from drpo_torch.engines._namespace import namespace
+from drpo_torch.vocabulary.divergences import repeated
+from drpo_torch.vocabulary.softmax import Workspace
+
+if TYPE_CHECKING:
+    from drpo_core import Objective
+    from drpo_core.loss import Engine
+    from drpo_torch.vocabulary.behavior import BehaviorLogits
+    from drpo_torch.vocabulary.recorded import TopKCentering
+    from drpo_torch.vocabulary.softmax import Places, Tempering
+
+__all__ = ["CenteredRows", "FullTerm", "Measured", "top_k_terms"]
+
+
+class Measured(NamedTuple):
+    """Per row, before the coefficient of the reduction: the term Σ C_v log π_v, Σ C_v, and Σ abs(C_v)."""
+
+    value: torch.Tensor
+    total: torch.Tensor
+    size: torch.Tensor
+
+
+def top_k_terms(
+    objective: Objective,
+    recorded: TopKCentering,
+    key: torch.Tensor | slice,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    divergence: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The term per row, and C_v (rows, K), from log π of the recorded tokens."""
+
+    def of_rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().reshape(-1, tensor.shape[-1])[key]
+
+    every = [log_prob, of_rows(recorded.behavior_log_prob)]
+    if recorded.proximal_log_prob is not None:
+        every.append(of_rows(recorded.proximal_log_prob))
+    again = repeated(of_rows(recorded.ids))
+    if again is not None:
+        every = [log_probs.masked_fill(again, -torch.inf) for log_probs in every]
+    values, coefficients = outcome_terms(
+        objective,
+        every[0],
+        every[1],
+        advantages,
+        tail=True,
+        mask=None,
+        proximal_log_prob=every[2] if len(every) > 2 else None,
+        divergence=divergence,
+        xp=namespace(),
+    )
+    return values.sum(-1), coefficients
+
+
+class FullTerm:
+    """The term of all rows over the whole vocabulary."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        behavior: BehaviorLogits,
+        advantages: torch.Tensor,
+        engine: Engine,
+        dtype: torch.dtype,
+    ) -> None:
+        self.objective, self.behavior, self.advantages = objective, behavior, advantages
+        self.engine, self.dtype = engine, dtype
+
+    def measure(
+        self, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering, divergence: torch.Tensor | None
+    ) -> Measured:
+        """What is known of rows whose logits are at these places, before their gradient is formed."""
+        work = Workspace(logits.shape[-1], self.dtype, logits.device)
+        measured = torch.empty((3, len(rows)), dtype=self.dtype, device=logits.device)
+        of_rows = CenteredRows(self, rows.index, divergence, torch.ones_like(measured[0]), measured[2])
+        for step, buffer, _ in work.steps(len(rows)):
+            log_prob = log_softmax(tempering(work.take(logits, places[step].key), buffer))
+            coefficients = of_rows.of(step, log_prob)
+            measured[1, step], measured[2, step] = coefficients.sum(-1), coefficients.abs().sum(-1)
+            measured[0, step] = coefficients.mul_(log_prob.masked_fill_(log_prob == -torch.inf, 0.0)).sum(-1)
+        return Measured(*measured)
+
+    def coefficients(
+        self, log_prob: torch.Tensor, behavior: torch.Tensor, advantages: torch.Tensor, divergence: torch.Tensor | None
+    ) -> torch.Tensor:
+        """C_v of a few rows, (rows, V)."""
+        if is_whole_mode(self.objective):
+            every = (log_prob, behavior, advantages)
+            options: dict[str, Any] = {"mask": None, "proximal_log_prob": None, "divergence": divergence}
+            found: torch.Tensor = outcome_terms(self.objective, *every, tail=False, **options, xp=namespace())[1]
+            return found
+
+        def spread(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:, None].expand_as(log_prob)
+
+        objective = self.objective.objective if isinstance(self.objective, Mode) else self.objective
+        everything, factors = torch.ones_like(log_prob, dtype=torch.bool), behavior.exp().neg_()
+        measured = None if divergence is None else spread(divergence)
+        batch = Batch(log_prob, behavior, spread(advantages), everything, factors, measured)
+        dtypes = {"dtype": self.dtype, "gradient_dtype": self.dtype}
+        gradient: torch.Tensor = run_pass(objective, batch, self.engine, **dtypes, diagnostics=False).gradient
+        return gradient
+
+
+class CenteredRows:
+    """Coefficients C_v of some rows, times a factor a row: `drpo_torch.vocabulary.softmax.Everywhere`."""
+
+    def __init__(
+        self,
+        term: FullTerm,
+        index: torch.Tensor,
+        divergence: torch.Tensor | None,
+        factor: torch.Tensor,
+        size: torch.Tensor,
+    ) -> None:
+        self._term, self._index, self._divergence = term, index, divergence
+        self._factor, self._size = factor, size
+        self._behavior = term.behavior.reader(index)
+
+    @property
+    def moves(self) -> torch.Tensor:
+        """The rows whose factor is not 0."""
+        return self._factor != 0.0
+
+    @property
+    def size(self) -> torch.Tensor:
+        """Σ abs(C_v) times the factor, a row."""
+        return self._size * self._factor.abs()
+
+    def of(self, step: slice, log_prob: torch.Tensor) -> torch.Tensor:
+        """Factor times C_v."""
+        term, behavior = self._term, log_softmax(self._behavior(step).to(self._term.dtype))
+        divergence = None if self._divergence is None else self._divergence[step]
+        found = term.coefficients(log_prob, behavior, term.advantages[self._index[step]], divergence)
+        return found.mul_(self._factor[step, None])
+
+    def at_rows(self, rows: torch.Tensor) -> CenteredRows:
+        """The same of some of the rows."""
+        divergence = None if self._divergence is None else self._divergence[rows]
+        return CenteredRows(self._term, self._index[rows], divergence, self._factor[rows], self._size[rows])
+
+    def scaled(self, factor: torch.Tensor) -> CenteredRows:
+        """The same, times another factor a row."""
+        return CenteredRows(self._term, self._index, self._divergence, self._factor * factor, self._size)
+
+
+def log_softmax(x: torch.Tensor) -> torch.Tensor:
+    """Log-probs x − log Σ e^x of rows, not rounded to the size of the logits."""
+    # torch's own adds up the exponentials one after the other, in float32 to five digits
+    shifted = x - x.amax(-1, keepdim=True)
+    return shifted.sub_(shifted.exp().sum(-1, keepdim=True).log_())
