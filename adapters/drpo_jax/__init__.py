@@ -8,9 +8,11 @@ from drpo_jax.centering import score_centering
 from drpo_jax.loss import policy_loss, token_loss
 from drpo_jax.vocabulary import (
     Divergences,
+    FullCentering,
     FullDivergence,
     LinearHead,
     TokenLogProb,
+    TopKCentering,
     TopKDivergence,
     VocabularyLoss,
     full_divergences,
@@ -23,9 +25,11 @@ from drpo_jax.vocabulary import (
 
 __all__ = [
     "Divergences",
+    "FullCentering",
     "FullDivergence",
     "LinearHead",
     "TokenLogProb",
+    "TopKCentering",
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",

@@ -1,5 +1,6 @@
 """Losses, log-probs and divergences from logits (…, V) or from the LM head, which never form a log-softmax of all tokens."""
 
+from drpo_jax.vocabulary.centering import FullCentering, TopKCentering
 from drpo_jax.vocabulary.divergences import (
     Divergences,
     FullDivergence,
@@ -14,9 +15,11 @@ from drpo_jax.vocabulary.logits import VocabularyLoss, logits_policy_loss
 
 __all__ = [
     "Divergences",
+    "FullCentering",
     "FullDivergence",
     "LinearHead",
     "TokenLogProb",
+    "TopKCentering",
     "TopKDivergence",
     "VocabularyLoss",
     "full_divergences",

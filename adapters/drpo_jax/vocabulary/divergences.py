@@ -34,9 +34,12 @@ __all__ = [
     "TopKDivergence",
     "broken_tokens",
     "check_divergence",
+    "check_full",
+    "check_top_k",
     "full_divergences",
     "keep_valid",
     "measure",
+    "repeated",
     "top_k_divergences",
 ]
 
@@ -317,7 +320,7 @@ def top_k_divergences(
     check_integers(tokens=tokens)
     for name, array in (("tokens", tokens), ("log_normalizer", log_normalizer), ("behavior_log_prob", behavior_log_prob)):
         check_shape(name, array, leading, "logits without its last axis")
-    _check_top_k(recorded, leading, names=("top_k_ids", "top_k_behavior_log_prob"))
+    check_top_k(leading, "top_k_ids", recorded.ids, top_k_behavior_log_prob=recorded.behavior_log_prob)
 
     def run(*arrays: Any) -> tuple[None, Divergences]:  # noqa: ANN401 -- the arrays below
         return None, _top_k_divergences(*arrays, temperature=temperature)
@@ -329,24 +332,29 @@ def top_k_divergences(
 
 def check_divergence(divergence: Divergence | None, leading: tuple[int, ...], vocabulary: int) -> None:
     """Raise for what is no divergence of tokens of this shape."""
-    of = "the tokens"
     if isinstance(divergence, TopKDivergence):
-        _check_top_k(divergence, leading, names=("divergence.ids", "divergence.behavior_log_prob"))
-    elif isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
-        head, prefix = divergence.behavior, "divergence.behavior."
-        check_head(head.hidden, head.weight, None, prefix=prefix)
-        check_shape(f"{prefix}hidden", head.hidden, (*leading, *head.hidden.shape[-1:]), f"{of} and one more axis, H")
-        if head.weight.shape[0] != vocabulary:
-            msg = f"{prefix}weight: expected one row for each of the {vocabulary} tokens, got {head.weight.shape}"
-            raise ValueError(msg)
-        check_head(head.hidden, head.weight, head.bias, prefix=prefix)
+        log_prob = {"divergence.behavior_log_prob": divergence.behavior_log_prob}
+        check_top_k(leading, "divergence.ids", divergence.ids, **log_prob)
     elif isinstance(divergence, FullDivergence):
-        behavior: Any = divergence.behavior
-        check_float(**{"divergence.behavior": behavior})
-        check_shape("divergence.behavior", behavior, (*leading, vocabulary), f"{of} and the vocabulary, (…, V)")
+        check_full("divergence.behavior", divergence.behavior, leading, vocabulary)
     elif divergence is not None:
         check_float(divergence=divergence)
-        check_shape("divergence", divergence, leading, of)
+        check_shape("divergence", divergence, leading, "the tokens")
+
+
+def check_full(name: str, behavior: Any, leading: tuple[int, ...], vocabulary: int) -> None:  # noqa: ANN401 -- to be checked
+    """Raise unless these are logits of the whole vocabulary, or a head that has them, for tokens of this shape."""
+    if not isinstance(behavior, LinearHead):
+        check_float(**{name: behavior})
+        check_shape(name, behavior, (*leading, vocabulary), "the tokens and the vocabulary, (…, V)")
+        return
+    prefix = f"{name}."
+    check_head(behavior.hidden, behavior.weight, None, prefix=prefix)
+    check_shape(f"{prefix}hidden", behavior.hidden, (*leading, *behavior.hidden.shape[-1:]), "the tokens and one more axis, H")
+    if behavior.weight.shape[0] != vocabulary:
+        msg = f"{prefix}weight: expected one row for each of the {vocabulary} tokens, got {behavior.weight.shape}"
+        raise ValueError(msg)
+    check_head(behavior.hidden, behavior.weight, behavior.bias, prefix=prefix)
 
 
 def keep_valid(mask: jax.Array, arrays: Any) -> Any:  # noqa: ANN401 -- a pytree
@@ -360,11 +368,12 @@ def keep_valid(mask: jax.Array, arrays: Any) -> Any:  # noqa: ANN401 -- a pytree
     return jax.tree.map(kept, arrays, is_leaf=lambda leaf: isinstance(leaf, LinearHead))
 
 
-def broken_tokens(tokens: jax.Array, divergence: Divergence | None, vocabulary: int) -> jax.Array:
+def broken_tokens(tokens: jax.Array, records: Any, vocabulary: int) -> jax.Array:  # noqa: ANN401 -- a pytree
     """True at tokens whose id, or one of whose recorded ids, is outside the vocabulary."""
     broken = outside_vocabulary(tokens, vocabulary)
-    if isinstance(divergence, TopKDivergence):
-        broken = broken | jnp.any(outside_vocabulary(divergence.ids, vocabulary), axis=-1)
+    for ids in jax.tree.leaves(records):
+        if jnp.issubdtype(ids.dtype, jnp.integer):
+            broken = broken | jnp.any(outside_vocabulary(ids, vocabulary), axis=-1)
     return broken
 
 
@@ -423,7 +432,7 @@ def _top_k_divergences(
     def log_prob(ids: jax.Array) -> jax.Array:
         return entries(logits, ids, mask).astype(dtype) / temperature - log_normalizer[..., None].astype(dtype)
 
-    again = _repeated(recorded.ids)
+    again = repeated(recorded.ids)
     both = tuple(
         function(
             log_prob(tokens[..., None])[..., 0],
@@ -439,15 +448,15 @@ def _top_k_divergences(
     return Divergences(*(poisoned(x, broken) for x in both))
 
 
-def _repeated(ids: jax.Array) -> jax.Array:
+def repeated(ids: jax.Array) -> jax.Array:
     """True where an id has occurred before in its row; comparisons that fuse, not an array of (…, K, K)."""
     earlier = jnp.tril(jnp.ones((ids.shape[-1], ids.shape[-1]), bool), -1)
     return jnp.any((ids[..., :, None] == ids[..., None, :]) & jnp.broadcast_to(earlier, (*ids.shape, ids.shape[-1])), axis=-1)
 
 
-def _check_top_k(recorded: TopKDivergence, leading: tuple[int, ...], *, names: tuple[str, str]) -> None:
-    """Raise unless ids and log-probs are of K tokens at each position."""
-    ids, log_prob = recorded.ids, recorded.behavior_log_prob
-    check_top_k_ids(names[0], ids, leading)
-    check_float(**{names[1]: log_prob})
-    check_shape(names[1], log_prob, ids.shape, names[0])
+def check_top_k(leading: tuple[int, ...], name: str, ids: jax.Array, **log_probs: jax.Array) -> None:
+    """Raise unless ids and log-probs are of K tokens at each position; names are those of the arguments."""
+    check_top_k_ids(name, ids, leading)
+    check_float(**log_probs)
+    for of, log_prob in log_probs.items():
+        check_shape(of, log_prob, ids.shape, name)

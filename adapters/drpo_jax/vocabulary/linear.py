@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from drpo_core import merge_diagnostics
 from drpo_core._checks import check_number
+from drpo_core.centering import outcome_terms
 from drpo_core.loss import policy_pass, reduction_of
 from drpo_core.modes.mode import Mode, Resolved, check_others, resolve
 from drpo_core.objectives import PolicyGradient
@@ -19,16 +20,20 @@ from drpo_core.reduction import reduction_coefficients
 from drpo_jax._checks import check_head, check_jax_arrays, check_tokens, working_dtype
 from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode, varying_like
+from drpo_jax.vocabulary.centering import TopKCentering, check_centering, outcomes_of
 from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
-from drpo_jax.vocabulary.divergences import FullDivergence, LinearHead, broken_tokens, check_divergence, measure
+from drpo_jax.vocabulary.divergences import LinearHead, broken_tokens, check_divergence, measure
 from drpo_jax.vocabulary.logits import VocabularyLoss
 from drpo_jax.vocabulary.softmax import Normalized, entries, inside_vocabulary, one_hot
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.loss import PolicyLoss
     from drpo_core.reduction import Reduction
+    from drpo_jax.vocabulary.centering import Centering, Outcomes
     from drpo_jax.vocabulary.divergences import Divergence
 
 __all__ = ["linear_policy_loss"]
@@ -51,6 +56,7 @@ def linear_policy_loss(
     token_weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     divergence: Divergence | None = None,
+    centering: Centering | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     entropy: bool = False,
@@ -90,6 +96,9 @@ def linear_policy_loss(
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure
         chunk by chunk. A `LinearHead` in it takes another chunk of logits.
+    centering
+        Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
+        `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
         T > 0, a number.
     logit_softcap
@@ -143,6 +152,7 @@ def linear_policy_loss(
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
     check_tokens(leading, "hidden without its last axis", **batch)
     check_divergence(divergence, leading, vocabulary)
+    check_centering(centering, objective, leading, vocabulary)
     others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
     check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids, **others)
     check_others(objective, others, behavior_log_prob, xp=xp)
@@ -168,26 +178,28 @@ def linear_policy_loss(
         sequences: dict[str, Any] = {"mask": mask, "segment_ids": segment_ids}
         mode = resolve(objective, **log_probs, advantages=a, **sequences, diagnostics=diagnostics, dtype=dtype, xp=xp)
     coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
+    factors = None if centering is None else coefficients
     penalty = None if mode.penalty is None else [jnp.where(mode.counted, coefficients * part, 0.0) for part in mode.penalty]
     batch["anchor_log_prob"], coefficients = mode.anchor_log_prob, mode.scaled(coefficients)
-    step = _Step(mode.objective, dtype, temperature, logit_softcap, entropy, diagnostics, min(chunk_tokens, max(1, mask.size)))
+    chunk = min(chunk_tokens, max(1, mask.size))
+    step = _Step(objective, mode.objective, dtype, temperature, logit_softcap, entropy, diagnostics, chunk)
 
     def run(
         hidden: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None,
         batch: dict[str, jax.Array],
-        divergence: Divergence | None,
+        records: tuple[Divergence | None, Centering | None],
         coefficients: jax.Array,
+        factors: jax.Array | None,
         penalty: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Diagnostics | None], dict[str, jax.Array]]:
         rows: dict[str, Any] = batch | {"coefficients": jnp.broadcast_to(coefficients, leading), "penalty": penalty}
-        # of a recorded head, only the hidden states are per token
-        behavior_head = None
-        if isinstance(divergence, FullDivergence) and isinstance(divergence.behavior, LinearHead):
-            behavior_head = divergence.behavior
-            divergence = replace(divergence, behavior=behavior_head.hidden)
-        rows["divergence"] = divergence
+        if factors is not None:
+            rows["factors"] = jnp.broadcast_to(factors, leading)
+        rows["divergence"], rows["centering"], heads = None, None, {}
+        for name, record in zip(("divergence", "centering"), records, strict=True):
+            rows[name], heads[name] = _without_head(record)
         loss, statistics, per_token = _with_gradients(
             step,
             hidden,
@@ -195,11 +207,12 @@ def linear_policy_loss(
             None if bias is None else varying_like(hidden, bias),
             rows.pop("mask"),
             rows,
-            behavior_head,
+            heads,
         )
         return (loss, statistics), per_token
 
-    constants = jax.lax.stop_gradient((batch, divergence, coefficients, None if penalty is None else penalty[1]))
+    of_penalty = None if penalty is None else penalty[1]
+    constants = jax.lax.stop_gradient((batch, (divergence, centering), coefficients, factors, of_penalty))
     (loss, statistics), per_token = in_auto_mode(run, hidden, weight, bias, *constants)
     statistics, per_token = jax.lax.stop_gradient((statistics, per_token))
     if penalty is not None:
@@ -207,6 +220,21 @@ def linear_policy_loss(
     if statistics is not None:
         statistics |= mode.diagnostics
     return VocabularyLoss(loss, statistics, per_token["log_prob"], per_token.get("entropy"))
+
+
+_Heads: TypeAlias = "dict[str, LinearHead | None]"
+"""Heads of the behaviour policy, by the argument that brought them."""
+
+
+def _without_head(record: Any) -> tuple[Any, LinearHead | None]:  # noqa: ANN401 -- a divergence or a centring
+    """The record with the hidden states in the place of a head, of which only they are per token; and the head."""
+    head = getattr(record, "behavior", None)
+    return (replace(record, behavior=head.hidden), head) if isinstance(head, LinearHead) else (record, None)
+
+
+def _with_head(record: Any, head: LinearHead | None) -> Any:  # noqa: ANN401
+    """The inverse, for a chunk of tokens."""
+    return record if head is None else replace(record, behavior=replace(head, hidden=record.behavior))
 
 
 class _Sums(NamedTuple):
@@ -222,9 +250,18 @@ class _Sums(NamedTuple):
         return _Sums(self.loss + found.loss, merged)
 
 
-class _Step(NamedTuple):
-    """What is done to a chunk, apart from its arrays."""
+class _OfLogits(NamedTuple):
+    """A chunk's softmax, z = h Wᵀ + b, and a derivative in each log-prob, or None."""
 
+    probability: jax.Array
+    z: jax.Array
+    everywhere: jax.Array | None
+
+
+class _Step(NamedTuple):
+    """What is done to a chunk, apart from its arrays. `centred` is the objective or mode as it was given."""
+
+    centred: Objective
     objective: Objective
     dtype: Any
     temperature: float
@@ -234,21 +271,20 @@ class _Step(NamedTuple):
     chunk: int
 
     def values(
-        self, head: LinearHead, valid: jax.Array, rows: dict[str, Any], behavior_head: LinearHead | None
-    ) -> tuple[PolicyLoss, dict[str, jax.Array], jax.Array, jax.Array]:
-        """Loss, c ∂L/∂log π and diagnostics; what is measured per token; the softmax; z = h Wᵀ + b."""
+        self, head: LinearHead, valid: jax.Array, rows: dict[str, Any], heads: _Heads
+    ) -> tuple[PolicyLoss, dict[str, jax.Array], _OfLogits]:
+        """Loss, c ∂L/∂log π and diagnostics; what is measured per token; what the gradient in the logits is made of."""
         z = head.uncapped(working_dtype(head.hidden, head.weight))
         logits = head.capped(z)
         policy = Normalized.of(logits / self.temperature)
         log_prob = policy.log_prob(entries(logits, rows["tokens"][:, None]) / self.temperature)[:, 0]
-        divergence = rows["divergence"]
-        broken = broken_tokens(rows["tokens"], divergence, logits.shape[-1])
-        if behavior_head is not None:
-            divergence = replace(divergence, behavior=replace(behavior_head, hidden=divergence.behavior))
+        divergence, centering = rows["divergence"], rows["centering"]
+        broken = broken_tokens(rows["tokens"], (divergence, centering), logits.shape[-1])
+        log_normalizer = policy.top + policy.log_total
         divergence = measure(
-            divergence,
+            _with_head(divergence, heads["divergence"]),
             logits=logits,
-            log_normalizer=policy.top + policy.log_total,
+            log_normalizer=log_normalizer,
             tokens=rows["tokens"],
             behavior_log_prob=rows["behavior_log_prob"],
             temperature=self.temperature,
@@ -256,13 +292,36 @@ class _Step(NamedTuple):
         found = self.in_pass(log_prob, rows, valid, divergence)
         if rows["penalty"] is not None:
             found = found._replace(gradient=found.gradient + jnp.where(valid, rows["penalty"], 0.0))
+        everywhere = None
+        if centering is not None:
+            outcomes = outcomes_of(
+                _with_head(centering, heads["centering"]),
+                logits=logits,
+                log_normalizer=log_normalizer,
+                temperature=self.temperature,
+            )
+            values, everywhere = self.centering_term(outcomes, rows, valid, divergence)
+            found = found._replace(loss=found.loss + jnp.sum(values).astype(found.loss.dtype))
+            if isinstance(centering, TopKCentering):
+                row, column = jnp.arange(len(logits))[:, None], inside_vocabulary(centering.ids, logits.shape[-1])
+                everywhere = jnp.zeros_like(logits).at[row, column].add(everywhere.astype(logits.dtype))
         # a NaN whatever the objective makes of the token
         poison = jnp.where(broken, jnp.nan, 0.0).astype(self.dtype)
         found = found._replace(loss=found.loss + jnp.sum(poison), gradient=found.gradient + poison)
         measured = {"log_prob": jnp.where(broken, jnp.nan, log_prob)}
         if self.entropy:
             measured["entropy"] = policy.entropy
-        return found, measured, policy.probability, z
+        return found, measured, _OfLogits(policy.probability, z, everywhere)
+
+    def centering_term(
+        self, outcomes: Outcomes, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Factors c times the score-centring term, and times its coefficients C_v of the outcomes."""
+        log_prob, recorded, tail = outcomes
+        options = recorded | {"advantages": rows["advantages"], "divergence": divergence, "mask": valid}
+        values, found = outcome_terms(self.centred, log_prob, **options, tail=tail, xp=xp)
+        factors = jnp.where(valid, rows["factors"], 0.0)[:, None]
+        return factors * values, factors * found
 
     def in_pass(self, log_prob: jax.Array, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None) -> PolicyLoss:
         """The kernel of drpo_core."""
@@ -286,12 +345,21 @@ class _Step(NamedTuple):
         found = self.in_pass(zero, rows, zero > 0.0, None if divergence is None else zero)
         return _Sums(found.loss, found.diagnostics)
 
-    def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, probability: jax.Array, z: jax.Array) -> jax.Array:
-        """∂loss/∂z, z = h Wᵀ + b: slope (1[v = token] − π(v)) / T, times the soft-cap's derivative."""
+    def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, of: _OfLogits) -> tuple[jax.Array, jax.Array]:
+        """∂loss/∂z = (slope (1[v = token] − π(v)) + C(v) − π(v) Σ C) / T, z = h Wᵀ + b, and which rows have any.
+
+        Times the soft-cap's derivative. C is a derivative in all log-probs, if there is one.
+        """
+        probability, z, everywhere = of
         here = one_hot(inside_vocabulary(ids, z.shape[-1]), z)
-        difference = before_softcap(jnp.where(here, 1.0, 0.0) - probability, z, self.logit_softcap)
+        moves, gradient = slope != 0.0, (jnp.where(here, 1.0, 0.0) - probability) * (slope / self.temperature)[:, None]
+        if everywhere is not None:
+            moves = moves | jnp.any(everywhere != 0.0, axis=-1)
+            total = jnp.sum(everywhere, axis=-1, keepdims=True)
+            gradient = gradient + (everywhere - probability * total) / self.temperature
+        gradient = before_softcap(gradient, z, self.logit_softcap)
         # by selection: a dropped token's row may hold a NaN
-        return jnp.where(slope[:, None] == 0.0, 0.0, difference * (slope / self.temperature)[:, None])
+        return jnp.where(moves[:, None], gradient, 0.0), moves
 
 
 def _with_gradients(
@@ -301,7 +369,7 @@ def _with_gradients(
     bias: jax.Array | None,
     mask: jax.Array,
     rows: dict[str, Any],
-    behavior_head: LinearHead | None,
+    heads: _Heads,
 ) -> tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]]:
     @jax.custom_vjp
     def run(
@@ -323,7 +391,7 @@ def _with_gradients(
         return (*scaled.cast(hidden, weight, bias), None, None, None)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(hidden, weight, bias, mask, rows, behavior_head)
+    return run(hidden, weight, bias, mask, rows, heads)
 
 
 def _sweep(
@@ -334,7 +402,7 @@ def _sweep(
     bias: jax.Array | None,
     mask: jax.Array,
     rows: dict[str, Any],
-    behavior_head: LinearHead | None,
+    heads: _Heads,
 ) -> tuple[tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]], Gradients]:
     """Take every valid token through `step`, a chunk at a time."""
     dtype = working_dtype(hidden, weight)
@@ -347,12 +415,12 @@ def _sweep(
     ) -> tuple[tuple[_Sums, HeadSums], dict[str, jax.Array]]:
         (sums, head_sums), (h, chunk_rows) = carry, taken
         head = LinearHead(h, weight, bias, step.logit_softcap)
-        found, figures, probability, z = step.values(head, valid, chunk_rows, behavior_head)
+        found, figures, of = step.values(head, valid, chunk_rows, heads)
         if needed.any:
             slope = found.gradient.astype(dtype)
-            of_logits = step.gradient_of_logits(chunk_rows["tokens"], slope, probability, z)
+            of_logits, moves = step.gradient_of_logits(chunk_rows["tokens"], slope, of)
             # a dropped token's hidden state may hold a NaN too
-            h = jnp.where(slope[:, None] == 0.0, jnp.zeros((), h.dtype), h)
+            h = jnp.where(moves[:, None], h, jnp.zeros((), h.dtype))
             head_sums, of_hidden = head_sums.plus(of_logits, h, weight, needed)
             figures |= of_hidden
         return (sums.plus(found), head_sums), figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,10 +12,13 @@ from drpo_core._checks import check_number
 from drpo_core.loss import reduction_of
 from drpo_core.modes.mode import check_others
 from drpo_core.objectives.protocol import check_objective
+from drpo_core.reduction import reduction_coefficients
 from drpo_jax._checks import check_jax_arrays, check_logits, check_tokens, working_dtype
 from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode
+from drpo_jax.centering import centering_term
 from drpo_jax.loss import mode_loss
+from drpo_jax.vocabulary.centering import check_centering, outcomes_of
 from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure
 from drpo_jax.vocabulary.log_prob import selected_log_prob
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.diagnostics import Diagnostics
     from drpo_core.reduction import Reduction
+    from drpo_jax.vocabulary.centering import Centering
     from drpo_jax.vocabulary.divergences import Divergence
 
 __all__ = ["VocabularyLoss", "logits_policy_loss"]
@@ -54,6 +59,7 @@ def logits_policy_loss(
     token_weights: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     divergence: Divergence | None = None,
+    centering: Centering | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     diagnostics: bool = True,
@@ -82,6 +88,9 @@ def logits_policy_loss(
         See `drpo_jax.policy_loss`.
     divergence
         For ``DPPO(divergence="per_token")``: a divergence per token, or a `TopKDivergence` or `FullDivergence` to measure.
+    centering
+        Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
+        `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
         T > 0, a number: π = softmax(logits / T).
     entropy
@@ -131,6 +140,7 @@ def logits_policy_loss(
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
     check_tokens(leading, "logits without its last axis", **batch)
     check_divergence(divergence, leading, vocabulary)
+    check_centering(centering, objective, leading, vocabulary)
     others: dict[str, Any] = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
     check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids, **others)
     check_others(objective, others, behavior_log_prob, xp=xp)
@@ -140,10 +150,14 @@ def logits_policy_loss(
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
 
     def run(
-        logits: jax.Array, batch: dict[str, jax.Array], divergence: Divergence | None, arrays: dict[str, jax.Array]
+        logits: jax.Array,
+        batch: dict[str, jax.Array],
+        divergence: Divergence | None,
+        centering: Centering | None,
+        arrays: dict[str, jax.Array],
     ) -> tuple[tuple[jax.Array, Diagnostics | None], tuple[jax.Array, jax.Array | None]]:
         mask, behavior_log_prob = batch["mask"], batch["behavior_log_prob"]
-        ids, divergence = keep_valid(mask, (batch["tokens"], divergence))
+        ids, divergence, centering = keep_valid(mask, (batch["tokens"], divergence, centering))
         result = selected_log_prob(temperature, entropy, logits, ids, None, mask)
         measured = measure(
             divergence,
@@ -154,7 +168,7 @@ def logits_policy_loss(
             temperature=temperature,
             mask=mask,
         )
-        poison = jnp.where(broken_tokens(ids, divergence, vocabulary), jnp.nan, 0.0).astype(result.log_prob.dtype)
+        poison = jnp.where(broken_tokens(ids, (divergence, centering), vocabulary), jnp.nan, 0.0).astype(result.log_prob.dtype)
         loss, statistics = mode_loss(
             objective,
             # times 1 or NaN, by which the gradient is multiplied too, even that of a token which the objective drops
@@ -170,10 +184,41 @@ def logits_policy_loss(
             dtype=dtype,
             diagnostics=diagnostics,
         )
+        if centering is not None:
+            term = _centering_term(
+                objective, centering, logits, result.log_normalizer, batch["advantages"], measured, mask, temperature
+            )
+            factors = reduction_coefficients(reduction, mask, dtype=dtype, **options | arrays, xp=xp)
+            loss = loss + jnp.sum(jnp.where(mask, jax.lax.stop_gradient(factors) * term, 0.0)).astype(loss.dtype)
         per_token = jax.lax.stop_gradient((result.log_prob, result.entropy))
         return (loss + jnp.sum(poison).astype(loss.dtype), statistics), per_token
 
     arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
-    constants = jax.lax.stop_gradient((batch | others, divergence, arrays))
+    constants = jax.lax.stop_gradient((batch | others, divergence, centering, arrays))
     (loss, statistics), (log_prob, entropies) = in_auto_mode(run, logits, *constants)
     return VocabularyLoss(loss, statistics, log_prob, entropies)
+
+
+def _centering_term(
+    objective: Objective,
+    centering: Centering,
+    logits: jax.Array,
+    log_normalizer: jax.Array,
+    advantages: jax.Array,
+    divergence: jax.Array | None,
+    mask: jax.Array,
+    temperature: float,
+) -> jax.Array:
+    """The score-centring term per token, differentiable in the logits and the log-normaliser."""
+
+    # differentiated as it stands, the term of the whole vocabulary would keep several arrays of the logits' shape
+    @partial(jax.checkpoint, prevent_cse=False)
+    def term(logits: jax.Array, log_normalizer: jax.Array, constants: Any) -> jax.Array:  # noqa: ANN401 -- a pytree
+        centering, per_token = constants
+        log_prob, recorded, tail = outcomes_of(
+            centering, logits=logits, log_normalizer=log_normalizer, temperature=temperature, mask=mask
+        )
+        return centering_term(objective, log_prob, jax.lax.stop_gradient(recorded | per_token), tail=tail)
+
+    per_token = {"advantages": advantages, "divergence": divergence, "mask": mask}
+    return term(logits, log_normalizer, jax.lax.stop_gradient((centering, per_token)))  # type: ignore[no-any-return]
