@@ -265,6 +265,10 @@ class _NoSequences:
         self._part, self.mask, self.xp = part, mask, xp
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse the part by its name."""
-        msg = f"objective: expected a mode that looks at one token at a time, got one with {self._part!r}"
-        raise ValueError(msg)
+        """A method that refuses the part by its name, once it is called."""
+
+        def refuse(*_: object, **__: object) -> None:
+            msg = f"objective: expected a mode that looks at one token at a time, got one with {self._part!r}"
+            raise ValueError(msg)
+
+        return refuse
