@@ -16,6 +16,7 @@ from array_api_compat import array_namespace
 import drpo_core
 import drpo_core.advantages
 import drpo_core.anchors
+import drpo_core.centering
 import drpo_core.corrections
 import drpo_core.diagnostics
 import drpo_core.modes
@@ -34,6 +35,7 @@ MODULES = (
     drpo_core.objectives,
     drpo_core.advantages,
     drpo_core.anchors,
+    drpo_core.centering,
     drpo_core.corrections,
     drpo_core.penalties,
     drpo_core.modes,

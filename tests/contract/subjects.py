@@ -161,6 +161,7 @@ ELSEWHERE = {
     "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
+    "centering": "a record of outcomes: tests/torch/vocabulary/test_centering.py and tests/jax/test_centering.py",
     "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
 """Parameters that are no axis here, and why."""
@@ -431,7 +432,8 @@ CLASSES = {
     "Family": "a line of the table of objectives: tests/core/objectives/test_table.py",
     "Mode": "is on the axis of objectives: some of each kind",
     **dict.fromkeys(("KeptGroups", "Policies", "Evidence"), VALUES),
-    **dict.fromkeys(("PolicyLoss", "TokenLoss", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
+    **dict.fromkeys(("PolicyLoss", "TokenLoss", "CenteringTerm", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
+    **dict.fromkeys(("TopKCentering", "FullCentering"), VALUES),
     **dict.fromkeys(("TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
     **dict.fromkeys(
         ("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"
@@ -452,6 +454,10 @@ NO_SUBJECTS = {
     **dict.fromkeys(
         (f"drpo_core.modes.{name}" for name in drpo_core.modes.__all__ if inspect.isfunction(getattr(drpo_core.modes, name))),
         "takes a framework's keys and no array: tests/modes",
+    ),
+    **dict.fromkeys(
+        ("drpo_core.centering.score_centering", "drpo_torch.score_centering", "drpo_jax.score_centering"),
+        "has no rows yet, for its arrays have an axis of outcomes: tests/core, tests/torch/vocabulary and tests/jax, test_centering.py",
     ),
     "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`",
 }

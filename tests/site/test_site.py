@@ -36,7 +36,8 @@ FLAGS = (
 )  # fmt: skip
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 PUBLIC = (
-    "drpo_core", "drpo_core.modes", "drpo_core.anchors", "drpo_core.corrections", "drpo_core.penalties", "drpo_core.testing",
+    "drpo_core", "drpo_core.modes", "drpo_core.anchors", "drpo_core.corrections", "drpo_core.penalties",
+    "drpo_core.centering", "drpo_core.testing",
     "drpo_core.audit", "drpo_core.audit.explorer", "drpo_core.audit.page",
     "drpo_core.audit.plots", "drpo_torch", "drpo_torch.distributed", "drpo_torch.testing", "drpo_jax", "drpo_jax.distributed",
     "drpo_jax.testing",
