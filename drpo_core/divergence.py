@@ -593,10 +593,9 @@ def top_k_outcomes(
 
 def rest_of(log_p: Array, *, xp: Namespace) -> tuple[Array, Array]:
     """1 − Σ p over the last axis, accurate also where one token holds nearly all the mass, and its rounding error."""
-    top = xp.max(log_p, axis=-1, keepdims=True)
-    is_top = log_p == top
-    beside_top = xp.where(is_top, 0.0, xp.exp(log_p))
-    ties = xp.sum(xp.astype(is_top, log_p.dtype), axis=-1) - 1.0
-    below_top = _complement(top[..., 0], xp=xp)
-    rest = below_top - xp.sum(beside_top, axis=-1) - ties * xp.exp(top[..., 0])
+    # by place, not by comparing with the maximum: a compiler may compute log p twice, with different roundings
+    place = xp.cumulative_sum(xp.ones_like(log_p), axis=-1) - 1.0
+    is_top = place == xp.astype(xp.argmax(log_p, axis=-1, keepdims=True), log_p.dtype)
+    below_top = _complement(xp.sum(xp.where(is_top, log_p, 0.0), axis=-1), xp=xp)
+    rest = below_top - xp.sum(xp.where(is_top, 0.0, xp.exp(log_p)), axis=-1)
     return rest, log_p.shape[-1] * xp.finfo(log_p.dtype).eps * below_top

@@ -9,6 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from array_api_compat import torch as torch_namespace
 from backends import Backend
 
 from drpo_core import (
@@ -23,6 +24,7 @@ from drpo_core import (
     top_k_kl,
     top_k_tv,
 )
+from drpo_core.divergence import rest_of
 
 # eager JAX compiles every operation by itself: that is slow, and the same operations as under jit
 BACKENDS = [b for b in Backend if b is not Backend.JAX]
@@ -365,3 +367,11 @@ def test_errors_name_the_argument(backend, function):
 def test_binary_kl_beside_certainty_does_not_lose_the_rest(backend, log_mu):
     kl = backend.run(binary_kl, np.array([math.log(0.7), log_mu]), np.array([log_mu, log_mu]))
     np.testing.assert_allclose(kl, [-math.log(0.7), 0.0], rtol=1e-14)
+
+
+def test_the_rest_and_its_derivative_where_outcomes_tie():
+    log_p = torch.log(torch.tensor([0.3, 0.1, 0.3], dtype=torch.float64)).requires_grad_()
+    rest, rounding = rest_of(log_p, xp=torch_namespace)
+    rest.backward()
+    assert abs(float(rest.detach()) - 0.3) <= float(rounding.detach())
+    np.testing.assert_allclose(log_p.grad, [-0.3, -0.1, -0.3], rtol=1e-14)
