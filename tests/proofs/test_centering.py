@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 
+import mpmath
 import numpy as np
 import pytest
 from variants import ALL, MEASURED
 
-from drpo_core import DRPO, PolicyGradient, token_loss_and_gradient
+from drpo_core import CISPO, DRPO, PolicyGradient, token_loss_and_gradient
 from drpo_core.anchors import Proximal
 from drpo_core.centering import score_centering
 from drpo_core.corrections import DivergenceMask, ImportanceWeight, OutwardMask, RatioMask
 from drpo_core.modes import DoubleRatioWarning, Mode
-from drpo_core.objectives import OBJECTIVES, Reinforce, label
+from drpo_core.objectives import OBJECTIVES, SAPO, Reinforce, label
 from drpo_core.penalties import Penalty
 
 V, K, STATES = 12, 5, 40
@@ -140,6 +141,43 @@ def test_special_cases():
         term = score_centering(objective, x, b, a, tail=False).gradient
         difference = in_logits(term, x) - in_logits(coefficients, x)
         assert np.abs(difference).max() <= 1e-12 * np.abs(coefficients).max(), objective
+
+
+def test_what_drpo_would_lose():
+    """mpmath: DRPO's expected gradient at a constant A is ∇ |A| Σ (π_v − μ_v)²/(2δ): the term takes its penalty away."""
+    delta, a = 0.15, -0.7
+    x, b, _, _ = (part[10] for part in policies())
+    pi, mu = np.exp(x), np.exp(b)
+    g = token_loss_and_gradient(DRPO(delta=delta), x, b, np.full(V, a)).gradient
+    for k in range(V):
+
+        def penalty(logit, k=k):
+            powers = [mpmath.e ** (logit if v == k else mpmath.mpf(float(x[v]))) for v in range(V)]
+            shifts = [power / mpmath.fsum(powers) - mpmath.mpf(float(m)) for power, m in zip(powers, mu, strict=True)]
+            return abs(a) * mpmath.fsum(d * d for d in shifts) / (2 * delta)
+
+        slope = sum(mu[v] * g[v] * ((v == k) - pi[k]) for v in range(V))
+        assert abs(mpmath.diff(penalty, mpmath.mpf(float(x[k]))) - slope) < 1e-9
+
+
+def test_advantages_of_mean_zero():
+    """enumeration: where w does not look at A and E_μ[A] = 0, the term changes no expected gradient; else it may."""
+    x, b, _, _ = (part[ORDINARY] for part in policies(seed=5))
+    rewards = np.random.default_rng(6).normal(size=x.shape)
+    a = rewards - (np.exp(b) * rewards).sum(-1, keepdims=True)
+    changes = {}
+    for objective in (
+        PolicyGradient(max_ratio=2.0),
+        CISPO(max_ratio=1.5),
+        Reinforce(),
+        SAPO(tau_positive=1.0, tau_negative=1.05),
+    ):
+        # the term that comes with each outcome y has its A
+        each = [np.repeat(log_probs[:, None], V, 1) for log_probs in (x, b)]
+        term = score_centering(objective, *each, a, tail=False).gradient
+        mean = in_logits((np.exp(b)[..., None] * term).sum(1), x)
+        changes[type(objective).__name__] = np.abs(mean).max() > 1e-12
+    assert changes == {"PolicyGradient": False, "CISPO": False, "Reinforce": False, "SAPO": True}
 
 
 def with_a_tail(objective, x, b, old, a):
