@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from variants import ALL, MEASURED
 
-from drpo_core import CISPO, DRPO, PolicyGradient, token_loss_and_gradient
+from drpo_core import CISPO, DRPO, SPO, PolicyGradient, token_loss_and_gradient
 from drpo_core.anchors import Proximal
 from drpo_core.centering import score_centering
 from drpo_core.corrections import DivergenceMask, ImportanceWeight, OutwardMask, RatioMask
@@ -143,21 +143,24 @@ def test_special_cases():
         assert np.abs(difference).max() <= 1e-12 * np.abs(coefficients).max(), objective
 
 
-def test_what_drpo_would_lose():
-    """mpmath: DRPO's expected gradient at a constant A is ∇ |A| Σ (π_v − μ_v)²/(2δ): the term takes its penalty away."""
-    delta, a = 0.15, -0.7
+def test_what_penalties_would_lose():
+    """mpmath: at a constant A, DRPO's mean gradient is ∇ |A| Σ (π_v − μ_v)²/(2δ), that of SPO ∇ |A| Σ (π_v − μ_v)²/(2ε μ_v)."""
+    bound, a = 0.15, -0.7
     x, b, _, _ = (part[10] for part in policies())
     pi, mu = np.exp(x), np.exp(b)
-    g = token_loss_and_gradient(DRPO(delta=delta), x, b, np.full(V, a)).gradient
-    for k in range(V):
+    for objective, per in ((DRPO(delta=bound), np.ones(V)), (SPO(eps=bound), mu)):
+        g = token_loss_and_gradient(objective, x, b, np.full(V, a)).gradient
 
-        def penalty(logit, k=k):
-            powers = [mpmath.e ** (logit if v == k else mpmath.mpf(float(x[v]))) for v in range(V)]
+        def penalty(*logits, per=per):
+            powers = [mpmath.e**logit for logit in logits]
             shifts = [power / mpmath.fsum(powers) - mpmath.mpf(float(m)) for power, m in zip(powers, mu, strict=True)]
-            return abs(a) * mpmath.fsum(d * d for d in shifts) / (2 * delta)
+            return abs(a) * mpmath.fsum(d * d / mpmath.mpf(float(q)) for d, q in zip(shifts, per, strict=True)) / (2 * bound)
 
-        slope = sum(mu[v] * g[v] * ((v == k) - pi[k]) for v in range(V))
-        assert abs(mpmath.diff(penalty, mpmath.mpf(float(x[k]))) - slope) < 1e-9
+        at = [mpmath.mpf(float(logit)) for logit in x]
+        for k in range(V):
+            slope = sum(mu[v] * g[v] * ((v == k) - pi[k]) for v in range(V))
+            order = tuple(int(v == k) for v in range(V))
+            assert abs(mpmath.diff(penalty, tuple(at), order) - slope) < 1e-9 * max(1.0, np.abs(g).max()), objective
 
 
 def test_advantages_of_mean_zero():

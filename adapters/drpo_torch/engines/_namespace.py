@@ -31,9 +31,9 @@ class CompiledNamespace:
         counted = x if x.dtype == torch.bool else x != 0
         return torch.sum(counted.to(torch.int32), dtype=torch.int32)
 
-    def cumulative_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Running sums of a 1-D tensor: array-api-compat's looks for its namespace, of which Dynamo warns."""
-        return torch.cumsum(x, dim=0)
+    def cumulative_sum(self, x: torch.Tensor, *, axis: int = 0) -> torch.Tensor:
+        """Running sums, of a 1-D tensor or along an axis: array-api-compat's looks for its namespace, of which Dynamo warns."""
+        return torch.cumsum(x, dim=axis)
 
 
 class EagerNamespace:

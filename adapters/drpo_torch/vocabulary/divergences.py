@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import array_api_compat.torch as xp
 import numpy as np
 import torch
 
@@ -13,6 +12,7 @@ from drpo_core._checks import check_number
 from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
 from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.autograd import has_memory, refuse_second_derivative
+from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents
 from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Tempering, Workspace, working_dtype
@@ -200,6 +200,8 @@ def top_k_rows(tokens: torch.Tensor, ids: torch.Tensor, policy: TopK, behavior: 
     if again is not None:
         # of an id that comes twice, all but one are as if both policies gave it no probability
         policy, behavior = (p._replace(top_k=p.top_k.masked_fill(again, -torch.inf)) for p in (policy, behavior))
+    # explicit, because Dynamo can't trace its inference
+    xp = namespace()
     among = sampled_in_top_k(tokens, ids, xp=xp)
     outcomes = top_k_outcomes(policy.sampled, behavior.sampled, policy.top_k, behavior.top_k, among, xp=xp)
     return Divergences(top_k_tv_of(outcomes), top_k_kl_of(outcomes))

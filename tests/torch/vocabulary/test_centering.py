@@ -268,6 +268,9 @@ def test_score_centering_under_transforms():
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(term))(x, b, a), gradient)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(torch.autograd.grad(total, leaf, create_graph=True)[0].sum(), leaf)
+    torch._dynamo.reset()  # noqa: SLF001 -- the documented way
+    compiled = torch.compile(lambda x: term(x, b, a).sum(), fullgraph=True, backend="aot_eager")(leaf)
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaf)[0], gradient)
     half = x.bfloat16().requires_grad_()
     term(half, b, a).sum().backward()
     assert half.grad.dtype == torch.bfloat16
