@@ -14,7 +14,7 @@ from drpo_core import centering as core
 from drpo_core.anchors import Proximal
 from drpo_core.corrections import ImportanceWeight, RatioMask, Veto
 from drpo_core.modes import Mode
-from drpo_core.objectives import Reinforce
+from drpo_core.objectives import IPO, Reinforce
 
 N, V, K, H, T = 7, 23, 4, 3, 0.7
 DECOUPLED = Mode(DRPO(delta=0.5), anchor=Proximal(), corrections=(ImportanceWeight(high=1.5),))
@@ -102,7 +102,7 @@ def by_torch(name, objective, kind, data):
         ("logits_policy_loss", Reinforce(), "top_k"),
         ("logits_policy_loss", DRPO(delta=0.5), "full"),
         ("linear_policy_loss", Reinforce(), "top_k"),
-        ("linear_policy_loss", DRPO(delta=0.5), "full"),
+        ("linear_policy_loss", IPO(delta=0.02), "full"),
     ],
     ids=["logits top_k", "logits full", "linear top_k", "linear full from a head"],
 )

@@ -144,7 +144,7 @@ def test_special_cases():
 
 
 def test_what_penalties_would_lose():
-    """mpmath: at a constant A, DRPO's mean gradient is ∇ |A| Σ (π_v − μ_v)²/(2δ), that of SPO ∇ |A| Σ (π_v − μ_v)²/(2ε μ_v)."""
+    """mpmath: at a constant A, DRPO's mean gradient is ∇ |A| Σ (π_v − μ_v)²/(2δ), SPO's ∇ |A| Σ (π_v − μ_v)²/(2ε μ_v)."""
     bound, a = 0.15, -0.7
     x, b, _, _ = (part[10] for part in policies())
     pi, mu = np.exp(x), np.exp(b)

@@ -17,7 +17,7 @@ from vocabulary_batches import Largest, assert_close, budget, small_steps
 
 from drpo_core import CISPO, DPPO, DRPO, sequence_mean_token_mean
 from drpo_core.anchors import Proximal
-from drpo_core.corrections import ImportanceWeight, RatioMask, Veto
+from drpo_core.corrections import ImportanceWeight, OutwardMask, RatioMask, Veto
 from drpo_core.modes import Mode
 from drpo_core.objectives import IPO, Reinforce
 from drpo_core.penalties import Penalty
@@ -30,6 +30,7 @@ DECOUPLED = Mode(
     penalties=(Penalty(coefficient=0.1, estimator="k2", to="behavior"),),
     reduction="sequence_mean_token_mean",
 )
+OUTWARD = Mode(Reinforce(), corrections=(OutwardMask(edge="policy/behavior", eps_low=0.3, eps_high=0.3),))
 PER_TOKEN = DPPO(delta=0.1, divergence="per_token")
 
 
@@ -49,12 +50,14 @@ def every(seed=0):
     ids[0, 0, 4] = ids[0, 0, 2]
     recorded = {"behavior_log_prob": behavior.gather(-1, ids), "proximal_log_prob": old.gather(-1, ids)}
     hidden = hidden.masked_fill(~mask[..., None], torch.nan)
+    weights = torch.rand(N, generator=generator, dtype=torch.float64)
+    weights[0, 1] = 0.0
     data = {
         "tokens": tokens.masked_fill(~mask, -100),
         "behavior_log_prob": at(behavior, tokens).masked_fill(~mask, torch.nan),
         "advantages": normal(*N).masked_fill(~mask, torch.nan),
         "mask": mask,
-        "token_weights": torch.rand(N, generator=generator, dtype=torch.float64),
+        "token_weights": weights,
     }
     return data, hidden, weight, behavior_weight, ids.masked_fill(~mask[..., None], -1), recorded, at(old, tokens)
 
@@ -64,7 +67,7 @@ def at(log_probs, tokens):
 
 
 def options_of(objective, recorded, old, divergence):
-    needs_old = isinstance(objective, Mode)
+    needs_old = isinstance(objective, Mode) and "proximal_log_prob" in objective.arguments
     of_tokens = {"proximal_log_prob": old} if needs_old else {}
     of_outcomes = {name: x for name, x in recorded.items() if needs_old or name == "behavior_log_prob"}
     return of_tokens | ({} if divergence is None else {"divergence": divergence}), of_outcomes
@@ -130,7 +133,7 @@ each_function = pytest.mark.parametrize("function", [logits_policy_loss, linear_
 @each_kind
 def test_the_loss_and_its_gradients(function, kind, monkeypatch):
     small_steps(monkeypatch)
-    for objective in (DRPO(delta=0.5), Reinforce(), IPO(delta=0.1), DECOUPLED):
+    for objective in (DRPO(delta=0.5), Reinforce(), IPO(delta=0.1), OUTWARD, DECOUPLED):
         if kind == "full" and objective is DECOUPLED:
             continue
         # each objective is compiled for a second
