@@ -32,7 +32,7 @@ class CompiledNamespace:
         return torch.sum(counted.to(torch.int32), dtype=torch.int32)
 
     def cumulative_sum(self, x: torch.Tensor, *, axis: int = 0) -> torch.Tensor:
-        """Running sums, of a 1-D tensor or along an axis: array-api-compat's looks for its namespace, of which Dynamo warns."""
+        """Running sums along an axis: array-api-compat's looks for its namespace, of which Dynamo warns."""
         return torch.cumsum(x, dim=axis)
 
 
