@@ -1,10 +1,13 @@
 """A compiled loop run by Python instead."""
 
+import functools
+
 import numpy as np
 
 from drpo_core.engines import numba_loop
 
 
+@functools.cache
 def interpreted(source, _, constants, dtype):
     """For `drpo_core.engines.numba_loop._compile`: the loop as a Python function of NumPy scalars."""
     number, integer = dtype.type, numba_loop._integer(dtype)  # noqa: SLF001 -- it stands in for a function there

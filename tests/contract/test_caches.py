@@ -326,6 +326,7 @@ def test_a_schedule_of_thresholds_compiles_once(ledger):
     ledger(Counter(held=1000))
 
 
+@pytest.mark.usefixtures("interpreted_loops")
 @pytest.mark.filterwarnings("ignore::drpo_core.VacuousTrustRegionWarning")
 def test_every_objective_at_two_thresholds_compiles_one_loop(ledger):
     """Whatever its numbers are, an objective is one loop."""

@@ -5,15 +5,13 @@ dtype's precision relative to the loss or to the largest element of the gradient
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several_devices
 from drpo_jax import policy_loss
 from drpo_jax.distributed import across, all_reduce_diagnostics, global_coefficients, global_normalizer
 from mode_oracles import arguments_for, batch
@@ -31,14 +29,7 @@ WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 un
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding") / "results.json"
     script = Path(__file__).with_name("sharding.py")
-    # compiling takes all the time, so compile without optimisation
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-W", "ignore", script, path]
-    run = subprocess.run(  # noqa: S603 -- this interpreter, a file of ours
-        command, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    several_devices.run("-W", "ignore", script, path)
     return json.loads(path.read_text())
 
 

@@ -3,14 +3,13 @@
 import collections
 import dataclasses
 import functools
-import subprocess
-import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several_devices
 from drpo_jax import loss as loss_module
 from drpo_jax import policy_loss, token_loss
 from drpo_jax._namespace import xp
@@ -424,21 +423,10 @@ def test_an_objective_that_is_not_hashable_can_be_closed_over():
 
 
 def run(program):
-    finished = subprocess.run(  # noqa: S603 -- this file's own program
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    return several_devices.run("-W", "error", "-c", textwrap.dedent(program), devices=8)
 
 
 PREAMBLE = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.config.update("jax_enable_x64", {x64})
 jax.config.update("jax_numpy_rank_promotion", "raise")

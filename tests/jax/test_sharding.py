@@ -4,13 +4,11 @@ The devices exist in one process that does everything (explicit_axes.py); the te
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+import several_devices
 from drpo_jax._sharding import is_explicitly_sharded
 
 SCRIPT = Path(__file__).with_name("explicit_axes.py")
@@ -20,14 +18,7 @@ LAYOUTS = ("sequences", "tokens", "sequences × tokens", "vocabulary")
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("explicit") / "results.json"
-    # compiling takes all the time, so compile without optimisation
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-W", "ignore", SCRIPT, path]
-    run = subprocess.run(  # noqa: S603 -- this interpreter, a file of ours
-        command, env=environment, capture_output=True, text=True, check=False, timeout=550
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    several_devices.run("-W", "ignore", SCRIPT, path, timeout=550)
     return json.loads(path.read_text())
 
 

@@ -63,7 +63,6 @@ def test_loss_and_gradient(name, keys):
     assert_same(modes.prime_rl(name, **keys), loss)
 
 
-@pytest.mark.usefixtures("interpreted_loops")
 def test_prompts():
     ids = np.arange(16) // 3
 

@@ -154,7 +154,6 @@ def test_loss_and_gradient(name, reduction):
     check(name, **settings(name), **reduction)
 
 
-@pytest.mark.usefixtures("interpreted_loops")
 @pytest.mark.parametrize("share", [1e-6, 0.05, 0.2])
 def test_kl_cov_sums(share):
     """The advantages are divided before, by sequence here, which changes the choice; the penalty is not."""
@@ -164,7 +163,6 @@ def test_kl_cov_sums(share):
     assert_same(mode, lambda rows: torch.cat(kl_cov(rows, share=share, beta=0.3)).sum(), arrays=arrays)
 
 
-@pytest.mark.usefixtures("interpreted_loops")
 def test_prompt_mean():
     ids = np.array([3, 1, 3, 3, 0, 1, 5, 5, 5, 5, 0, 3, 1, 0, 3, 5])
 

@@ -64,7 +64,6 @@ def test_loss_and_gradient_are_verls(loss_mode, aggregation):
     assert_as_recorded(mode, key, tolerance, loss=loss_mode not in WITH_THEIR_OWN_LOSS)
 
 
-@pytest.mark.usefixtures("interpreted_loops")
 @pytest.mark.parametrize("share", [1e-6, 0.01, 0.2, 1.0])
 def test_kl_cov(share):
     """Formulas: verl's own function gives the same to 1e-13, as tests/integrations/verl sees where verl is installed."""

@@ -1,14 +1,12 @@
 """drpo_jax from hidden states and the LM head, against plain autodiff of the logits of every token at once."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several_devices
 from drpo_jax import FullDivergence, LinearHead, TopKDivergence, linear_policy_loss, logits_policy_loss, policy_loss
 from drpo_jax.vocabulary import chunks
 
@@ -358,13 +356,4 @@ for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
 
 
 def test_sharded_over_four_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    finished = subprocess.run(  # noqa: S603 -- this file's own program
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-    assert finished.returncode == 0, finished.stderr
+    several_devices.run("-c", textwrap.dedent(SHARDED), optimised=True)
