@@ -45,10 +45,10 @@ each_engine = pytest.mark.parametrize("engine", ["arrays", "compiled"])
 
 
 def budget(monkeypatch, size):
-    """Bytes a thread of a step's buffers, in the modules that are under test: doctests import others of that name."""
+    """Bytes of a step's buffers, in the modules that are under test: doctests import others of that name."""
     row_kernels = inspect.unwrap(logits_policy_loss).__globals__["row_kernels"]
     workspace = row_kernels.__globals__["ArrayRows"].__init__.__globals__["Workspace"]
-    monkeypatch.setitem(workspace.__init__.__globals__, "_CPU_BYTES_PER_THREAD", size)
+    monkeypatch.setitem(workspace.__init__.__globals__, "_CPU_BYTES_PER_THREAD", size // torch.get_num_threads())
 
 
 def small_steps(monkeypatch):

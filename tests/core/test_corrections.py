@@ -84,7 +84,7 @@ def test_padded_and_packed(backend, kind):
     skip_scans_on_eager_jax(backend, kind)
     if backend in {Backend.JAX, Backend.JAX_JIT}:
         # each is compiled, and scans take longest
-        examples = examples[:: max(1, len(examples) // (2 if kind in IN_ORDER else 6))]
+        examples = examples[:: max(1, len(examples) // (2 if kind in IN_ORDER else 4))]
     elif backend is not Backend.NUMPY:
         examples = examples[::2]
     for seed, correction in enumerate(examples):

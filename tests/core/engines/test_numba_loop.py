@@ -270,6 +270,7 @@ def schedules():
             yield pytest.param([(family.objective, base | {name: value}) for value in values], id=f"{family.name}-{name}")
 
 
+@pytest.mark.usefixtures("interpreted_loops")
 @pytest.mark.parametrize("schedule", list(schedules()))
 def test_every_number_of_every_objective_is_an_argument_of_its_loop(schedule):
     made = [quietly(lambda kind=kind, given=given: kind(**given)) for kind, given in schedule]
@@ -403,6 +404,7 @@ class OfDRPO(DRPO):
         return 0.5 * DRPO.weight(self, tokens)
 
 
+@pytest.mark.usefixtures("interpreted_loops")
 @each_engine
 @pytest.mark.parametrize(
     ("one", "other"),
@@ -564,6 +566,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.usefixtures("interpreted_loops")
 @each_engine
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_objective_is_what_it_is_now(change, engine):
