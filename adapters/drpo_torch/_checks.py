@@ -20,6 +20,7 @@ __all__ = [
     "check_tensors",
     "check_top_k_ids",
     "check_untransformed",
+    "looks_at_values",
 ]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,9 +85,7 @@ def check_ids(name: str, ids: torch.Tensor, vocabulary: int, *, valid: torch.Ten
 
     Only on the CPU: elsewhere this would wait for the device, whose `gather` asserts the same.
     """
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or type(ids) is not torch.Tensor or is_transformed(ids):
-        return
-    if ids.numel() == 0:
+    if not looks_at_values(ids) or ids.numel() == 0:
         return
     low, high = ids.to(torch.int64).aminmax()
     if low >= 0 and high < vocabulary:
@@ -105,6 +104,12 @@ def check_ids(name: str, ids: torch.Tensor, vocabulary: int, *, valid: torch.Ten
         f"got {int(ids[where])} at index {where} ({int(wrong.sum())} such){hint}"
     )
     raise ValueError(msg)
+
+
+def looks_at_values(tensor: torch.Tensor) -> bool:
+    """Whether a check may read values: only on the CPU, of plain tensors, because elsewhere it would wait for the device."""
+    plain = type(tensor) is torch.Tensor and not is_transformed(tensor)
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_untransformed(name: str, tensor: torch.Tensor) -> None:

@@ -6,12 +6,14 @@ from drpo_torch.vocabulary.linear import linear_policy_loss
 from drpo_torch.vocabulary.log_prob import TokenLogProb, linear_log_prob, token_log_prob
 from drpo_torch.vocabulary.logits import logits_policy_loss
 from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence, LinearHead, TopKCentering, TopKDivergence
+from drpo_torch.vocabulary.support import Support
 
 __all__ = [
     "Divergences",
     "FullCentering",
     "FullDivergence",
     "LinearHead",
+    "Support",
     "TokenLogProb",
     "TopKCentering",
     "TopKDivergence",

@@ -30,6 +30,7 @@ from drpo_torch.vocabulary.recorded import (
     product_dtype,
     products_like,
 )
+from drpo_torch.vocabulary.row_map import check_row_temperature, check_vocabulary_size, row_map
 from drpo_torch.vocabulary.softmax import Places, Pull, working_dtype
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_torch.vocabulary.recorded import Centering, Divergence
     from drpo_torch.vocabulary.softmax import Tempering
+    from drpo_torch.vocabulary.support import Support
 
 __all__ = ["Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
 
@@ -75,12 +77,19 @@ class Arguments:
     segment_ids: torch.Tensor | None
     divergence: Divergence | None
     centering: Centering | None
+    temperature: float | torch.Tensor
+    support: Support | None
+    vocabulary_size: int | None
     diagnostics: bool
     entropy: bool
     engine: Engine
 
-    def check(self, leading: Sequence[int], vocabulary: int, beside: torch.Tensor) -> None:
-        """Raise unless everything fits tokens of this shape, over this vocabulary, on the device of `beside`."""
+    def check(self, leading: Sequence[int], columns: int, beside: torch.Tensor, softcap: float | None = None) -> Tempering:
+        """The step to the policy's logits.
+
+        Raises unless everything fits tokens of this shape, with so many logits each, on the device of `beside`.
+        """
+        vocabulary = check_vocabulary_size(self.vocabulary_size, columns)
         check_objective(self.objective)
         kinds = {"tokens": "integral", "mask": "bool", "segment_ids": "integral"}
         optional = ("token_weights", "segment_ids", "proximal_log_prob", "reference_log_prob")
@@ -105,8 +114,11 @@ class Arguments:
                 check_top_k_ids(f"{name}.ids", ids, leading)
                 check_ids(f"{name}.ids", ids, vocabulary, valid=self.mask)
             elif isinstance(record, (FullDivergence, FullCentering)):
-                self._check_full(f"{name}.behavior", record.behavior, leading, vocabulary, beside)
+                self._check_full(f"{name}.behavior", record.behavior, leading, columns, beside)
+                check_row_temperature(f"{name}.temperature", record.temperature, leading, beside, self.mask)
         self._check_centering()
+        known: dict[str, Any] = {"size": vocabulary, "leading": leading, "beside": beside, "columns": columns}
+        return row_map(self.temperature, self.support, self.tokens, self.mask, softcap=softcap, **known)
 
     def _check_centering(self) -> None:
         """Raise for what is no centring, or none of this mode."""
@@ -169,8 +181,9 @@ class Found(NamedTuple):
 class TokenBatch:
     """Flat tokens of one call. `step` takes what is known of a chunk and gives the final gradient in its logits."""
 
-    def __init__(self, arguments: Arguments, dtype: torch.dtype) -> None:
+    def __init__(self, arguments: Arguments, dtype: torch.dtype, tempering: Tempering) -> None:
         given, mask = arguments, arguments.mask
+        self.tempering = tempering
         measured = given.divergence if isinstance(given.divergence, torch.Tensor) else None
         others = (given.behavior_log_prob, given.advantages, *(() if measured is None else (measured,)))
         self.given, self.row_dtype = given, working_dtype(dtype)
@@ -183,10 +196,10 @@ class TokenBatch:
         check_others(given.objective, log_probs, given.behavior_log_prob, xp=namespace())
         self.coefficients = self._coefficients(mask)
         # here, where autocast is still as the caller has it
-        self.behavior = BehaviorLogits(given.divergence) if isinstance(given.divergence, FullDivergence) else None
+        self.behavior = BehaviorLogits(given.divergence, tempering) if isinstance(given.divergence, FullDivergence) else None
         self.full_term = None
         if isinstance(given.centering, FullCentering):
-            behavior = BehaviorLogits(given.centering)
+            behavior = BehaviorLogits(given.centering, tempering)
             self.full_term = FullTerm(given.objective, behavior, self.advantages, given.engine, self.row_dtype)
         self.valid = Places.where(mask.reshape(-1))
         self.log_prob = self._zeros()
@@ -203,15 +216,16 @@ class TokenBatch:
         return torch.cat((self.tokens[key, None], *ids), dim=-1)
 
     def look(
-        self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering
+        self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places
     ) -> tuple[torch.Tensor | None, Measured | None]:
         """What is measured over all logits, of rows whose logits are at these places: divergence and centring, or None."""
         divergence, centering = None, None
+        tempering = self.tempering.at(rows.key)
         if self.behavior is not None and isinstance(self.given.divergence, FullDivergence):
             parts = []
             for part, recorded, at in self.behavior.chunks(rows, logits.shape[-1], self.row_dtype):
-                of_logits = places[part]
-                found = full_divergence_rows(module, logits, of_logits, tempering, recorded, at, self.behavior.tempering)
+                policy, behavior = tempering.at(part), self.behavior.tempering.at(rows[part].key)
+                found = full_divergence_rows(module, logits, places[part], policy, recorded, at, behavior)
                 parts.append(getattr(found, self.given.divergence.kind))
             divergence = torch.cat(parts)
         if self.full_term is not None:
@@ -232,7 +246,11 @@ class TokenBatch:
             behavior = TopK(self.behavior_log_prob[key], top_k)
             k = top_k.shape[-1]
             tokens, ids = found.columns[:, 0], found.columns[:, found.columns.shape[-1] - k :]
-            both = top_k_rows(tokens, ids, TopK(sampled, found.log_prob[:, found.log_prob.shape[-1] - k :]), behavior)
+            policy = TopK(sampled, found.log_prob[:, found.log_prob.shape[-1] - k :])
+            outside = self._outside(key, ids)
+            if outside is not None:
+                policy, behavior = policy.without(outside), behavior.without(outside)
+            both = top_k_rows(tokens, ids, policy, behavior)
             measured = getattr(both, self.given.divergence.kind)
         valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
         mode, coefficients = self._resolved(key)
@@ -281,8 +299,8 @@ class TokenBatch:
         if isinstance(centering, TopKCentering):
             k = centering.ids.shape[-1]
             advantages = self.advantages[found.rows.key]
-            log_prob = found.log_prob[:, 1 : 1 + k]
-            value, at = top_k_terms(self.given.objective, centering, found.rows.key, log_prob, advantages, divergence)
+            log_prob, outside = found.log_prob[:, 1 : 1 + k], self._outside(found.rows.key, found.columns[:, 1 : 1 + k])
+            value, at = top_k_terms(self.given.objective, centering, found.rows.key, log_prob, advantages, divergence, outside)
             at = at.to(self.row_dtype) * coefficients[:, None]
             columns = found.columns[:, : 1 + k]
             return (coefficients * value).sum(), Pull(columns, torch.cat((pull.at, at), -1), pull.scale - at.sum(-1))
@@ -291,6 +309,11 @@ class TokenBatch:
         value, total, size = found.centering
         everywhere = CenteredRows(self.full_term, found.rows.index, divergence, coefficients, size)
         return (coefficients * value).sum(), pull._replace(scale=pull.scale - coefficients * total, everywhere=everywhere)
+
+    def _outside(self, key: torch.Tensor | slice, ids: torch.Tensor) -> torch.Tensor | None:
+        """True at ids, (tokens, C), outside the support of their token; None where every id is in it."""
+        support = self.tempering.support
+        return None if support is None else ~support.at(key).holds(ids)
 
     def _coefficients(self, counted: torch.Tensor) -> torch.Tensor:
         """Those of the reduction, flat."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence
+    from drpo_torch.vocabulary.softmax import Tempering
 
 __all__ = ["BehaviorLogits"]
 
@@ -23,19 +24,23 @@ _HEAD_BYTES = 64 << 20
 class BehaviorLogits:
     """Rows of logits of the behaviour policy, flat and without a graph."""
 
-    def __init__(self, recorded: FullDivergence | FullCentering) -> None:
-        """Made where autocast is as the caller has it: the products of a head are taken in its dtype."""
-        self.tempering = recorded.tempering
+    def __init__(self, recorded: FullDivergence | FullCentering, policy: Tempering) -> None:
+        """Over the support and the vocabulary of the policy, all tokens of which its step is given.
+
+        Made where autocast is as the caller has it: the products of a head are taken in its dtype.
+        """
+        size = policy.size
+        self.tempering = recorded.tempering._replace(support=policy.support, size=size)
         self._matrix: torch.Tensor | None = None
         self._head: LinearHead | None = None
         if not isinstance(recorded.behavior, LinearHead):
-            self._matrix = recorded.behavior.detach().reshape(-1, recorded.behavior.shape[-1])
+            self._matrix = recorded.behavior.detach().reshape(-1, recorded.behavior.shape[-1])[:, :size]
             return
         head = recorded.behavior
         dtype = product_dtype(head.hidden, head.weight)
         hidden = head.hidden.detach().reshape(-1, head.hidden.shape[-1])
-        bias = None if head.bias is None else head.bias.detach()
-        self._head = LinearHead(hidden, head.weight.detach().to(dtype), bias)
+        bias = None if head.bias is None else head.bias.detach()[:size]
+        self._head = LinearHead(hidden, head.weight.detach()[:size].to(dtype), bias)
 
     def chunks(self, rows: Places, vocabulary: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, Places]]:
         """Parts of these rows, each with a matrix that holds their logits, and their places in it."""
@@ -58,13 +63,13 @@ class BehaviorLogits:
         def read(step: slice) -> torch.Tensor:
             nonlocal first, last, logits
             if self._matrix is not None:
-                return self.tempering(self._matrix[index[step]])
+                return self.tempering.at(index[step])(self._matrix[index[step]])
             assert self._head is not None
             if step.start < first or step.stop > last:
                 row = len(self._head.weight) * working_dtype(self._head.weight.dtype).itemsize
                 first, last = step.start, max(step.stop, min(step.start + _HEAD_BYTES // row, len(index)))
                 logits = self._of_head(index[first:last])
-            return self.tempering(logits[step.start - first : step.stop - first])
+            return self.tempering.at(index[step])(logits[step.start - first : step.stop - first])
 
         return read
 

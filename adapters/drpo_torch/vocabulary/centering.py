@@ -38,8 +38,9 @@ def top_k_terms(
     log_prob: torch.Tensor,
     advantages: torch.Tensor,
     divergence: torch.Tensor | None,
+    outside: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The term per row, and C_v (rows, K), from log π of the recorded tokens."""
+    """The term per row, and C_v (rows, K), from log π of the recorded tokens, of which some may be outside the support."""
 
     def of_rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().reshape(-1, tensor.shape[-1])[key]
@@ -47,9 +48,9 @@ def top_k_terms(
     every = [log_prob, of_rows(recorded.behavior_log_prob)]
     if recorded.proximal_log_prob is not None:
         every.append(of_rows(recorded.proximal_log_prob))
-    again = repeated(of_rows(recorded.ids))
-    if again is not None:
-        every = [log_probs.masked_fill(again, -torch.inf) for log_probs in every]
+    for without in (repeated(of_rows(recorded.ids)), outside):
+        if without is not None:
+            every = [log_probs.masked_fill(without, -torch.inf) for log_probs in every]
     values, coefficients = outcome_terms(
         objective,
         every[0],
@@ -86,7 +87,7 @@ class FullTerm:
         measured = torch.empty((3, len(rows)), dtype=self.dtype, device=logits.device)
         of_rows = CenteredRows(self, rows.index, divergence, torch.ones_like(measured[0]), measured[2])
         for step, buffer, _ in work.steps(len(rows)):
-            log_prob = log_softmax(tempering(work.take(logits, places[step].key), buffer))
+            log_prob = log_softmax(tempering.at(step)(work.take(logits, places[step].key), buffer))
             coefficients = of_rows.of(step, log_prob)
             measured[1, step], measured[2, step] = coefficients.sum(-1), coefficients.abs().sum(-1)
             measured[0, step] = coefficients.mul_(log_prob.masked_fill_(log_prob == -torch.inf, 0.0)).sum(-1)

@@ -49,7 +49,7 @@ class Chunks:
         self._storage = torch.empty(rows * width, dtype=head.dtype, device=device)
         self._every = Places.first(rows, device)
         widths = {part.stop - part.start for part in self.parts}
-        self._kernels = {size: row_kernels(module, tempering, size, head.dtype, device) for size in widths}
+        self._kernels = {size: row_kernels(module, size, head.dtype, device) for size in widths}
 
     @property
     def keeps(self) -> bool:
@@ -71,17 +71,17 @@ class Chunks:
         `look` is shown each part's logits and their places. `keep`: softmaxes are left in the logits' place.
         """
         head, every, statistics = self.head, self._every[: len(rows)], []
-        hidden = head.rows(rows)
+        hidden, tempering = head.rows(rows), self.tempering.at(rows.key)
         picked = torch.zeros(columns.shape, dtype=head.row_dtype, device=hidden.device)
         for part in self.parts:
             z = self._view(len(rows), part)
             head.logits(hidden, part, z)
             index, inside = _within(columns, part)
-            picked = torch.where(inside, self.tempering(z.gather(-1, index)), picked)
+            picked = torch.where(inside, tempering.of_columns(z.gather(-1, index), columns), picked)
             if look is not None:
                 look(z, every)
             kernels = self._kernels[z.shape[1]]
-            statistics.append(kernels.statistics(z, every, entropy=entropy, keep=z if keep else None))
+            statistics.append(kernels.statistics(z, every, tempering.part(part), entropy=entropy, keep=z if keep else None))
         whole, shares = merged(statistics)
         return whole.log_prob(picked), whole, Kept(rows, columns, whole.maximum, statistics, shares)
 
@@ -92,7 +92,8 @@ class Chunks:
         """
         head = self.head
         hidden, every = head.rows(kept.rows), self._every[: len(kept.rows)]
-        pull, chunk = head.begin(hidden, pull, self.tempering.temperature)
+        tempering = self.tempering.at(kept.rows.key)
+        pull, chunk = head.begin(hidden, pull, tempering.temperature)
         for part, share, statistics in zip(self.parts, kept.shares, kept.statistics, strict=True):
             gradient = self._view(len(kept.rows), part)
             if recompute:
@@ -104,7 +105,8 @@ class Chunks:
                 scale, slope = scale - slope * (statistics.maximum - kept.maximum).nan_to_num(), slope * share
             of_part = Pull(index, torch.where(inside, pull.at, 0.0), scale * share, slope, pull.everywhere)
             kernels = self._kernels[gradient.shape[1]]
-            kernels.gradients(gradient, every, of_part, statistics=statistics, out=gradient, kept=softmax)
+            of_columns = tempering.part(part)
+            kernels.gradients(gradient, every, of_columns, of_part, statistics=statistics, out=gradient, kept=softmax)
             if recompute:
                 # in a part where every logit is −inf, softmax is NaN
                 gradient.masked_fill_((statistics.maximum == -torch.inf)[:, None], 0.0)

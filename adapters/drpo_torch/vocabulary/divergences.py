@@ -8,19 +8,21 @@ import numpy as np
 import torch
 
 from drpo_core import sampled_in_top_k
-from drpo_core._checks import check_number
 from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
 from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.autograd import has_memory, refuse_second_derivative
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents
-from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Tempering, Workspace, working_dtype
+from drpo_torch.vocabulary.row_map import check_row_temperature, check_temperature, check_vocabulary_size, row_map
+from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Workspace, working_dtype
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from drpo_core.loss import Engine
+    from drpo_torch.vocabulary.softmax import Tempering
+    from drpo_torch.vocabulary.support import Support
 
 __all__ = ["Divergences", "TopK", "full_divergence_rows", "full_divergences", "top_k_divergences", "top_k_rows"]
 
@@ -37,8 +39,10 @@ def full_divergences(
     *,
     logits: torch.Tensor,
     behavior_logits: torch.Tensor,
-    temperature: float = 1.0,
-    behavior_temperature: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    behavior_temperature: float | torch.Tensor | None = None,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     engine: Engine = "auto",
 ) -> Divergences:
     """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ φ(ℓ) of two policies, φ(t) = e^t − 1 − t, without a log-softmax.
@@ -52,9 +56,13 @@ def full_divergences(
         Logits of π and μ, (…, V); −inf is a probability of 0. The arithmetic is in float64 if one of them is, in float32
         otherwise.
     temperature
-        T > 0: π = softmax(logits / T).
+        T > 0: π = softmax(logits / T); a number, or one per token, (…).
     behavior_temperature
         The same for μ. None: the temperature of π. Give 1 for recorded log-probs.
+    support
+        Restricts both policies to a `Support` a token.
+    vocabulary_size
+        Logits of both policies from this id on are padding. None: none are.
     engine
         Of the forward pass. ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds,
         once a process; on the CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they
@@ -70,8 +78,8 @@ def full_divergences(
     TypeError
         If an argument is not a floating-point tensor, or a temperature is not a number.
     ValueError
-        If the shapes differ, a temperature is not finite and positive, the engine is unknown, or ``engine="compiled"`` can't
-        take these tensors.
+        If the shapes differ, a number is out of its range, an id of the support is outside the vocabulary (on the CPU), the
+        engine is unknown, or ``engine="compiled"`` can't take these tensors.
     ImportError
         If ``engine="compiled"`` finds no numba.
     RuntimeError
@@ -94,11 +102,15 @@ def full_divergences(
     check_untransformed("logits", check_logits(logits))
     check_untransformed("behavior_logits", check_tensor("behavior_logits", behavior_logits, beside=logits))
     check_shape("behavior_logits", behavior_logits, logits.shape, "logits")
-    temperature = check_number("temperature", temperature, above=0.0)
-    if behavior_temperature is None:
-        behavior_temperature = temperature
-    temperings = Tempering(temperature), Tempering(check_number("behavior_temperature", behavior_temperature, above=0.0))
     shape = logits.shape
+    known: dict[str, Any] = {"size": check_vocabulary_size(vocabulary_size, shape[-1]), "columns": shape[-1]}
+    tempering = row_map(temperature, support, None, None, leading=shape[:-1], beside=logits, **known)
+    behavior = tempering
+    if behavior_temperature is not None:
+        found = check_temperature("behavior_temperature", behavior_temperature)
+        found = check_row_temperature("behavior_temperature", found, shape[:-1], logits)
+        behavior = tempering._replace(temperature=found)
+    temperings = tempering, behavior
     flat, behavior_flat = logits.reshape(-1, shape[-1]), behavior_logits.detach().reshape(-1, shape[-1])
     module = loops(engine, logits=flat, behavior_logits=behavior_flat)
     tv, kl = _FullDivergences.apply(flat, behavior_flat, temperings, module, shape[:-1])  # type: ignore[no-untyped-call]
@@ -113,7 +125,9 @@ def top_k_divergences(
     behavior_log_prob: torch.Tensor,
     top_k_ids: torch.Tensor,
     top_k_behavior_log_prob: torch.Tensor,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
 ) -> Divergences:
     """Top-K TV and KL(μ‖π) against recorded log μ of K tokens: reads K + 1 logits a token, once the normaliser is known.
 
@@ -130,7 +144,12 @@ def top_k_divergences(
     top_k_ids, top_k_behavior_log_prob
         Ids of K tokens and their log μ, nats; (…, K). An id that comes twice counts once.
     temperature
-        T > 0: π = softmax(logits / T).
+        T > 0: π = softmax(logits / T); a number, or one per token, (…).
+    support
+        Restricts both policies to a `Support` a token, over which `log_normalizer` is then: both probabilities of an id
+        outside it are 0, whatever is recorded. The sampled token has to be in it.
+    vocabulary_size
+        Logits from this id on are padding. None: none are.
 
     Returns
     -------
@@ -142,7 +161,8 @@ def top_k_divergences(
     TypeError
         If a dtype is wrong, or the temperature is not a number.
     ValueError
-        If the shapes disagree, an id is outside the vocabulary (on the CPU), or the temperature is not finite and positive.
+        If the shapes disagree, an id is outside the vocabulary or a sampled token outside its support (on the CPU), or a
+        number is out of its range.
 
     See Also
     --------
@@ -165,7 +185,7 @@ def top_k_divergences(
     (0.1, 0.03238)
     """
     check_logits(logits)
-    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    leading, vocabulary = logits.shape[:-1], check_vocabulary_size(vocabulary_size, logits.shape[-1])
     per_token = {"log_normalizer": log_normalizer, "behavior_log_prob": behavior_log_prob}
     for name, tensor in per_token.items():
         check_shape(name, check_tensor(name, tensor, beside=logits), leading, "logits without V")
@@ -176,15 +196,21 @@ def top_k_divergences(
     check_shape("top_k_behavior_log_prob", top_k, top_k_ids.shape, "top_k_ids")
     check_ids("tokens", tokens, vocabulary)
     check_ids("top_k_ids", top_k_ids, vocabulary)
-    temperature = check_number("temperature", temperature, above=0.0)
+    known: dict[str, Any] = {"size": vocabulary, "leading": leading, "beside": logits, "columns": logits.shape[-1]}
+    tempering = row_map(temperature, support, tokens, None, **known)
+    divisor = temperature[..., None].detach() if isinstance(temperature, torch.Tensor) else tempering.temperature
     dtype = working_dtype(logits.dtype, log_normalizer.dtype)
 
     def log_prob(ids: torch.Tensor) -> torch.Tensor:
-        return logits.gather(-1, ids).to(dtype) / temperature - log_normalizer[..., None]
+        return logits.gather(-1, ids).to(dtype) / divisor - log_normalizer[..., None]
 
     tokens, top_k_ids = tokens.to(torch.int64), top_k_ids.to(torch.int64)
     policy = TopK(log_prob(tokens[..., None])[..., 0], log_prob(top_k_ids))
-    return top_k_rows(tokens, top_k_ids, policy, TopK(behavior_log_prob.detach(), top_k.detach()))
+    behavior = TopK(behavior_log_prob.detach(), top_k.detach())
+    if tempering.support is not None:
+        outside = ~tempering.support.holds(top_k_ids.reshape(-1, top_k_ids.shape[-1])).reshape(top_k_ids.shape)
+        policy, behavior = policy.without(outside), behavior.without(outside)
+    return top_k_rows(tokens, top_k_ids, policy, behavior)
 
 
 class TopK(NamedTuple):
@@ -193,13 +219,17 @@ class TopK(NamedTuple):
     sampled: torch.Tensor
     top_k: torch.Tensor
 
+    def without(self, some: torch.Tensor) -> TopK:
+        """The same, with no probability at some of the K tokens."""
+        return self._replace(top_k=self.top_k.masked_fill(some, -torch.inf))
+
 
 def top_k_rows(tokens: torch.Tensor, ids: torch.Tensor, policy: TopK, behavior: TopK) -> Divergences:
     """Top-K TV and KL from the ids of the sampled token and of the K recorded ones."""
     again = repeated(ids)
     if again is not None:
         # of an id that comes twice, all but one are as if both policies gave it no probability
-        policy, behavior = (p._replace(top_k=p.top_k.masked_fill(again, -torch.inf)) for p in (policy, behavior))
+        policy, behavior = policy.without(again), behavior.without(again)
     # explicit, because Dynamo can't trace its inference
     xp = namespace()
     among = sampled_in_top_k(tokens, ids, xp=xp)
@@ -219,14 +249,14 @@ def full_divergence_rows(
     """Full TV and KL of rows of logits (…, V), without a backward pass.
 
     With d = x − y − Σ μ (x − y), Σ μ e^d is 1 + K, K = Σ μ φ(d), so that ℓ = d − log1p(K) and KL = −Σ μ ℓ = log1p(K):
-    π's own softmax is not needed.
+    π's own softmax is not needed. Both policies have the same support; each step is of these rows.
     """
     dtype = working_dtype(logits.dtype, behavior_logits.dtype)
     if module is not None:
         tv, kl, near = module.row_divergences(logits, places, tempering, behavior_logits, behavior_places, behavior)
-        for row in (~near).nonzero()[:, 0].tolist():
-            x = tempering(logits[places.index[row]].to(dtype))
-            y = behavior(behavior_logits[behavior_places.index[row]].to(dtype))
+        for row in (~near).nonzero()[:, 0].split(1):
+            x = tempering.at(row)(logits[places.index[row]].to(dtype))
+            y = behavior.at(row)(behavior_logits[behavior_places.index[row]].to(dtype))
             tv[row], kl[row] = _distant(x, y, y.softmax(-1))
         return Divergences(tv, kl)
     count, vocabulary = len(places), logits.shape[-1]
@@ -234,17 +264,21 @@ def full_divergence_rows(
     tv, kl = (torch.empty(count, dtype=dtype, device=logits.device) for _ in range(2))
     for (step, x_buffer, p), (_, y_buffer, q) in zip(work.steps(count), behavior_work.steps(count), strict=True):
         z, behavior_z = work.take(logits, places[step].key), behavior_work.take(behavior_logits, behavior_places[step].key)
-        x, y = tempering(z, x_buffer), behavior(behavior_z, y_buffer)
+        of_step = tempering.at(step)
+        x, y = of_step(z, x_buffer), behavior.at(step)(behavior_z, y_buffer)
         torch.softmax(y, -1, out=q)
         # exact near on-policy, where subtracting either normaliser first would cost the digits that matter
         d = torch.sub(x, y, out=x_buffer)
+        if of_step.support is not None:
+            # −inf + inf
+            d.masked_fill_(of_step.support.outside(), 0.0)
         # (the softmax's sum is 1 to rounding only)
         total = q.sum(-1)
         d.sub_((torch.mul(q, d, out=p).sum(-1) / total)[:, None])
         # a NaN fails this too: of a row that holds one, or of a token that neither policy can take (−inf + inf)
         near = (d.amax(-1) <= LARGEST_LOG_RATIO).all()
         if not near:
-            tv[step], kl[step] = _distant(tempering(z.to(dtype)), y, q)
+            tv[step], kl[step] = _distant(of_step(z.to(dtype)), y, q)
             continue
         excess = torch.expm1(d, out=p)
         k = torch.sub(excess, d, out=d).mul_(q).sum(-1).div_(total)
@@ -265,6 +299,8 @@ class _FullDivergences(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(logits, behavior_logits)
         ctx.temperings = temperings
+        size = temperings[0].size
+        logits, behavior_logits = logits[:, :size], behavior_logits[:, :size]
         every = Places.first(len(logits), logits.device)
         tv, kl = full_divergence_rows(module, logits, every, temperings[0], behavior_logits, every, temperings[1])
         # no views: they could not be changed in place
@@ -279,6 +315,7 @@ class _FullDivergences(torch.autograd.Function):
         tempering, behavior = ctx.temperings
         of_tv, of_kl = (c.reshape(-1) for c in cotangents)
         gradient = torch.zeros_like(logits)
+        into, logits, behavior_logits = (matrix[:, : tempering.size] for matrix in (gradient, logits, behavior_logits))
         # rows of no influence, such as masked ones, may hold anything
         rows = Places.where((of_tv != 0.0) | (of_kl != 0.0))
         of_tv, of_kl = of_tv[rows.index], of_kl[rows.index]
@@ -286,14 +323,14 @@ class _FullDivergences(torch.autograd.Function):
         work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
         for (step, x_buffer, p), (_, y_buffer, q) in zip(work.steps(len(rows)), behavior_work.steps(len(rows)), strict=True):
             key = rows[step].key
-            stored = work.take(logits, key)
-            torch.softmax(tempering(stored, x_buffer), -1, out=p)
-            torch.softmax(behavior(behavior_work.take(behavior_logits, key), y_buffer), -1, out=q)
+            stored, of_step = work.take(logits, key), tempering.at(key)
+            torch.softmax(of_step(stored, x_buffer), -1, out=p)
+            torch.softmax(behavior.at(key)(behavior_work.take(behavior_logits, key), y_buffer), -1, out=q)
             shift = torch.sub(p, q, out=q)
             sign = torch.sign(shift, out=x_buffer)
             sign.sub_(torch.mul(p, sign, out=y_buffer).sum(-1, keepdim=True)).mul_(p).mul_(0.5 * of_tv[step, None])
             sign.addcmul_(shift, of_kl[step, None])
-            gradient[key] = tempering.pull_back_(sign, stored).to(gradient.dtype)
+            into[key] = of_step.pull_back_(sign, stored).to(gradient.dtype)
         return gradient, None, None, None, None
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from drpo_core.loss import Engine
-    from drpo_torch.vocabulary.softmax import RowKernels, Tempering
+    from drpo_torch.vocabulary.softmax import RowKernels
 
 __all__ = ["loops", "row_kernels"]
 
@@ -39,13 +39,11 @@ def loops(engine: Engine, **matrices: torch.Tensor) -> ModuleType | None:
     return None
 
 
-def row_kernels(
-    module: ModuleType | None, tempering: Tempering, vocabulary: int, dtype: torch.dtype, device: torch.device
-) -> RowKernels:
+def row_kernels(module: ModuleType | None, vocabulary: int, dtype: torch.dtype, device: torch.device) -> RowKernels:
     """Kernels over rows of `vocabulary` logits of this dtype, by the loops if there are any."""
     if module is None:
-        return ArrayRows(tempering, vocabulary, dtype, device)
-    kernels: RowKernels = module.LoopRows(tempering, dtype)
+        return ArrayRows(vocabulary, dtype, device)
+    kernels: RowKernels = module.LoopRows(dtype)
     return kernels
 
 

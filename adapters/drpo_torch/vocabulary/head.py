@@ -51,13 +51,15 @@ class Chunk(NamedTuple):
 class Head:
     """An LM head in the dtype of its products, and the gradients that accumulate for it."""
 
-    def __init__(self, inputs: HeadInputs, dtype: torch.dtype, *, needed: bool) -> None:
+    def __init__(self, inputs: HeadInputs, dtype: torch.dtype, *, needed: bool, size: int | None = None) -> None:
+        """Of the first `size` ids; those from there on are padding."""
         hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in inputs)
         assert hidden is not None
         assert weight is not None
         self.dtype, self.row_dtype = dtype, working_dtype(dtype)
-        self.hidden, self.weight, self.bias = hidden.reshape(-1, hidden.shape[-1]), weight.to(dtype), bias
-        self.needed, self.shape = needed, hidden.shape
+        self.hidden, self.weight = hidden.reshape(-1, hidden.shape[-1]), weight[:size].to(dtype)
+        self.bias = None if bias is None else bias[:size]
+        self.needed, self.shape, self.size = needed, hidden.shape, len(self.weight)
         wanted = [needed and tensor is not None and tensor.requires_grad for tensor in inputs]
         self.of_hidden = torch.zeros_like(self.hidden, dtype=_kept(hidden.dtype)) if wanted[0] else None
         self.of_weight = torch.empty_like(weight, dtype=_kept(weight.dtype)) if wanted[1] else None
@@ -78,7 +80,7 @@ class Head:
         """Logits of hidden states over a part of the vocabulary."""
         head_logits(hidden, self.weight[part], None if self.bias is None else self.bias[part], out=out)
 
-    def begin(self, hidden: torch.Tensor, pull: Pull, temperature: float) -> tuple[Pull, Chunk]:
+    def begin(self, hidden: torch.Tensor, pull: Pull, temperature: float | torch.Tensor) -> tuple[Pull, Chunk]:
         """The pull of the tokens of a chunk as ∂logits are to be formed from it, and their part in the products."""
         total = torch.zeros(hidden.shape, dtype=self.row_dtype, device=hidden.device)
         if self.dtype != torch.float16:
@@ -110,9 +112,9 @@ class Head:
             self.of_hidden[key] = chunk.total.to(self.of_hidden.dtype)
 
     def finish(self) -> None:
-        """Fill in what no token has reached."""
-        if self.of_weight is not None and not self.started:
-            self.of_weight.zero_()
+        """Fill in what no token has reached, and padding."""
+        if self.of_weight is not None:
+            self.of_weight[self.size if self.started else 0 :].zero_()
 
     def _add_weight(self, total: torch.Tensor, gradient: torch.Tensor, chunk: Chunk, *, again: bool) -> None:
         rounded = total.dtype != gradient.dtype

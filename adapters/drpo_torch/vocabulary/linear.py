@@ -15,7 +15,7 @@ from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values
 from drpo_torch.vocabulary.head import Head, HeadInputs
 from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence, check_head, product_dtype, products_like
-from drpo_torch.vocabulary.softmax import Tempering
+from drpo_torch.vocabulary.row_map import check_vocabulary_size
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from drpo_torch.vocabulary.chunks import Kept
     from drpo_torch.vocabulary.recorded import Centering, Divergence
     from drpo_torch.vocabulary.softmax import Places, Pull
+    from drpo_torch.vocabulary.support import Support
 
 __all__ = ["linear_policy_loss"]
 
@@ -50,7 +51,9 @@ def linear_policy_loss(
     segment_ids: torch.Tensor | None = None,
     divergence: Divergence | None = None,
     centering: Centering | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
     chunk_tokens: int = 256,
@@ -94,7 +97,13 @@ def linear_policy_loss(
         Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
         `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
-        T > 0.
+        T > 0, a number, or one per token, (…), which is constant: it gets no gradient.
+    support
+        The `Support` of each token's policy, over which it is renormalised: of truncated sampling, from which log μ was
+        recorded. A sampled token has to be in its own. Recorded divergences and centring have the same support: the record
+        of an id outside it counts for nothing.
+    vocabulary_size
+        Rows of the head from this id on are padding, which is neither read nor moved, in the records too. None: none are.
     logit_softcap
         cap > 0; None for none.
     entropy
@@ -121,9 +130,9 @@ def linear_policy_loss(
     TypeError
         If a type, a dtype or the reduction is wrong.
     ValueError
-        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary (on the CPU), a
-        `FullDivergence` is asked for in parts of the vocabulary, the engine is unknown, or ``engine="compiled"`` can't take
-        these tensors.
+        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary or its support (on the
+        CPU), a `FullDivergence` is asked for in parts of the vocabulary, the engine is unknown, or ``engine="compiled"``
+        can't take these tensors.
     ImportError
         If ``engine="compiled"`` finds no numba.
     RuntimeError
@@ -161,7 +170,6 @@ def linear_policy_loss(
     inputs = HeadInputs(hidden, weight, bias)
     for name, tensor in inputs.named():
         check_untransformed(name, tensor)
-    leading, vocabulary = hidden.shape[:-1], weight.shape[0]
     arguments = Arguments(
         objective=objective,
         tokens=tokens,
@@ -176,16 +184,19 @@ def linear_policy_loss(
         segment_ids=segment_ids,
         divergence=divergence,
         centering=centering,
+        temperature=temperature,
+        support=support,
+        vocabulary_size=vocabulary_size,
         diagnostics=diagnostics,
         entropy=entropy,
         engine=engine,
     )
-    arguments.check(leading, vocabulary, hidden)
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
-    tempering = Tempering(check_number("temperature", temperature, above=0.0), cap)
-    chunk_tokens, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), vocabulary
+    tempering = arguments.check(hidden.shape[:-1], len(weight), hidden, cap)
+    chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
+    width = check_vocabulary_size(vocabulary_size, len(weight))
     if chunk_vocabulary is not None:
-        width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), vocabulary)
+        width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
         for record in (divergence, centering):
             if isinstance(record, (FullDivergence, FullCentering)):
                 kind = type(record).__name__
@@ -195,10 +206,10 @@ def linear_policy_loss(
     module = loops(engine, products=products_like(hidden, dtype), **arguments.matrices())
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in inputs.named())
     with torch.no_grad():
-        batch = TokenBatch(arguments, dtype)
+        batch = TokenBatch(arguments, dtype, tempering)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = Head(inputs, dtype, needed=needed)
-        _Sweep(batch, head, tempering, module, (chunk_tokens, width)).run()
+        head = Head(inputs, dtype, needed=needed, size=tempering.size)
+        _Sweep(batch, head, module, (chunk_tokens, width)).run()
         result = batch.result()
     if not needed:
         return result
@@ -212,14 +223,13 @@ class _Sweep:
         self,
         batch: TokenBatch,
         head: Head,
-        tempering: Tempering,
         module: ModuleType | None,
         chunk: tuple[int, int],
     ) -> None:
         self.chunk_tokens, width = chunk
         self.batch, self.head = batch, head
         rows = min(self.chunk_tokens, len(batch.valid))
-        self.chunks = Chunks(head, tempering, module, rows=rows, width=width)
+        self.chunks = Chunks(head, batch.tempering, module, rows=rows, width=width)
         self.at_once = rows == len(batch.valid) or looks_at_one_token(batch.given.objective)
         # whether logits are gone when the gradient in them is known
         self.recompute = len(self.chunks.parts) > 1 or not self.at_once
@@ -247,7 +257,7 @@ class _Sweep:
 
         def look(z: torch.Tensor, places: Places) -> None:
             nonlocal full
-            full = batch.look(self.chunks.module, rows, z, places, self.chunks.tempering)
+            full = batch.look(self.chunks.module, rows, z, places)
 
         columns = batch.columns(rows)
         log_prob, whole, kept = self.chunks.forward(rows, columns, entropy=batch.given.entropy, keep=self.softmax, look=look)

@@ -19,13 +19,16 @@ from drpo_torch.vocabulary.graph import (
 )
 from drpo_torch.vocabulary.head import Head, HeadInputs
 from drpo_torch.vocabulary.recorded import check_head, product_dtype, products_like
-from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, Tempering
+from drpo_torch.vocabulary.row_map import check_vocabulary_size, row_map
+from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
     from drpo_core.loss import Engine
+    from drpo_torch.vocabulary.softmax import Tempering
+    from drpo_torch.vocabulary.support import Support
 
 __all__ = ["TokenLogProb", "linear_log_prob", "token_log_prob"]
 
@@ -50,7 +53,9 @@ def token_log_prob(
     tokens: torch.Tensor,
     mask: torch.Tensor | None = None,
     top_k_ids: torch.Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     entropy: bool = False,
     overwrite_logits: bool = False,
     engine: Engine = "auto",
@@ -71,7 +76,12 @@ def token_log_prob(
     top_k_ids
         Ids of K more tokens for each, (…, K), whose log-probs are wanted too.
     temperature
-        T > 0.
+        T > 0, a number, or one per token, (…), which is constant: it gets no gradient.
+    support
+        The `Support` of each token's policy, over which it is renormalised: log π = −∞ outside, with a gradient of 0. A
+        sampled token has to be in its own.
+    vocabulary_size
+        Logits from this id on are padding, with a probability and a gradient of 0. None: none are.
     entropy
         Whether to compute the entropy −Σ_v π log π too.
     overwrite_logits
@@ -93,8 +103,8 @@ def token_log_prob(
     TypeError
         If a dtype is wrong, or the temperature is not a number.
     ValueError
-        If the shapes disagree, an id is outside the vocabulary (on the CPU), the temperature is not finite and positive, the
-        engine is unknown, or ``engine="compiled"`` can't take these logits.
+        If the shapes disagree, an id is outside the vocabulary or a sampled token outside its support (on the CPU), a number
+        is out of its range, the engine is unknown, or ``engine="compiled"`` can't take these logits.
     ImportError
         If ``engine="compiled"`` finds no numba.
     RuntimeError
@@ -115,8 +125,10 @@ def token_log_prob(
     tensor([[ 0.5000, -0.3000, -0.2000]])
     """
     check_untransformed("logits", check_logits(logits))
-    columns, rows = _checked(tokens, mask, top_k_ids, logits.shape[:-1], logits.shape[-1], logits)
-    tempering = Tempering(check_number("temperature", temperature, above=0.0))
+    leading, known = logits.shape[:-1], logits.shape[-1]
+    size = check_vocabulary_size(vocabulary_size, known)
+    columns, rows = _checked(tokens, mask, top_k_ids, leading, size, logits)
+    tempering = row_map(temperature, support, tokens, mask, size=size, leading=leading, beside=logits, columns=known)
     flat = logits.reshape(-1, logits.shape[-1])
     overwrite = overwrite_logits and may_be_overwritten(flat)
     module = loops(engine, logits=flat)
@@ -133,7 +145,9 @@ def linear_log_prob(
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     top_k_ids: torch.Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
     chunk_tokens: int = 256,
@@ -156,8 +170,10 @@ def linear_log_prob(
         `hidden`, except under autocast.
     tokens, mask, top_k_ids
         See `drpo_torch.token_log_prob`.
-    temperature
-        T > 0.
+    temperature, support
+        See `drpo_torch.token_log_prob`.
+    vocabulary_size
+        Rows of the head from this id on are padding, which is neither read nor moved. None: none are.
     logit_softcap
         cap > 0; None for none.
     entropy
@@ -179,8 +195,8 @@ def linear_log_prob(
     TypeError
         If a type or a dtype is wrong.
     ValueError
-        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary (on the CPU), the
-        engine is unknown, or ``engine="compiled"`` can't take these tensors.
+        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary or its support (on the
+        CPU), the engine is unknown, or ``engine="compiled"`` can't take these tensors.
     ImportError
         If ``engine="compiled"`` finds no numba.
     RuntimeError
@@ -212,10 +228,12 @@ def linear_log_prob(
     inputs = HeadInputs(hidden, weight, bias)
     for name, tensor in inputs.named():
         check_untransformed(name, tensor)
-    columns, rows = _checked(tokens, mask, top_k_ids, hidden.shape[:-1], len(weight), hidden)
+    leading, width = hidden.shape[:-1], check_vocabulary_size(vocabulary_size, len(weight))
+    columns, rows = _checked(tokens, mask, top_k_ids, leading, width, hidden)
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
-    tempering = Tempering(check_number("temperature", temperature, above=0.0), cap)
-    size, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), len(weight)
+    known: dict[str, Any] = {"size": width, "leading": leading, "beside": hidden, "columns": len(weight), "softcap": cap}
+    tempering = row_map(temperature, support, tokens, mask, **known)
+    size = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
     if chunk_vocabulary is not None:
         width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
     dtype = product_dtype(hidden, weight)
@@ -289,11 +307,15 @@ def _reached(
 def _pull(
     columns: torch.Tensor,
     statistics: Statistics,
+    tempering: Tempering,
     of_log_probs: torch.Tensor,
     of_entropy: torch.Tensor | None,
     of_normalizer: torch.Tensor,
 ) -> Pull:
     """∂log π(c)/∂x = 1[c] − π, ∂log Z/∂x = π, ∂H/∂x = −π (log π + H), times cotangents."""
+    if tempering.support is not None:
+        # an id outside the support has a constant log π
+        of_log_probs = of_log_probs.masked_fill(~tempering.support.holds(columns), 0.0)
     pull = Pull(columns, of_log_probs, of_normalizer - of_log_probs.sum(-1))
     if of_entropy is None or statistics.entropy is None:
         return pull
@@ -314,9 +336,10 @@ class _TokenLogProb(torch.autograd.Function):
         overwrite: bool,  # noqa: FBT001
         module: ModuleType | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        kernels = row_kernels(module, tempering, logits.shape[-1], logits.dtype, logits.device)
-        found = kernels.statistics(logits, rows, entropy=entropy)
-        log_probs = found.log_prob(tempering(logits[rows.index[:, None], columns[rows.key]]))
+        of_rows, z, some = tempering.at(rows.key), logits[:, : tempering.size], columns[rows.key]
+        kernels = row_kernels(module, z.shape[-1], z.dtype, z.device)
+        found = kernels.statistics(z, rows, of_rows, entropy=entropy)
+        log_probs = found.log_prob(of_rows.of_columns(z[rows.index[:, None], some], some))
         ctx.save_for_backward(logits, columns, *(field for field in found if field is not None))
         ctx.rows, ctx.tempering, ctx.entropy, ctx.overwrite, ctx.module = rows, tempering, entropy, overwrite, module
         n = len(logits)
@@ -337,10 +360,13 @@ class _TokenLogProb(torch.autograd.Function):
         statistics = Statistics.of(fields, entropy=ctx.entropy)
         alive = _reached(ctx.rows, *cotangents)
         rows, statistics = Places(ctx.rows.index[alive]), statistics.at(alive)
-        pull = _pull(columns[rows.index], statistics, *_picked(cotangents, rows))
+        tempering, size = ctx.tempering.at(rows.key), ctx.tempering.size
+        pull = _pull(columns[rows.index], statistics, tempering, *_picked(cotangents, rows))
         gradient = logits.detach() if ctx.overwrite else gradient_like(logits)
-        kernels = row_kernels(ctx.module, ctx.tempering, logits.shape[-1], logits.dtype, logits.device)
-        kernels.gradients(logits, rows, pull, statistics=statistics, out=gradient)
+        z = logits[:, :size]
+        kernels = row_kernels(ctx.module, z.shape[-1], z.dtype, z.device)
+        kernels.gradients(z, rows, tempering, pull, statistics=statistics, out=gradient[:, :size])
+        gradient[:, size:].zero_()
         untouched = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, rows.index, 0)
         gradient.index_fill_(0, Places.where(untouched).index, 0.0)
         return gradient, None, None, None, None, None, None
@@ -361,14 +387,14 @@ class _HeadSweep:
         entropy: bool,
     ) -> None:
         self.rows, self.columns, self.entropy = rows, columns, entropy
-        self._tempering, self._module, self._dtype, (self._size, self._width) = tempering, module, dtype, chunk
+        self.tempering, self._module, self._dtype, (self._size, self._width) = tempering, module, dtype, chunk
 
     def chunks(self, head: Head, rows: Places) -> Chunks:
-        return Chunks(head, self._tempering, self._module, rows=min(self._size, len(rows)), width=self._width)
+        return Chunks(head, self.tempering, self._module, rows=min(self._size, len(rows)), width=self._width)
 
     def head(self, inputs: HeadInputs, *, needed: bool) -> Head:
         with torch.autocast(inputs.hidden.device.type, enabled=False):
-            return Head(inputs, self._dtype, needed=needed)
+            return Head(inputs, self._dtype, needed=needed, size=self.tempering.size)
 
     def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
         """Log-probs of the columns; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
@@ -430,7 +456,7 @@ class _LinearLogProb(torch.autograd.Function):
         found = Places(rows.index[alive])
         columns = sweep.columns[found.index]
         kept = Kept(found, columns, whole.maximum, parts, shares[:, alive])
-        pull = _pull(columns, whole, *_picked(cotangents, found))
+        pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found))
         with torch.autocast(hidden.device.type, enabled=False):
             head = sweep.head(HeadInputs(hidden, weight, bias), needed=True)
             sweep.backward(head, kept, pull)

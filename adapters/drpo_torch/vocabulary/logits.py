@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drpo_core._checks import check_number
 from drpo_torch._checks import check_logits, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten
-from drpo_torch.vocabulary.softmax import Places, Tempering, power_of_two_below
+from drpo_torch.vocabulary.softmax import Places, power_of_two_below
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from drpo_core.loss import Engine
     from drpo_core.reduction import Reduction
     from drpo_torch.vocabulary.recorded import Centering, Divergence
+    from drpo_torch.vocabulary.support import Support
 
 __all__ = ["logits_policy_loss"]
 
@@ -45,7 +45,9 @@ def logits_policy_loss(
     segment_ids: torch.Tensor | None = None,
     divergence: Divergence | None = None,
     centering: Centering | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     entropy: bool = False,
     overwrite_logits: bool = False,
     diagnostics: bool = True,
@@ -78,7 +80,13 @@ def logits_policy_loss(
         Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
         `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
-        T > 0: π = softmax(logits / T).
+        T > 0: π = softmax(logits / T); a number, or one per token, (…), which is constant: it gets no gradient.
+    support
+        The `Support` of each token's policy, over which it is renormalised: of truncated sampling, from which log μ was
+        recorded. A sampled token has to be in its own. Recorded divergences and centring have the same support: the record
+        of an id outside it counts for nothing.
+    vocabulary_size
+        Logits from this id on are padding, with a probability and a gradient of 0, in the records too. None: none are.
     entropy
         Whether to return the entropies too.
     overwrite_logits
@@ -102,7 +110,7 @@ def logits_policy_loss(
     TypeError
         If a type, a dtype or the reduction is wrong.
     ValueError
-        If shapes disagree, the temperature is not finite and positive, a valid token's id is outside the vocabulary (on the
+        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary or its support (on the
         CPU), the engine is unknown, or ``engine="compiled"`` can't take these logits.
     ImportError
         If ``engine="compiled"`` finds no numba.
@@ -146,16 +154,18 @@ def logits_policy_loss(
         segment_ids=segment_ids,
         divergence=divergence,
         centering=centering,
+        temperature=temperature,
+        support=support,
+        vocabulary_size=vocabulary_size,
         diagnostics=diagnostics,
         entropy=entropy,
         engine=engine,
     )
-    arguments.check(logits.shape[:-1], logits.shape[-1], logits)
-    tempering = Tempering(check_number("temperature", temperature, above=0.0))
+    tempering = arguments.check(logits.shape[:-1], logits.shape[-1], logits)
     flat = logits.reshape(-1, logits.shape[-1])
     module = loops(engine, logits=flat, **arguments.matrices())
     with torch.no_grad():
-        sweep = _Sweep(TokenBatch(arguments, logits.dtype), tempering, module)
+        sweep = _Sweep(TokenBatch(arguments, logits.dtype, tempering), module)
     if not (flat.requires_grad and torch.is_grad_enabled()):
         with torch.no_grad():
             sweep.run(flat.detach(), None)
@@ -167,24 +177,26 @@ def logits_policy_loss(
 class _Sweep:
     """Takes every valid token through a `TokenBatch`, and forms the gradient on the way."""
 
-    def __init__(self, batch: TokenBatch, tempering: Tempering, module: ModuleType | None) -> None:
-        self.batch, self.tempering, self.module = batch, tempering, module
+    def __init__(self, batch: TokenBatch, module: ModuleType | None) -> None:
+        self.batch, self.module = batch, module
         self.result: VocabularyLoss
 
     def run(self, logits: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """∂loss/∂logits to `gradient`, which may be the logits; of float16, times powers of two whose inverses it returns."""
-        batch, rows = self.batch, self.batch.valid
-        kernels = row_kernels(self.module, self.tempering, logits.shape[-1], logits.dtype, logits.device)
+        batch, rows, size = self.batch, self.batch.valid, self.batch.tempering.size
+        tempering, z = batch.tempering.at(rows.key), logits[:, :size]
+        into = None if gradient is None else gradient[:, :size]
+        kernels = row_kernels(self.module, z.shape[-1], z.dtype, z.device)
         # a softmax that is in the working dtype already waits in the gradient's place for its coefficient
-        kept = gradient is not None and kernels.keeps and logits.dtype == batch.row_dtype and batch.full_term is None
+        kept = into is not None and kernels.keeps and logits.dtype == batch.row_dtype and batch.full_term is None
         columns = batch.columns(rows)
-        picked = self.tempering(logits[rows.index[:, None], columns])
+        picked = tempering.of_columns(z[rows.index[:, None], columns], columns)
         # before a softmax takes the place of the logits
-        full = batch.look(self.module, rows, logits, rows, self.tempering)
-        found = kernels.statistics(logits, rows, entropy=batch.given.entropy, keep=gradient if kept else None)
+        full = batch.look(self.module, rows, z, rows)
+        found = kernels.statistics(z, rows, tempering, entropy=batch.given.entropy, keep=into if kept else None)
         pull = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, *full))
         self.result = batch.result()
-        if gradient is None:
+        if gradient is None or into is None:
             return None
         # a dropped token's row may hold a NaN, which 0 does not silence
         without = (~batch.given.mask).reshape(-1)
@@ -192,9 +204,10 @@ class _Sweep:
         unit = None
         if logits.dtype == torch.float16:
             unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device)
-            shift = power_of_two_below(_FLOAT16_BITS, pull.size(logits.shape[-1]) / self.tempering.temperature)
+            shift = power_of_two_below(_FLOAT16_BITS, pull.size(z.shape[-1]) / tempering.temperature)
             pull, unit[rows.key] = pull.scaled(shift), 1.0 / shift
-        kernels.gradients(logits, rows, pull, statistics=found, out=gradient, kept=kept)
+        kernels.gradients(z, rows, tempering, pull, statistics=found, out=into, kept=kept)
+        gradient[:, size:].zero_()
         gradient.index_fill_(0, Places.where(without).index, 0.0)
         return unit
 

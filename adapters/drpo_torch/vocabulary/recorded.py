@@ -12,6 +12,7 @@ import torch
 
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_shape, check_tensor
+from drpo_torch.vocabulary.row_map import check_temperature
 from drpo_torch.vocabulary.softmax import Tempering
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class FullDivergence:
     behavior
         Logits or log-probs of μ, (…, V), or the `LinearHead` to recompute them from, chunk by chunk.
     temperature
-        μ is softmax(behavior / temperature): 1 for recorded log-probs.
+        μ is softmax(behavior / temperature): 1 for recorded log-probs; a number, or one per token, (…).
 
     Raises
     ------
@@ -135,7 +136,7 @@ class FullDivergence:
 
     kind: str
     behavior: torch.Tensor | LinearHead
-    temperature: float = 1.0
+    temperature: float | torch.Tensor = 1.0
 
     def __post_init__(self) -> None:
         """Check what can be checked without the tokens."""
@@ -144,7 +145,7 @@ class FullDivergence:
 
     @property
     def tempering(self) -> Tempering:
-        """The step from the recorded logits to those of μ."""
+        """The step from the recorded logits to those of μ, over the whole vocabulary."""
         return _tempering(self)
 
 
@@ -202,7 +203,7 @@ class FullCentering:
     behavior
         Logits or log-probs of μ, (…, V), or the `LinearHead` to recompute them from, chunk by chunk.
     temperature
-        μ is softmax(behavior / temperature): 1 for recorded log-probs.
+        μ is softmax(behavior / temperature): 1 for recorded log-probs; a number, or one per token, (…).
 
     Raises
     ------
@@ -223,7 +224,7 @@ class FullCentering:
     """
 
     behavior: torch.Tensor | LinearHead
-    temperature: float = 1.0
+    temperature: float | torch.Tensor = 1.0
 
     def __post_init__(self) -> None:
         """Check what can be checked without the tokens."""
@@ -231,7 +232,7 @@ class FullCentering:
 
     @property
     def tempering(self) -> Tempering:
-        """The step from the recorded logits to those of μ."""
+        """The step from the recorded logits to those of μ, over the whole vocabulary."""
         return _tempering(self)
 
 
@@ -251,15 +252,20 @@ def _check_top_k(ids: object, **log_probs: object) -> None:
 
 
 def _check_full(record: FullDivergence | FullCentering) -> None:
-    """Raise for what is no behaviour policy, and keep the temperature as a Python float."""
+    """Raise for what is no behaviour policy, and keep the temperature as a Python float or a tensor without a graph."""
     if not isinstance(record.behavior, LinearHead):
         check_tensor("behavior", record.behavior)
-    object.__setattr__(record, "temperature", check_number("temperature", record.temperature, above=0.0))
+    temperature = check_temperature("temperature", record.temperature)
+    rows = record.behavior.hidden if isinstance(record.behavior, LinearHead) else record.behavior
+    if isinstance(temperature, torch.Tensor):
+        check_shape("temperature", check_tensor("temperature", temperature, beside=rows), rows.shape[:-1], "the tokens")
+    object.__setattr__(record, "temperature", temperature)
 
 
 def _tempering(record: FullDivergence | FullCentering) -> Tempering:
     cap = record.behavior.logit_softcap if isinstance(record.behavior, LinearHead) else None
-    return Tempering(record.temperature, cap)
+    temperature = record.temperature
+    return Tempering(temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else temperature, cap)
 
 
 def check_head(hidden: object, weight: object, bias: object | None) -> None:

@@ -36,21 +36,22 @@ class LoopRows:
 
     keeps = False
 
-    def __init__(self, tempering: Tempering, dtype: torch.dtype) -> None:
-        self.tempering, self.numbers = tempering, _numbers(tempering)
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.kernels = working_dtype(dtype), _kernels(dtype)
 
     def statistics(
         self,
         z: torch.Tensor,
         places: Places,
+        tempering: Tempering,
         *,
         entropy: bool = False,
         keep: torch.Tensor | None = None,  # noqa: ARG002 -- a softmax taken again costs no more than one that is read
     ) -> Statistics:
         """See `RowKernels`."""
         rows, out = _Rows.of(z, places), np.empty((3, len(places)), self.kernels.dtype)
-        _in_threads(lambda first, last: self.kernels.statistics(*rows, self.numbers, first, last, out), places, z)
+        step = _numbers(tempering, len(places)), _Columns.of(tempering, len(places))
+        _in_threads(lambda first, last: self.kernels.statistics(*rows, *step, first, last, out), places, z)
         maximum, total, entropies = (torch.from_numpy(row.copy()) for row in out)
         return Statistics(maximum, total.log(), entropies if entropy else None, total)
 
@@ -58,6 +59,7 @@ class LoopRows:
         self,
         z: torch.Tensor,
         places: Places,
+        tempering: Tempering,
         pull: Pull,
         *,
         statistics: Statistics,
@@ -66,17 +68,18 @@ class LoopRows:
     ) -> None:
         """See `RowKernels`; where `pull` is 0 so is the result, whatever the row holds."""
         if pull.everywhere is not None:
-            others = ArrayRows(self.tempering, z.shape[-1], z.dtype, z.device)
-            others.gradients(z, places, pull, statistics=statistics, out=out)
+            others = ArrayRows(z.shape[-1], z.dtype, z.device)
+            others.gradients(z, places, tempering, pull, statistics=statistics, out=out)
             return
         rows, into = _Rows.of(z, places), _Rows.of(out, places)
         slope = torch.zeros_like(pull.scale) if pull.slope is None else pull.slope
         every = (statistics.maximum, statistics.total, pull.scale, slope)
         coefficients = np.stack([field.detach().to(self.dtype).numpy() for field in every])
         at, columns = pull.at.detach().to(self.dtype).numpy(), pull.columns.numpy()
+        step = _numbers(tempering, len(places)), _Columns.of(tempering, len(places))
         _in_threads(
             lambda first, last: self.kernels.gradients(
-                *rows, into.data, into.stride, self.numbers, first, last, coefficients, at, columns
+                *rows, into.data, into.stride, *step, first, last, coefficients, at, columns
             ),
             places,
             z,
@@ -94,11 +97,16 @@ def row_divergences(
     behavior_places: Places,
     behavior: Tempering,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Full TV and KL of rows, and whether they hold: not where an inf, a NaN or a ratio above e^60 is."""
+    """Full TV and KL of rows, and whether they hold: not where an inf, a NaN or a ratio above e^60 is.
+
+    Both policies have the support of `tempering`.
+    """
     kernel, dtype = _divergences(logits.dtype, behavior_logits.dtype)
     x, y = _Rows.of(logits, places), _Rows.of(behavior_logits, behavior_places)
     out = np.empty((3, len(places)), dtype)
-    _in_threads(lambda first, last: kernel(*x, _numbers(tempering), *y, _numbers(behavior), first, last, out), places, logits)
+    count = len(places)
+    numbers, behavior_numbers, columns = _numbers(tempering, count), _numbers(behavior, count), _Columns.of(tempering, count)
+    _in_threads(lambda first, last: kernel(*x, numbers, *y, behavior_numbers, columns, first, last, out), places, logits)
     tv, kl, near = (torch.from_numpy(row.copy()) for row in out)
     return tv, kl, near != 0.0
 
@@ -122,6 +130,33 @@ class _Rows(NamedTuple):
         return cls(flat.numpy(), stride, width, places.on_host)
 
 
+class _Columns(NamedTuple):
+    """The supports of rows as numba takes them: see `drpo_torch.vocabulary.support.SupportRows`."""
+
+    whole: NDArray[np.bool_]
+    keys: NDArray[np.int64]
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    base: NDArray[np.int64]
+    words: NDArray[np.int32]
+    words_per_row: int
+    rows: NDArray[np.int64]
+    start: int
+
+    @classmethod
+    def of(cls, tempering: Tempering, count: int) -> _Columns:
+        support, none = tempering.support, np.empty(0, np.int64)
+        if support is None:
+            return cls(np.ones(count, np.bool_), none, none, none, none, np.empty(0, np.int32), 0, none, 0)
+        whole, rows, start = support.whole.numpy().copy(), support.rows.numpy().copy(), support.columns.start
+        base = rows * support.vocabulary + start
+        if support.words is not None:
+            words = support.words.contiguous()
+            return cls(whole, none, none, none, base, words.numpy().reshape(-1), words.shape[1], rows, start)
+        low, high = (end.numpy() for end in support.ends)
+        return cls(whole, support.keys.numpy(), low, high, base, np.empty(0, np.int32), 0, rows, start)
+
+
 class _Kernels(NamedTuple):
     dtype: np.dtype[Any]
     statistics: Callable[..., None]
@@ -140,9 +175,44 @@ class _Tools(NamedTuple):
 _jit = numba.njit(nogil=True, error_model="numpy")
 
 
-def _numbers(tempering: Tempering) -> NDArray[np.float64]:
-    """Temperature and soft-cap, or 0 for none."""
-    return np.array([tempering.temperature, tempering.softcap or 0.0], np.float64)
+def _numbers(tempering: Tempering, count: int) -> NDArray[np.float64]:
+    """Temperature and soft-cap, or 0 for none, a row."""
+    numbers, temperature = np.empty((count, 2), np.float64), tempering.temperature
+    numbers[:, 0] = temperature.double().numpy() if isinstance(temperature, torch.Tensor) else temperature
+    numbers[:, 1] = tempering.softcap or 0.0
+    return numbers
+
+
+@_jit
+def _columns_of(support: Any, r: Any, width: Any, columns: Any) -> Any:
+    """The columns of a row that has a support of its own, increasing, and how many."""
+    n = 0
+    if support.words_per_row == 0:
+        for j in range(support.low[r], support.high[r]):
+            columns[n] = support.keys[j] - support.base[r]
+            n += 1
+        return n
+    row = support.rows[r] * support.words_per_row
+    for column in range(width):
+        v = column + support.start
+        if (support.words[row + (v >> 5)] >> (v & 31)) & 1:
+            columns[n] = column
+            n += 1
+    return n
+
+
+@_jit
+def _picked(row: Any, columns: Any, into: Any) -> Any:
+    """The entries of a row at some columns, one after the other."""
+    for i in range(columns.size):
+        into[i] = row[columns[i]]
+    return into[: columns.size]
+
+
+@_jit
+def _room(support: Any, first: Any, last: Any, width: Any) -> Any:
+    """The width of a buffer for the entries of a support: 0 if no row has one."""
+    return 0 if support.whole[first:last].all() else width
 
 
 @cache
@@ -201,16 +271,22 @@ def _statistics(tools: _Tools, load: Callable[..., None]) -> Callable[..., None]
     block = _BLOCK
 
     @_jit
-    def statistics(z: Any, stride: Any, width: Any, rows: Any, numbers: Any, first: Any, last: Any, out: Any) -> None:
+    def statistics(
+        z: Any, stride: Any, width: Any, rows: Any, numbers: Any, support: Any, first: Any, last: Any, out: Any
+    ) -> None:
         wide_vectors()
         buffer, scratch = np.empty(block, dtype), np.empty(1, integer)
+        room = _room(support, first, last, width)
+        columns, taken = np.empty(room, np.int64), np.empty(room, z.dtype)
         for r in range(first, last):
             row = z[rows[r] * stride : rows[r] * stride + width]
+            if not support.whole[r]:
+                row = _picked(row, columns[: _columns_of(support, r, width, columns)], taken)
             maximum, total, weighted = -np.inf, 0.0, 0.0
-            for start in range(0, width, block):
+            for start in range(0, row.size, block):
                 part = row[start : start + block]
                 x = buffer[: part.size]
-                tempered(x, part, numbers)
+                tempered(x, part, numbers[r])
                 most = largest_in(x, scratch)
                 if most == -np.inf:
                     continue
@@ -250,7 +326,15 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
                 x[column] += at[c] / t
 
     @_jit
-    def gradients(
+    def places_of(wanted: Any, columns: Any, into: Any) -> Any:
+        """Where some columns are among increasing ones; −1 for one that is not."""
+        for c in range(wanted.size):
+            i = np.searchsorted(columns, wanted[c])
+            into[c] = i if i < columns.size and columns[i] == wanted[c] else -1
+        return into
+
+    @_jit
+    def gradients(  # noqa: C901 -- the steps of one pass
         z: Any,
         stride: Any,
         width: Any,
@@ -258,6 +342,7 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
         out: Any,
         out_stride: Any,
         numbers: Any,
+        support: Any,
         first: Any,
         last: Any,
         coefficients: Any,
@@ -266,8 +351,11 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
     ) -> None:
         wide_vectors()
         buffer, steepness = np.empty(block, dtype), np.empty(block, dtype)
-        t, cap = number(numbers[0]), number(numbers[1])
+        room = _room(support, first, last, width)
+        inside, taken, made = np.empty(room, np.int64), np.empty(room, z.dtype), np.empty(room, out.dtype)
+        among = np.empty(columns.shape[1], np.int64)
         for r in range(first, last):
+            t, cap = number(numbers[r, 0]), number(numbers[r, 1])
             row = z[rows[r] * stride : rows[r] * stride + width]
             place = out[rows[r] * out_stride : rows[r] * out_stride + width]
             maximum, total, scale, slope = coefficients[:, r]
@@ -275,10 +363,17 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
                 place[:] = 0
                 continue
             scale, slope = scale / total / t, slope / total / t
-            for start in range(0, width, block):
+            wanted, into, n = columns[r], place, width
+            if not support.whole[r]:
+                n = _columns_of(support, r, width, inside)
+                row, into = _picked(row, inside[:n], taken), made
+                wanted = places_of(wanted, inside[:n], among)
+                # the row may lie here, but what it needs is taken
+                place[:] = 0
+            for start in range(0, n, block):
                 part = row[start : start + block]
                 x = buffer[: part.size]
-                tempered(x, part, numbers)
+                tempered(x, part, numbers[r])
                 if cap != 0.0:
                     # sech²(z/cap) of z itself: 1 − tanh² has lost its digits where the logit is some times the cap
                     load(steepness[: x.size], part)
@@ -288,11 +383,14 @@ def _gradients(tools: _Tools, load: Callable[..., None], store: Callable[..., No
                 for i in range(x.size):
                     d = x[i] - maximum
                     x[i] = decay(d) * (scale - slope * select(d < least, least, d))
-                add_at(x, columns[r], at[r], start, t)
+                add_at(x, wanted, at[r], start, t)
                 if cap != 0.0:
                     for i in range(x.size):
                         x[i] *= steepness[i]
-                store(place[start : start + block], x)
+                store(into[start : start + part.size], x)
+            if not support.whole[r]:
+                for i in range(n):
+                    place[inside[i]] = made[i]
 
     return gradients
 
@@ -319,29 +417,38 @@ def _divergences(stored: torch.dtype, behavior_stored: torch.dtype) -> tuple[Cal
         _: Any,
         y_rows: Any,
         y_numbers: Any,
+        support: Any,
         first: Any,
         last: Any,
         out: Any,
     ) -> None:
         wide_vectors()
-        q, d, scratch = np.empty(width, dtype), np.empty(width, dtype), np.empty(1, integer)
+        q_buffer, d_buffer, scratch = np.empty(width, dtype), np.empty(width, dtype), np.empty(1, integer)
+        room = _room(support, first, last, width)
+        columns, x_taken, y_taken = np.empty(room, np.int64), np.empty(room, x.dtype), np.empty(room, y.dtype)
         for r in range(first, last):
-            behavior_load(q, y[y_rows[r] * y_stride : y_rows[r] * y_stride + width], y_numbers)
-            load(d, x[x_rows[r] * x_stride : x_rows[r] * x_stride + width], x_numbers)
+            x_row = x[x_rows[r] * x_stride : x_rows[r] * x_stride + width]
+            y_row = y[y_rows[r] * y_stride : y_rows[r] * y_stride + width]
+            if not support.whole[r]:
+                inside = columns[: _columns_of(support, r, width, columns)]
+                x_row, y_row = _picked(x_row, inside, x_taken), _picked(y_row, inside, y_taken)
+            q, d, n = q_buffer[: x_row.size], d_buffer[: x_row.size], x_row.size
+            behavior_load(q, y_row, y_numbers[r])
+            load(d, x_row, x_numbers[r])
             maximum = largest_in(q, scratch)
             total = weighted = 0.0
-            for start in range(0, width, block):
+            for start in range(0, n, block):
                 part_total, part_weighted = exponentiate(q[start : start + block], d[start : start + block], maximum)
                 total += part_total
                 weighted += part_weighted
             # d is x − y − Σ μ (x − y) from here on
             center, excess, most = number(weighted / total), 0.0, integer(lowest)
-            for start in range(0, width, block):
+            for start in range(0, n, block):
                 part_excess, part_most = compare(q[start : start + block], d[start : start + block], center)
                 excess += part_excess
                 most = max(most, part_most)
             k, moved = excess / total, 0.0
-            for start in range(0, width, block):
+            for start in range(0, n, block):
                 moved += distance(q[start : start + block], d[start : start + block], number(k))
             out[0, r], out[1, r] = moved / total / (2.0 * (1.0 + k)), np.log1p(k)
             out[2, r] = of_ordered(most, scratch) <= largest_ratio

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from drpo_torch.vocabulary.support import SupportRows
+
 __all__ = [
     "LARGEST_LOG_RATIO",
     "ArrayRows",
@@ -39,29 +41,65 @@ _CPU_BYTES_PER_THREAD, _DEVICE_BYTES = 5 << 18, 64 << 20
 
 
 class Tempering(NamedTuple):
-    """The step from the head's output z to the policy's logits, x = cap·tanh(z/cap) / T."""
+    """The step from the head's output z to the policy's logits: x = cap·tanh(z/cap) / T in the support, −inf elsewhere.
 
-    temperature: float = 1.0
+    The temperature is one number or one a row. Columns from `size` on are padding, which callers leave out.
+    """
+
+    temperature: float | torch.Tensor = 1.0
     softcap: float | None = None
+    support: SupportRows | None = None
+    size: int | None = None
+
+    def at(self, rows: torch.Tensor | slice) -> Tempering:
+        """The step of some of the rows."""
+        if self.support is None and not isinstance(self.temperature, torch.Tensor):
+            return self
+        temperature = self.temperature[rows] if isinstance(self.temperature, torch.Tensor) else self.temperature
+        return self._replace(temperature=temperature, support=None if self.support is None else self.support.at(rows))
+
+    def part(self, columns: slice) -> Tempering:
+        """The step of a part of the vocabulary."""
+        return self if self.support is None else self._replace(support=self.support.part(columns))
 
     def __call__(self, z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The logits x, in the working dtype or that of `out`; z itself if that is x already, else in `out` if given."""
+        x = self._tempered(z, out)
+        if self.support is None:
+            return x
+        return (x.clone() if x is z else x).masked_fill_(self.support.outside(), -torch.inf)
+
+    def of_columns(self, z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The logits x of some ids of the vocabulary, (rows, C), which need not be of this part, from their z."""
+        x = self._tempered(z, None)
+        return x if self.support is None else x.masked_fill(~self.support.holds(ids), -torch.inf)
+
+    def pull_back_(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """∂/∂z from ∂/∂x, in place: times sech²(z/cap) = 4t/(1 + t)², t = e^(−2 abs(z)/cap); 0 outside the support."""
+        if self.softcap is not None:
+            # 1 − tanh² has lost its digits where the logit is some times the cap
+            t = (z.to(gradient.dtype) / self.softcap).abs_().mul_(-2.0).exp_()
+            gradient.mul_(t).mul_(4.0).div_(t.add_(1.0).square_())
+        gradient = self._divided_(gradient)
+        return gradient if self.support is None else gradient.masked_fill_(self.support.outside(), 0.0)
+
+    def _tempered(self, z: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """The logits as if every id were in the support."""
         dtype = working_dtype(z.dtype) if out is None else out.dtype
-        if self.temperature == 1.0 and self.softcap is None and z.dtype == dtype:
+        unit = not isinstance(self.temperature, torch.Tensor) and self.temperature == 1.0
+        if unit and self.softcap is None and z.dtype == dtype:
             return z
         x = torch.empty_like(z, dtype=dtype) if out is None else out
         x.copy_(z)
         if self.softcap is not None:
             x.div_(self.softcap).tanh_().mul_(self.softcap)
-        return x.div_(self.temperature) if self.temperature != 1.0 else x
+        return self._divided_(x)
 
-    def pull_back_(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """∂/∂z from ∂/∂x, in place: times sech²(z/cap) = 4t/(1 + t)², t = e^(−2 abs(z)/cap)."""
-        if self.softcap is not None:
-            # 1 − tanh² has lost its digits where the logit is some times the cap
-            t = (z.to(gradient.dtype) / self.softcap).abs_().mul_(-2.0).exp_()
-            gradient.mul_(t).mul_(4.0).div_(t.add_(1.0).square_())
-        return gradient.div_(self.temperature) if self.temperature != 1.0 else gradient
+    def _divided_(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows divided by their temperature, in place."""
+        if isinstance(self.temperature, torch.Tensor):
+            return x.div_(self.temperature[:, None].to(x.dtype))
+        return x.div_(self.temperature) if self.temperature != 1.0 else x
 
 
 class Statistics(NamedTuple):
@@ -238,20 +276,35 @@ class Workspace:
 class RowKernels(Protocol):
     """Statistics of softmaxes of rows, and gradients through them: all the work that grows with the vocabulary.
 
-    `places` says which rows of the logits z (…, V), and of `out` or `keep`. Everything else has one entry a row of these.
+    `places` says which rows of the logits z (…, V), and of `out` or `keep`. Everything else, the tempering too, has one entry
+    a row of these.
     """
 
     keeps: bool
     """True if `statistics` can leave the softmax itself in `keep`, for `gradients` to start from."""
 
     def statistics(
-        self, z: torch.Tensor, places: Places, *, entropy: bool = False, keep: torch.Tensor | None = None
+        self,
+        z: torch.Tensor,
+        places: Places,
+        tempering: Tempering,
+        *,
+        entropy: bool = False,
+        keep: torch.Tensor | None = None,
     ) -> Statistics:
         """Statistics of the softmax of each row; the softmax itself goes to `keep`, which may be z."""
         ...
 
     def gradients(
-        self, z: torch.Tensor, places: Places, pull: Pull, *, statistics: Statistics, out: torch.Tensor, kept: bool = False
+        self,
+        z: torch.Tensor,
+        places: Places,
+        tempering: Tempering,
+        pull: Pull,
+        *,
+        statistics: Statistics,
+        out: torch.Tensor,
+        kept: bool = False,
     ) -> None:
         """∂/∂z to the rows of `out`, which may be z; with `kept`, `out` holds what `statistics` has left there.
 
@@ -265,12 +318,17 @@ class ArrayRows:
 
     keeps = True
 
-    def __init__(self, tempering: Tempering, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tempering = tempering
+    def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
         self.work = Workspace(vocabulary, working_dtype(dtype), device)
 
     def statistics(
-        self, z: torch.Tensor, places: Places, *, entropy: bool = False, keep: torch.Tensor | None = None
+        self,
+        z: torch.Tensor,
+        places: Places,
+        tempering: Tempering,
+        *,
+        entropy: bool = False,
+        keep: torch.Tensor | None = None,
     ) -> Statistics:
         """See `RowKernels`."""
         count, like = len(places), self.work.x
@@ -278,7 +336,7 @@ class ArrayRows:
         entropies = torch.empty_like(maxima) if entropy else None
         for step, buffer, p_buffer in self.work.steps(count):
             key = places[step].key
-            x = self.tempering(self.work.take(z, key), buffer)
+            x = tempering.at(step)(self.work.take(z, key), buffer)
             maximum = x.amax(-1, keepdim=True)
             if entropy:
                 x = torch.sub(x, maximum, out=buffer)
@@ -294,17 +352,25 @@ class ArrayRows:
         return Statistics(maxima, log_sums, entropies, totals)
 
     def gradients(
-        self, z: torch.Tensor, places: Places, pull: Pull, *, statistics: Statistics, out: torch.Tensor, kept: bool = False
+        self,
+        z: torch.Tensor,
+        places: Places,
+        tempering: Tempering,
+        pull: Pull,
+        *,
+        statistics: Statistics,
+        out: torch.Tensor,
+        kept: bool = False,
     ) -> None:
         """See `RowKernels`."""
         scale = pull.scale / statistics.total if kept else pull.scale
         for step, buffer, p_buffer in self.work.steps(len(places)):
-            key = places[step].key
+            key, of_step = places[step].key, tempering.at(step)
             if kept:
                 p = self.work.take(out, key).mul_(scale[step, None])
             else:
                 stored = self.work.take(z, key)
-                x = self.tempering(stored, buffer)
+                x = of_step(stored, buffer)
                 p = torch.softmax(x, -1, out=p_buffer)
                 total = p.sum(-1, keepdim=True)
                 if pull.slope is None:
@@ -315,7 +381,7 @@ class ArrayRows:
             if pull.everywhere is not None:
                 p.add_(pull.everywhere.of(step, statistics.at(step).log_prob(x)))
             p.scatter_add_(-1, pull.columns[step], pull.at[step])
-            self.tempering.pull_back_(p, p if kept else stored)
+            of_step.pull_back_(p, p if kept else stored)
             if not isinstance(key, slice):
                 out.index_copy_(0, key, p.to(out.dtype))
             elif not kept:
