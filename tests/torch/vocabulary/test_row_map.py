@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import array_api_compat.torch as xp
 import numpy as np
 import pytest
 import torch
@@ -22,12 +23,15 @@ from drpo_torch import (
     token_log_prob,
     top_k_divergences,
 )
-from vocabulary_batches import assert_close, each_engine, small_steps
+from vocabulary_batches import Largest, assert_close, each_engine, small_steps
 
-from drpo_core import CISPO, DPPO, DRPO, sampled_in_top_k, sequence_mean_token_mean
+from drpo_core import DPPO, DRPO, sampled_in_top_k, sequence_mean_token_mean, top_k_kl, top_k_tv
+from drpo_core.anchors import Behavior, Sequence
+from drpo_core.modes import Mode
 
 INF, NAN = float("inf"), float("nan")
 N, V, PADDED, H, K, CAP = (2, 7), 37, 41, 6, 5, 4.0
+OBJECTIVE = DPPO(delta=0.05, divergence="per_token")
 FORMS = ("ids", "bits", "mask")
 RECORDS = ("none", "top-k tv", "top-k kl", "full tv", "full kl", "head kl")
 CENTERINGS = ("none", "top-k", "full", "head")
@@ -137,7 +141,7 @@ def log_probs_of(x, supports):
     for row, ids in zip(x, supports, strict=True):
         ids = sorted(set(ids)) or list(range(V))  # noqa: PLW2901
         rows.append(torch.full_like(row, -INF).index_put((torch.tensor(ids),), row[ids].log_softmax(-1)))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else x
 
 
 def valid_ones(data):
@@ -173,12 +177,8 @@ def full(x, y):
     return 0.5 * (x.exp() - y.exp()).abs().sum(-1), (y.exp() * (finite(y) - finite(x))).sum(-1)
 
 
-def top_k_of(data, x, y, *, normalizer=None):
+def top_k_of(data, x, y):
     """Top-K TV and KL, by the core on log-probs that are −inf outside."""
-    import array_api_compat.torch as xp  # noqa: PLC0415
-
-    from drpo_core import top_k_kl, top_k_tv  # noqa: PLC0415
-
     tokens, ids = (data[name][data["mask"]] for name in ("tokens", "top_k"))
     among = {"sampled_in_top_k": sampled_in_top_k(tokens, ids, xp=xp)}
     of = {"top_k_log_prob": at(x, ids), "top_k_behavior_log_prob": at(y, ids)}
@@ -189,10 +189,10 @@ def spread(values, mask, shape=N, fill=0.0):
     """Values of the valid tokens at their places, `fill` at the others."""
     found = torch.full((*mask.shape, *values.shape[1:]), fill, dtype=values.dtype)
     found[mask] = values
-    return found.reshape(*shape, *values.shape[1:])
+    return found.reshape((*shape, *values.shape[1:]))
 
 
-def given(data, *, shape=N, masked=True):
+def given(data, shape=N):
     """Arguments of tokens, with anything at masked ones."""
     _, _, y, _ = plain(data)
     mask = data["mask"]
@@ -295,24 +295,21 @@ def loss_of(data, record, centering, **options):
     leaves, x, y, _ = plain(data, **options)
     mask = data["mask"]
     tokens, advantages = data["tokens"][mask], data["advantages"][mask]
-    objective = CISPO(max_ratio=1.2) if centering != "none" else DRPO(delta=0.5)
-    options = {}
-    if record != "none":
-        how, kind = record.split()
-        options["divergence"] = (top_k_of(data, x, y) if how == "top-k" else full(x, y))[kind == "kl"].detach()
-        objective = DPPO(delta=0.05, divergence="per_token")
-    of_tokens = {"log_prob": at(x, tokens), "behavior_log_prob": at(y, tokens), "advantages": advantages}
-    every_token = {name: spread(tensor, mask) for name, tensor in (of_tokens | options).items()}
-    reduction = {"mask": mask.reshape(N), "reduction": sequence_mean_token_mean}
-    loss, _ = policy_loss(objective, **every_token, **reduction)
+    how, _, kind = record.partition(" ")
+    divergence = (top_k_of(data, x, y) if how == "top-k" else full(x, y))[kind == "kl"].detach()
+    of_tokens = {"log_prob": at(x, tokens), "behavior_log_prob": at(y, tokens)}
+    of_tokens |= {"advantages": advantages, "divergence": divergence}
+    every_token = {name: spread(tensor, mask) for name, tensor in of_tokens.items()}
+    loss, _ = policy_loss(OBJECTIVE, **every_token, mask=mask.reshape(N), reduction=sequence_mean_token_mean)
     if centering != "none":
         terms = []
-        for row, behavior, a, ids, top in zip(x, y, advantages, valid_ones(data), data["top_k"][mask], strict=True):
+        rows = zip(x, y, advantages, divergence, valid_ones(data), data["top_k"][mask], strict=True)
+        for row, behavior, a, d, ids, top in rows:
             some = top if centering == "top-k" else torch.tensor(ids or range(V))
-            known = {"log_prob": row[some], "behavior_log_prob": behavior[some], "advantages": a}
-            terms.append(score_centering(objective, **known, tail=centering == "top-k"))
+            known = {"log_prob": row[some], "behavior_log_prob": behavior[some], "advantages": a, "divergence": d}
+            terms.append(score_centering(OBJECTIVE, **known, tail=centering == "top-k"))
         loss = loss + (spread(torch.stack(terms), mask).sum(-1) / mask.reshape(N).sum(-1)).mean()
-    return objective, loss, -(x.exp() * finite(x)).sum(-1), leaves
+    return loss, divergence, -(x.exp() * finite(x)).sum(-1), leaves
 
 
 LOSSES = [(logits_policy_loss, {}), (linear_policy_loss, {"chunk_tokens": 3})]
@@ -330,14 +327,13 @@ def test_losses_with_their_records(function, options, record, centering, form, e
     options = options | cap
     if head and not {record.split()[0], centering} & {"full", "head"}:
         options["chunk_vocabulary"] = 8
-    if record != "none":
-        options["divergence"] = recorded(data, *record.split())
     if centering != "none":
         options["centering"] = recorded(data, centering, None)
-    objective, expected, entropy, exact = loss_of(data, record, centering, head=head, cap=cap.get("logit_softcap"))
+    expected, divergence, entropy, exact = loss_of(data, record, centering, head=head, cap=cap.get("logit_softcap"))
+    options["divergence"] = spread(divergence, data["mask"]) if record == "none" else recorded(data, *record.split())
     leaves = leaves_of(function, data)
     result = function(
-        objective,
+        OBJECTIVE,
         **leaves,
         **options,
         **given(data),
@@ -351,3 +347,276 @@ def test_losses_with_their_records(function, options, record, centering, form, e
     torch.testing.assert_close(result.entropy, spread(entropy.detach(), data["mask"]))
     torch.testing.assert_close(result.loss, expected)
     same_gradients(data, result.loss, leaves, expected, exact, 1e-9)
+
+
+# divergences, which have no mask
+
+
+def all_valid(data):
+    """The same tokens, each of which counts."""
+    fill = {"temperature": 0.7, "behavior_temperature": 1.3}
+    tensors = {name: data[name].masked_fill(~data["mask"], value) for name, value in fill.items()}
+    return data | tensors | {"mask": torch.ones_like(data["mask"])}
+
+
+@pytest.mark.parametrize("form", ["ids", "bits"])
+@each_engine
+def test_full_divergences(form, engine):
+    data = all_valid(every())
+    leaves = leaves_of(full_divergences, data)
+    found = full_divergences(
+        **leaves,
+        behavior_logits=(data["hidden"] @ data["behavior_weight"].T).reshape(*N, PADDED),
+        temperature=data["temperature"].reshape(N),
+        behavior_temperature=data["behavior_temperature"].reshape(N),
+        support=support_of(data, form),
+        vocabulary_size=V,
+        engine=engine,
+    )
+    exact, x, y, _ = plain(data, head=False)
+    for actual, values in zip(found, full(x, y), strict=True):
+        torch.testing.assert_close(actual, values.reshape(N))
+        cotangent = torch.arange(1.0, 1.0 + values.numel(), dtype=torch.float64)
+        same_gradients(data, (actual * cotangent.reshape(N)).sum(), leaves, (values * cotangent).sum(), exact, 1e-10)
+
+
+@pytest.mark.parametrize("form", ["ids", "bits"])
+def test_top_k_divergences(form):
+    data = all_valid(every())
+    leaves, support = leaves_of(top_k_divergences, data), support_of(data, form)
+    record, tokens = recorded(data, "top-k", "tv"), given(data)
+    known = {"temperature": data["temperature"].reshape(N), "support": support, "vocabulary_size": V}
+    normalizer = token_log_prob(**leaves, tokens=tokens["tokens"], **known).log_normalizer
+    found = top_k_divergences(
+        **leaves,
+        log_normalizer=normalizer,
+        tokens=tokens["tokens"],
+        behavior_log_prob=tokens["behavior_log_prob"],
+        top_k_ids=record.ids,
+        top_k_behavior_log_prob=record.behavior_log_prob,
+        **known,
+    )
+    exact, x, y, _ = plain(data, head=False)
+    for actual, values in zip(found, top_k_of(data, x, y), strict=True):
+        torch.testing.assert_close(actual, values.reshape(N))
+        same_gradients(data, actual.sum(), leaves, values.sum(), exact, 1e-9)
+
+
+# padding, dtypes, shapes
+
+
+def call(function, data, leaves, shape=N, engine="auto", dtype=None, **options):
+    """Something to differentiate, from a function that takes what is `given`."""
+    tokens = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in given(data, shape).items()}
+    known = options | {"temperature": data["temperature"].reshape(shape), "engine": engine}
+    if function in (logits_policy_loss, linear_policy_loss):
+        return function(DRPO(delta=0.5), **leaves, **tokens, **known).loss
+    if function is full_divergences:
+        width = leaves["logits"].shape[-1]
+        behavior = (data["hidden"] @ data["behavior_weight"].T)[:, :width].reshape(*shape, width)
+        return sum(t.sum() for t in full_divergences(**leaves, behavior_logits=behavior, **known))
+    found = function(**leaves, tokens=tokens["tokens"], mask=tokens["mask"], **known)
+    return (found.log_prob - found.log_normalizer).sum()
+
+
+FUNCTIONS = [token_log_prob, linear_log_prob, logits_policy_loss, linear_policy_loss, full_divergences]
+each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+
+
+@each_function
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@each_engine
+def test_padding_is_as_if_it_were_not_there(function, dtype, engine):
+    if dtype == torch.float16 and engine == "compiled":
+        pytest.skip("not compiled for float16")
+    data = all_valid(every(dtype=dtype))
+    results = []
+    for options in ({"vocabulary_size": V}, {}):
+        leaves = leaves_of(function, data)
+        if not options:
+            rows = {name: t.detach()[..., :V] if name == "logits" else t.detach()[:V] for name, t in leaves.items()}
+            leaves |= {name: t.requires_grad_() for name, t in rows.items() if name != "hidden"}
+        result = call(function, data, leaves, engine=engine, support=support_of(data, "bits"), **options)
+        results.append((result, torch.autograd.grad(result, list(leaves.values()))))
+    (padded, ours), (expected, theirs) = results
+    assert torch.equal(padded, expected)
+    for found, same in zip(ours, theirs, strict=True):
+        columns = found.movedim(-1, 0) if "logits" in leaves else found
+        wanted = same.movedim(-1, 0) if "logits" in leaves else same
+        assert torch.equal(columns[: len(wanted)], wanted)
+        assert (columns[len(wanted) :] == 0.0).all()
+
+
+@each_function
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 3e-2), (torch.float16, 8e-3)], ids=str
+)
+@each_engine
+def test_lower_precision(function, dtype, tolerance, engine):
+    if dtype == torch.float16 and engine == "compiled":
+        pytest.skip("not compiled for float16")
+    # what is stored is exact in float64
+    data = all_valid(every(dtype=dtype))
+    exact = {name: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for name, t in data.items()}
+    known = {"support": support_of(data, "ids"), "vocabulary_size": V}
+    leaves = leaves_of(function, data)
+    wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    result = call(function, data, leaves, engine=engine, **known)
+    expected = call(function, exact | ({} if function in HEADS else {"weight": data["weight"].double()}), wide, **known)
+    ours, theirs = (torch.autograd.grad(r, list(t.values())) for r, t in ((result, leaves), (expected, wide)))
+    for found, wanted in zip((result, *ours), (expected, *theirs), strict=True):
+        assert_close(found, wanted.detach(), tolerance)
+
+
+@each_function
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2), (2, 1, 2), (0,), (2, 0)], ids=str)
+def test_shapes(function, shape):
+    data = every(shape=shape)
+    data = all_valid(data) if function is full_divergences or shape == () else data
+    leaves, flat = leaves_of(function, data, shape), leaves_of(function, data, (len(data["mask"]),))
+    known = {"vocabulary_size": V}
+    support = [support_of(data, "ids", shape), support_of(data, "mask", shape)]
+    every_one = [call(function, data, leaves, shape, support=s, **known) for s in support]
+    expected = call(function, data, flat, (len(data["mask"]),), support=support[0], **known)
+    for result in every_one:
+        torch.testing.assert_close(result, expected)
+        ours, theirs = (
+            torch.autograd.grad(r, list(t.values()), retain_graph=True) for r, t in ((result, leaves), (expected, flat))
+        )
+        for found, wanted in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found.reshape(wanted.shape), wanted)
+
+
+@each_function
+def test_all_masked(function):
+    if function is full_divergences:
+        pytest.skip("it has no mask")
+    data = every() | {"mask": torch.zeros(14, dtype=torch.bool)}
+    data["temperature"] = torch.full((14,), NAN, dtype=torch.float64)
+    leaves = leaves_of(function, data)
+    result = call(function, data, leaves, support=support_of(data, "ids"), vocabulary_size=V)
+    assert result == 0.0
+    assert all((g == 0.0).all() for g in torch.autograd.grad(result, list(leaves.values())))
+
+
+def test_a_sequences_mode_and_gradients_in_the_place_of_logits():
+    """Of a mode that looks at whole sequences the head's chunks come twice; `overwrite_logits` changes no number."""
+    data = every()
+    mode = Mode(DRPO(delta=0.5), anchor=Sequence(Behavior()))
+    known = {"temperature": data["temperature"].reshape(N), "support": support_of(data, "ids"), "vocabulary_size": V}
+    gradients = []
+    for options in ({}, {"overwrite_logits": True}):
+        leaves = leaves_of(logits_policy_loss, data)
+        logits = leaves["logits"].clone()
+        loss = logits_policy_loss(mode, logits=logits, **given(data), **known, **options).loss
+        gradients.append(torch.autograd.grad(loss, leaves["logits"])[0])
+    assert torch.equal(*gradients)
+    leaves = leaves_of(linear_policy_loss, data)
+    result = linear_policy_loss(mode, **leaves, **given(data), **known, chunk_tokens=4)
+    torch.testing.assert_close(result.loss, loss)
+    (of_bias,) = torch.autograd.grad(result.loss, leaves["bias"])
+    torch.testing.assert_close(of_bias, gradients[0].reshape(-1, PADDED).sum(0))
+
+
+@each_engine
+def test_logits_of_minus_infinity_in_a_support(engine):
+    logits = torch.tensor([[0.0, -INF, 1.0, NAN], [2.0, 0.0, -INF, -INF]], dtype=torch.float64, requires_grad=True)
+    support = Support(torch.tensor([2, 0, 1, 0, 1]), torch.tensor([0, 3, 5]))
+    known = {"support": support, "engine": engine}
+    found = token_log_prob(logits=logits, tokens=torch.tensor([0, 1]), entropy=True, **known)
+    x = torch.tensor([[0.0, 1.0], [2.0, 0.0]], dtype=torch.float64).log_softmax(-1)
+    torch.testing.assert_close(found.log_prob.detach(), torch.stack((x[0, 0], x[1, 1])))
+    torch.testing.assert_close(found.entropy.detach(), -(x.exp() * x).sum(-1))
+    (gradient,) = torch.autograd.grad(found.log_prob.sum() + found.entropy.sum(), logits)
+    assert (gradient.isfinite()).all()
+    assert gradient[0, 1] == gradient[0, 3] == gradient[1, 2] == 0.0
+    tv, kl = full_divergences(logits=logits, behavior_logits=logits.detach(), **known)
+    assert tv.abs().max() < 1e-15
+    assert kl.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("form", ["ids", "bits"])
+def test_nothing_of_the_size_of_the_logits_exists(form):
+    tokens, vocabulary = 64, 4096
+    hidden, weight = torch.randn(tokens, 2, requires_grad=True), torch.randn(vocabulary, 2, requires_grad=True)
+    sampled = torch.randint(vocabulary, (tokens,))
+    support = Support(sampled, torch.arange(tokens + 1))
+    if form == "bits":
+        support = Support.from_mask(torch.nn.functional.one_hot(sampled, vocabulary).bool())
+    known = {"tokens": sampled, "mask": torch.ones(tokens, dtype=torch.bool), "support": support}
+    behavior = {"behavior_log_prob": torch.zeros(tokens), "advantages": torch.ones(tokens)}
+    with Largest() as largest:
+        head = {"hidden": hidden, "weight": weight, "chunk_tokens": 8, "engine": "arrays"}
+        linear_policy_loss(DRPO(delta=0.5), **head, **known, **behavior).loss.backward()
+    assert largest.elements <= 8 * vocabulary
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Support, r"ids: expected a torch\.Tensor"),
+        (lambda: Support(torch.tensor([1.0]), torch.tensor([0, 1])), "ids: expected an integral dtype"),
+        (lambda: Support(torch.tensor([[1]]), torch.tensor([0, 1])), "ids: expected the shape of a flat list"),
+        (lambda: Support(torch.tensor([1]), torch.tensor([[0, 1]])), "offsets: expected the shape of a flat list"),
+        (lambda: Support(torch.tensor([1]), torch.tensor([], dtype=torch.int64)), r"offsets: expected shape \(N \+ 1,\)"),
+        (lambda: Support(torch.tensor([1]), torch.tensor([0, 2])), "offsets: expected to go from 0 to 1, .* got 0 to 2"),
+        (lambda: Support(torch.tensor([1]), torch.tensor([1, 1])), "offsets: expected to go from 0 to 1, .* got 1 to 1"),
+        (
+            lambda: Support(torch.tensor([1, 2]), torch.tensor([0, 2, 1, 2])),
+            r"offsets: .* never decrease, got 2 and then 1 at",
+        ),
+        (lambda: Support.from_bits(torch.tensor([1])), r"bits: expected int32, got torch\.int64"),
+        (lambda: Support.from_bits(torch.tensor(1, dtype=torch.int32)), "bits: expected shape"),
+        (lambda: Support.from_mask(torch.tensor([1])), "mask: expected a bool dtype"),
+        (lambda: Support.from_mask(torch.empty(2, 0, dtype=torch.bool)), "mask: expected shape"),
+        (lambda: Support(torch.tensor([1]), torch.tensor([0, 1]), bits=torch.tensor([1])), "bits: expected None"),
+    ],
+)
+def test_a_wrong_support_is_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        make()
+
+
+WRONG = {
+    "a list": ({"support": [[0]]}, r"support: expected a drpo_torch\.Support or None, got list"),
+    "number of tokens": (
+        {"support": Support(torch.tensor([1]), torch.tensor([0, 1]))},
+        r"support\.offsets: expected the shape of the tokens",
+    ),
+    "words": (
+        {"support": Support.from_bits(torch.zeros(5, 2, dtype=torch.int32))},
+        r"support\.bits: expected the shape of the tokens",
+    ),
+    "an id": (
+        {"support": Support(torch.tensor([0, 1, 9, 0, 1]), torch.tensor([0, 1, 2, 4, 5, 5]))},
+        r"support\.ids: expected ids in \[0, 9\) at valid tokens, got 9 at index \(2,\), of token 2 \(1 such\)",
+    ),
+    "a sampled token": (
+        {"support": Support(torch.tensor([0, 1, 8, 1, 0]), torch.tensor([0, 1, 2, 3, 5, 5]))},
+        r"tokens: expected ids in the support of their token at valid positions, got 0 at index \(1,\) \(2 such\)",
+    ),
+    "temperatures": ({"temperature": torch.ones(4)}, r"temperature: expected the shape of the tokens, \(5,\), got \(4,\)"),
+    "a temperature": (
+        {"temperature": torch.tensor([1.0, 1.0, 0.0, NAN, 1.0])},
+        r"temperature: expected finite numbers greater than 0 at valid positions, got 0 at index \(2,\)",
+    ),
+    "integers": ({"temperature": torch.ones(5, dtype=torch.int64)}, "temperature: expected a real floating dtype"),
+    "size": ({"vocabulary_size": 11}, r"vocabulary_size: expected 10 .* or less, got 11"),
+    "size 0": ({"vocabulary_size": 0}, "vocabulary_size: expected a finite number, 1 or more, got 0"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("function", FUNCTIONS[:4], ids=lambda f: f.__name__)
+def test_wrong_arguments_are_refused_by_name(function, wrong):
+    changes, message = WRONG[wrong]
+    leaves = {"hidden": torch.ones(5, 2), "weight": torch.ones(10, 2)} if function in HEADS else {"logits": torch.ones(5, 10)}
+    known = {"tokens": torch.zeros(5, dtype=torch.int64), "mask": torch.tensor([True, True, True, False, True])}
+    if function in (logits_policy_loss, linear_policy_loss):
+        known |= {"behavior_log_prob": -torch.ones(5), "advantages": torch.ones(5)}
+        function = functools.partial(function, DRPO(delta=0.5))
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        function(**leaves, **known, **{"vocabulary_size": 9} | changes)
