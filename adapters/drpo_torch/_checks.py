@@ -108,12 +108,15 @@ def check_ids(name: str, ids: torch.Tensor, vocabulary: int, *, valid: torch.Ten
 
 def looks_at_values(tensor: torch.Tensor) -> bool:
     """Whether a check may read values: only on the CPU, of plain tensors, because elsewhere it would wait for the device."""
-    plain = type(tensor) is torch.Tensor and not is_transformed(tensor)
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return type(tensor) is torch.Tensor and not is_transformed(tensor)
 
 
 def check_untransformed(name: str, tensor: torch.Tensor) -> None:
     """Raise for a tensor that a transform of torch.func or forward-mode differentiation looks through."""
+    if torch.compiler.is_compiling():
+        return
     if is_transformed(tensor):
         msg = (
             f"{name}: expected a plain tensor, got one inside torch.func.vmap, grad, jvp or another transform, which can't "

@@ -162,6 +162,8 @@ ELSEWHERE = {
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
     "centering": "a record of outcomes: tests/torch/vocabulary/test_centering.py and tests/jax/test_centering.py",
+    "support": "a set of ids a token: tests/torch/vocabulary/test_row_map.py, where temperatures a token are too",
+    "vocabulary_size": "of padding, which the world's vocabulary has none of: tests/torch/vocabulary/test_row_map.py",
     "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
 """Parameters that are no axis here, and why."""
@@ -434,7 +436,7 @@ CLASSES = {
     **dict.fromkeys(("KeptGroups", "Policies", "Evidence"), VALUES),
     **dict.fromkeys(("PolicyLoss", "TokenLoss", "CenteringTerm", "MaskedSum", "VocabularyLoss", "Divergences"), VALUES),
     **dict.fromkeys(("TopKCentering", "FullCentering"), VALUES),
-    **dict.fromkeys(("TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence"), VALUES),
+    **dict.fromkeys(("TokenLogProb", "Tokens", "LinearHead", "TopKDivergence", "FullDivergence", "Support"), VALUES),
     **dict.fromkeys(
         ("Mean", "Maximum", "Minimum", "EffectiveSampleSize"), "merged and summarized by merge_diagnostics and summarize"
     ),

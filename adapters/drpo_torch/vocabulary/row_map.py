@@ -9,6 +9,7 @@ import torch
 
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_shape, check_tensor, check_untransformed, looks_at_values
+from drpo_torch.vocabulary.graph import depends_on_values
 from drpo_torch.vocabulary.softmax import Tempering
 from drpo_torch.vocabulary.support import Support, SupportRows
 
@@ -102,7 +103,7 @@ def row_map(
     valid = torch.ones(math.prod(leading), dtype=torch.bool, device=beside.device) if mask is None else mask.reshape(-1)
     if checked.ids is not None and looks_at_values(checked.ids):
         _check_support_ids(checked, size, valid)
-    rows = SupportRows.of(checked, size, valid)
+    rows = _support_rows(checked, size, valid)
     if tokens is not None and looks_at_values(tokens):
         some = valid.nonzero()[:, 0]
         without = some[~rows.at(some).holds(tokens.reshape(-1, 1)[some].to(torch.int64))[:, 0]]
@@ -114,6 +115,9 @@ def row_map(
             )
             raise ValueError(msg)
     return Tempering(found, softcap, rows, size)
+
+
+_support_rows = depends_on_values(SupportRows.of)
 
 
 def _check_support_ids(support: Support, size: int, valid: torch.Tensor) -> None:

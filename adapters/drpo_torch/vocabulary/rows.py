@@ -195,9 +195,9 @@ def _columns_of(support: Any, r: Any, width: Any, columns: Any) -> Any:
     row = support.rows[r] * support.words_per_row
     for column in range(width):
         v = column + support.start
-        if (support.words[row + (v >> 5)] >> (v & 31)) & 1:
-            columns[n] = column
-            n += 1
+        # branch-free: a column that is not in it is overwritten by the next
+        columns[n] = column
+        n += (support.words[row + (v >> 5)] >> (v & 31)) & 1
     return n
 
 
@@ -211,7 +211,7 @@ def _picked(row: Any, columns: Any, into: Any) -> Any:
 
 @_jit
 def _room(support: Any, first: Any, last: Any, width: Any) -> Any:
-    """The width of a buffer for the entries of a support: 0 if no row has one."""
+    """The size of a buffer for the entries of a support: 0 if no row has one."""
     return 0 if support.whole[first:last].all() else width
 
 

@@ -178,10 +178,10 @@ class SupportRows(NamedTuple):
         assert support.offsets is not None
         lengths = support.offsets.to(torch.int64).diff()
         token = torch.repeat_interleave(rows, lengths, output_size=len(support.ids))
+        # of masked tokens anything
+        known = valid[token].logical_and_(support.ids >= 0).logical_and_(support.ids < vocabulary)
         keys = token.mul_(vocabulary).add_(support.ids)
-        if bool((~valid & (lengths > 0)).any()):
-            # their ids may be anything
-            keys = keys[torch.repeat_interleave(valid, lengths, output_size=len(keys))]
+        keys = keys if bool(known.all()) else keys[known]
         if bool((keys[1:] <= keys[:-1]).any()):
             keys = keys.unique()  # type: ignore[no-untyped-call]
         return cls(rows, lengths == 0, keys, None, vocabulary, slice(0, vocabulary))
@@ -216,10 +216,11 @@ class SupportRows(NamedTuple):
         """True at the columns, (rows, columns), that are outside the row's support: of a few rows."""
         start, stop = self.columns.start, self.columns.stop
         if self.words is not None:
-            columns = torch.arange(start, stop, device=self.rows.device)
-            words = self.words[self.rows[:, None], columns >> 5]
-            bits = words.bitwise_right_shift_((columns & 31).to(torch.int32)).bitwise_and_(1)
-            return (bits == 0).logical_and_(~self.whole[:, None])
+            first, last = start // _BITS, -(-stop // _BITS)
+            words, shifts = self.words[:, first:last], torch.arange(_BITS, dtype=torch.int32, device=self.rows.device)
+            bits = words[self.rows][..., None].bitwise_right_shift(shifts).bitwise_and_(1)
+            outside = (bits == 0).flatten(1)[:, start - first * _BITS : stop - first * _BITS]
+            return outside.logical_and_(~self.whole[:, None])
         low, high = self.ends
         lengths = high - low
         outside = (~self.whole)[:, None].repeat(1, stop - start)
