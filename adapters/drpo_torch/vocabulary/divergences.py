@@ -254,7 +254,7 @@ def full_divergence_rows(
     dtype = working_dtype(logits.dtype, behavior_logits.dtype)
     if module is not None:
         tv, kl, near = module.row_divergences(logits, places, tempering, behavior_logits, behavior_places, behavior)
-        for row in (~near).nonzero()[:, 0].split(1):
+        for row in (~near).nonzero():
             x = tempering.at(row)(logits[places.index[row]].to(dtype))
             y = behavior.at(row)(behavior_logits[behavior_places.index[row]].to(dtype))
             tv[row], kl[row] = _distant(x, y, y.softmax(-1))
