@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from drpo_core.audit.report import COLUMNS
+from drpo_core.audit.report import COLUMNS, kept_mass
 
 if TYPE_CHECKING:
     from drpo_core.audit.report import Audited, Report
@@ -55,10 +55,13 @@ def report_html(report: Report, data: dict[str, Any]) -> str:
     for name, snapshot in report.snapshots.items():
         health = snapshot.health
         pi, mu, a, mask = (report.arrays[role] for role in ("log_prob", "behavior_log_prob", "advantages", "mask"))
+        ratio = f"E_μ[r] = {health['ratio_mean']:.4f} ± {health['ratio_standard_error']:.4f}"
+        kept = kept_mass(health)
         facts = [
             ("arrays", f"π {pi[name]}, μ {mu}, A {a}, mask {mask}"),
             ("tokens", f"{health['valid_tokens']:,} valid of {health['tokens']:,}, {health['active_tokens']:,} with A ≠ 0"),
-            ("policy", f"E_μ[r] = {health['ratio_mean']:.4f}, mean |π − μ| = {health['binary_tv_mean']:.5f}"),
+            ("policy", f"{ratio}, mean |π − μ| = {health['binary_tv_mean']:.5f}"),
+            *([] if kept is None else [("kept", kept)]),
             *(("warning", warning) for warning in snapshot.warnings),
         ]
         head = "".join(f'<th scope="col">{escape(title)}</th>' for title in ("objective", *COLUMNS, "weights", "mass kept"))

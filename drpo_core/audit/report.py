@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Values = np.ndarray[Any, Any]
 
-__all__ = ["BINS", "COLUMNS", "SCHEMA_VERSION", "Audited", "Curve", "Report", "Snapshot"]
+__all__ = ["BINS", "COLUMNS", "SCHEMA_VERSION", "Audited", "Curve", "Report", "Snapshot", "kept_mass"]
 
 SCHEMA_VERSION = 1
 # bins of the shift π − μ in [−1, 1]; an odd number, so that on-policy tokens fill one bin
@@ -29,6 +29,21 @@ COLUMNS = {
     "corrective": "corrective_fraction",
 }
 """Titles of the shares in tables, each with the figure that it shows."""
+
+
+# standard errors of the mean ratio below 1 from which it is no noise
+BELOW = 3.0
+
+
+def kept_mass(health: Mapping[str, Any]) -> str | None:
+    """Return what a mean ratio below 1 by more than noise says of the data; None where it is not."""
+    mean, error = health["ratio_mean"], health["ratio_standard_error"]
+    if not mean < 1.0 - BELOW * error:
+        return None
+    return (
+        f"E_μ[r] = {mean:.4f} ± {error:.4f} is below 1: π gives that mass to what μ could sample. Truncated sampling (top-p, "
+        "top-k, min-p) whose supports were not recorded, or drift whose large ratios are too rare to be in these tokens"
+    )
 
 
 @dataclass(slots=True)

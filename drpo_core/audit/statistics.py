@@ -165,12 +165,15 @@ class _Merged:
 
 
 def _shares(chunk: Chunk, found: ChunkTokens) -> Diagnostics:
-    """Return shares of valid, active, diverging and rare tokens, which `drpo_core.diagnostics` does not have."""
+    """Return shares of tokens, and the mean of (r − 1)², which `drpo_core.diagnostics` does not have."""
 
     def share(condition: Values, of: Values) -> Mean:
         return Mean(*(np.asarray(np.count_nonzero(where), np.float64) for where in (condition & of, of)))
 
+    usable = found.sets.valid.where
+    squares = np.square(found.tokens.ratio_minus_one[usable], dtype=np.float64)
     return {
+        "ratio_square_mean": Mean(squares.sum(), np.asarray(squares.size, np.float64)),
         "valid_fraction": share(chunk.mask, np.ones_like(chunk.mask)),
         "active_fraction": share(found.active, chunk.mask),
         "diverging_fraction": share(found.diverging, found.active),
@@ -192,10 +195,18 @@ def _health(tally: Tally, data: Diagnostics) -> dict[str, Any]:
         "positive_log_prob": {key: n for key, n in tally.by_argument("positive").items() if key != "advantages"},
         "infinite": tally.by_argument("+inf", "-inf"),
         **{key: figures[key] for key in DATA_FIGURES},
+        "ratio_standard_error": _standard_error(data),
         "active_fraction": figures["active_fraction"],
         "diverging_fraction": figures["diverging_fraction"],
         "rare_fraction": {f"{p:g}": figures[f"rare_{p:g}"] for p in RARE},
     }
+
+
+def _standard_error(data: Diagnostics) -> float:
+    """Return that of the mean ratio: tokens add up, for under μ each r − 1 is of mean 0 whatever came before it."""
+    mean, square = (float(data[name].value) for name in ("ratio_mean", "ratio_square_mean"))
+    count = float(data["ratio_mean"].count)
+    return math.sqrt(max(0.0, square - (mean - 1.0) ** 2) / (count - 1.0)) if count > 1.0 else math.nan
 
 
 def _places(found: ChunkTokens) -> Values:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drpo_core.audit import Audited, Report, Snapshot
-from drpo_core.audit.report import COLUMNS
+from drpo_core.audit.report import COLUMNS, kept_mass
 
 __all__ = ["print_tables"]
 
@@ -42,13 +42,16 @@ def _health_lines(report: Report, name: str, snapshot: Snapshot) -> list[str]:
         "infinite values": sum(health["infinite"].values()),
     }
     shift = f"mean |π − μ| = {health['binary_tv_mean']:.5f} (largest {health['binary_tv_max']:.3f})"
-    ratio = f"E_μ[r] = {health['ratio_mean']:.4f} (largest {health['ratio_max']:.4g})"
+    error = f"± {health['ratio_standard_error']:.4f}"
+    ratio = f"E_μ[r] = {health['ratio_mean']:.4f} {error} (largest {health['ratio_max']:.4g})"
+    kept = kept_mass(health)
     rare = ", ".join(f"{share:.2%} with μ ≤ {bound}" for bound, share in health["rare_fraction"].items())
     return [
         f"arrays: {used}",
         f"tokens: {counted}, {active}",
         f"health: {', '.join(f'{count:,} {what}' for what, count in bad.items())}",
         f"policy: {ratio}, mean |ℓ| = {health['log_ratio_abs_mean']:.4f} nats, {shift}",
+        *([] if kept is None else [f"kept:   {kept}"]),
         f"rare:   {rare}",
     ]
 

@@ -23,6 +23,7 @@ from drpo_core import (
     token_diagnostics,
 )
 from drpo_core.audit import CHUNK_TOKENS, RolloutError, audit, open_rollouts, rows, statistics
+from drpo_core.audit.report import kept_mass
 from drpo_core.audit.statistics import DATA_FIGURES
 
 
@@ -344,3 +345,26 @@ def test_per_sequence_advantages(npz):
     assert importance_ratio(data["log_prob"], data["behavior_log_prob"])[data["mask"]].mean() == pytest.approx(
         wanted["ratio_mean"]
     )
+
+
+def test_the_mass_that_truncated_sampling_keeps(npz):
+    rng = np.random.default_rng(5)
+    mu = rng.dirichlet(np.full(12, 0.5), 4000)
+    pi = mu * np.exp(rng.normal(0.0, 0.1, mu.shape))
+    pi /= pi.sum(-1, keepdims=True)
+    for kept in (12, 3):
+        over = np.where(mu >= np.sort(mu, -1)[:, -kept, None], mu, 0.0)
+        over /= over.sum(-1, keepdims=True)
+        sampled = (over.cumsum(-1) > rng.random((4000, 1))).argmax(-1)[:, None]
+        log_pi, log_mu = (np.log(np.take_along_axis(p, sampled, -1)) for p in (pi, over))
+        mask = rng.random(log_pi.shape) < 0.9
+        advantages = np.ones_like(log_pi)
+        report = audit(npz(log_prob=log_pi, behavior_log_prob=log_mu, advantages=advantages, mask=mask, chunk_tokens=100))
+        health = report.snapshots["log_prob"].health
+        r = np.exp(log_pi - log_mu)[mask]
+        assert health["ratio_standard_error"] == pytest.approx(r.std(ddof=1) / math.sqrt(r.size), rel=1e-10)
+        mass = pi[over > 0.0].sum() / 4000
+        assert abs(health["ratio_mean"] - mass) < 4.0 * health["ratio_standard_error"]
+        said = kept_mass(health)
+        assert (said is None) == (kept == 12)
+        assert said is None or f"{health['ratio_mean']:.4f} ± {health['ratio_standard_error']:.4f}" in said

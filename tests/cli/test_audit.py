@@ -84,7 +84,7 @@ def test_the_json_schema(drpo):
     assert list(snapshot["health"]) == [
         "tokens", "valid_tokens", "masked_tokens", "active_tokens", "diverging_tokens", "masked_nan", "positive_log_prob",
         "infinite", "ratio_mean", "ratio_max", "log_ratio_abs_mean", "k1_mean", "k3_mean", "binary_tv_mean",
-        "binary_tv_max", "invalid_fraction", "active_fraction", "diverging_fraction", "rare_fraction",
+        "binary_tv_max", "invalid_fraction", "ratio_standard_error", "active_fraction", "diverging_fraction", "rare_fraction",
     ]  # fmt: skip
     typical, measured = 1 + len(rows()), sum(family.measure is not None for family in OBJECTIVES)
     assert len(snapshot["objectives"]) == typical + measured
