@@ -114,6 +114,14 @@ def test_the_table(drpo):
         assert text in out
 
 
+def test_a_mean_ratio_below_1_is_explained(drpo, tmp_path):
+    page = tmp_path / "a.html"
+    _, out, _ = drpo("audit", rollouts(tmp_path / "r.npz"), "--html", page)
+    (line,) = [line for line in out.splitlines() if line.startswith("kept:   E_μ[r] = 0.5954 ± ")]
+    assert "supports were not recorded" in line
+    assert "<dt>kept</dt>" in page.read_text("utf-8")
+
+
 def test_thresholds_are_lists(drpo, tmp_path):
     path = rollouts(tmp_path / "r.npz")
     options = ("--delta", "0.1,0.2/0.3", "--delta", "0.1", "--eps", "0.3", "--delta-kl", "0.01", "--max-ratio", "2,3")
