@@ -125,10 +125,10 @@ def token_log_prob(
     tensor([[ 0.5000, -0.3000, -0.2000]])
     """
     check_untransformed("logits", check_logits(logits))
-    leading, known = logits.shape[:-1], logits.shape[-1]
-    size = check_vocabulary_size(vocabulary_size, known)
+    leading, width = logits.shape[:-1], logits.shape[-1]
+    size = check_vocabulary_size(vocabulary_size, width)
     columns, rows = _checked(tokens, mask, top_k_ids, leading, size, logits)
-    tempering = row_map(temperature, support, tokens, mask, size=size, leading=leading, beside=logits, columns=known)
+    tempering = row_map(temperature, support, tokens, mask, size=size, leading=leading, beside=logits, columns=width)
     flat = logits.reshape(-1, logits.shape[-1])
     overwrite = overwrite_logits and may_be_overwritten(flat)
     module = loops(engine, logits=flat)

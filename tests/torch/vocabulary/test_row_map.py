@@ -560,13 +560,20 @@ def test_a_small_kl_over_a_support_keeps_its_digits_in_float32(engine, monkeypat
     # which subtracts normalisers, a row at a time
     monkeypatch.setitem(inspect.unwrap(full_divergences).__globals__, "_distant", None)
     generator = torch.Generator().manual_seed(0)
-    behavior = 3.0 * torch.randn(4, 2000, generator=generator)
-    logits = behavior + 5e-4 * torch.randn(4, 2000, generator=generator)
-    kept = torch.rand(4, 2000, generator=generator) < 0.5
-    found = full_divergences(logits=logits, behavior_logits=behavior, support=Support.from_mask(kept), engine=engine)
+    # more ids than are taken through a loop's buffer at a time
+    behavior = 3.0 * torch.randn(4, 6000, generator=generator)
+    logits = behavior + 5e-4 * torch.randn(4, 6000, generator=generator)
+    kept = torch.rand(4, 6000, generator=generator) < 0.5
+    known = {"support": Support.from_mask(kept), "engine": engine}
+    found = full_divergences(logits=logits, behavior_logits=behavior, **known)
     x, y = (t.double().masked_fill(~kept, -INF).log_softmax(-1) for t in (logits, behavior))
     _, exact = full(x, y)
     assert float(((found.kl - exact) / exact).abs().max()) < 1e-4
+    tokens = kept.nonzero()[:, 1][kept.sum(-1).cumsum(-1) - 1]
+    policy = token_log_prob(logits=logits.requires_grad_(), tokens=tokens, **known)
+    assert_close(policy.log_prob, at(x, tokens), 1e-6)
+    (gradient,) = torch.autograd.grad(policy.log_prob.sum(), logits)
+    assert_close(gradient, torch.nn.functional.one_hot(tokens, 6000) - x.exp(), 1e-6)
 
 
 @pytest.mark.parametrize("form", ["ids", "bits"])
