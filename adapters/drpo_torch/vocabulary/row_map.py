@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from drpo_core._checks import check_number
@@ -97,8 +98,8 @@ def row_map(
         return Tempering(found, softcap, None, size)
     if checked.bits is not None:
         words = checked.bits.shape[-1]
-        if words not in {-(-count // 32) for count in (size, columns)}:
-            check_shape("support.bits", checked.bits, (*leading, -(-size // 32)), "the tokens and ⌈V/32⌉")
+        # with the padding or without
+        words = words if words == -(-columns // 32) else -(-size // 32)
         check_shape("support.bits", checked.bits, (*leading, words), "the tokens and ⌈V/32⌉")
     valid = torch.ones(math.prod(leading), dtype=torch.bool, device=beside.device) if mask is None else mask.reshape(-1)
     if checked.ids is not None and looks_at_values(checked.ids):
@@ -108,7 +109,7 @@ def row_map(
         some = valid.nonzero()[:, 0]
         without = some[~rows.at(some).holds(tokens.reshape(-1, 1)[some].to(torch.int64))[:, 0]]
         if len(without):
-            where = _position(int(without[0]), leading)
+            where = tuple(map(int, np.unravel_index(int(without[0]), tuple(leading))))
             msg = (
                 f"tokens: expected ids in the support of their token{'' if mask is None else ' at valid positions'}, got "
                 f"{int(tokens[where])} at index {where} ({len(without)} such)"
@@ -136,12 +137,3 @@ def _check_support_ids(support: Support, size: int, valid: torch.Tensor) -> None
             f"({int(at[0])},), of token {int(token[0])} ({len(at)} such)"
         )
         raise ValueError(msg)
-
-
-def _position(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """The index of an element by its number in row-major order."""
-    found: list[int] = []
-    for size in reversed(shape):
-        flat, last = divmod(flat, size)
-        found.append(last)
-    return tuple(reversed(found))
