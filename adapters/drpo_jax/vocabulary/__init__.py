@@ -12,12 +12,14 @@ from drpo_jax.vocabulary.divergences import (
 from drpo_jax.vocabulary.linear import linear_policy_loss
 from drpo_jax.vocabulary.log_prob import TokenLogProb, linear_log_prob, token_log_prob
 from drpo_jax.vocabulary.logits import VocabularyLoss, logits_policy_loss
+from drpo_jax.vocabulary.support import Support
 
 __all__ = [
     "Divergences",
     "FullCentering",
     "FullDivergence",
     "LinearHead",
+    "Support",
     "TokenLogProb",
     "TopKCentering",
     "TopKDivergence",

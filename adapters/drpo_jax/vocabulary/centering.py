@@ -13,13 +13,14 @@ from drpo_core._checks import check_number
 from drpo_core.centering import check_centred
 from drpo_core.modes.mode import Mode
 from drpo_jax._checks import working_dtype
-from drpo_jax.vocabulary.divergences import LinearHead, check_full, check_top_k, repeated
-from drpo_jax.vocabulary.softmax import entries
+from drpo_jax.vocabulary.divergences import LinearHead, check_full, check_top_k, log_probs_at, repeated
+from drpo_jax.vocabulary.softmax import masked
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     from drpo_core import Objective
+    from drpo_jax.vocabulary.row_map import Rows
 
 __all__ = ["FullCentering", "Outcomes", "TopKCentering", "check_centering", "outcomes_of"]
 
@@ -138,23 +139,22 @@ def outcomes_of(
     *,
     logits: jax.Array,
     log_normalizer: jax.Array,
-    temperature: float,
+    rows: Rows,
     mask: jax.Array | None = None,
 ) -> Outcomes:
-    """What the term is a function of; differentiable in the logits and the log-normaliser. The mask is that of the rows."""
-    dtype = working_dtype(logits, log_normalizer)
+    """What the term is a function of; differentiable in the logits and the log-normaliser. The mask is that of the logits."""
     if isinstance(centering, TopKCentering):
         again = repeated(centering.ids)
 
         def once(log_prob: jax.Array | None) -> jax.Array | None:
             return None if log_prob is None else jnp.where(again, -jnp.inf, log_prob)
 
-        x = entries(logits, centering.ids, mask).astype(dtype) / temperature - log_normalizer[..., None].astype(dtype)
+        x = log_probs_at(logits, centering.ids, log_normalizer, rows=rows, mask=mask)
         log_probs = {name: once(getattr(centering, name)) for name in ("behavior_log_prob", "proximal_log_prob")}
         return Outcomes(jnp.where(again, -jnp.inf, x), log_probs, tail=True)
     head = centering.behavior
     behavior = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
-    behavior = jax.nn.log_softmax(behavior.astype(working_dtype(behavior)) / centering.temperature)
-    rows = logits if mask is None else jnp.where(mask[..., None], logits, jnp.zeros((), logits.dtype))
-    x = jax.nn.log_softmax(rows.astype(dtype) / temperature)
+    of_behavior = rows.at_temperature(centering.temperature)
+    behavior = jax.nn.log_softmax(of_behavior.logits(behavior.astype(working_dtype(behavior))))
+    x = jax.nn.log_softmax(rows.logits(masked(logits, mask).astype(working_dtype(logits, log_normalizer))))
     return Outcomes(x, {"behavior_log_prob": behavior, "proximal_log_prob": None}, tail=False)

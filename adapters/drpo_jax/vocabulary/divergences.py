@@ -22,10 +22,13 @@ from drpo_jax._checks import (
     working_dtype,
 )
 from drpo_jax._sharding import in_auto_mode
+from drpo_jax.vocabulary.row_map import RowMap, Rows
 from drpo_jax.vocabulary.softmax import entries, masked, outside_vocabulary, poisoned
 
 if TYPE_CHECKING:
     from typing import TypeAlias
+
+    from drpo_jax.vocabulary.support import Support
 
 __all__ = [
     "Divergences",
@@ -38,6 +41,7 @@ __all__ = [
     "check_top_k",
     "full_divergences",
     "keep_valid",
+    "log_probs_at",
     "measure",
     "repeated",
     "top_k_divergences",
@@ -190,21 +194,28 @@ def full_divergences(
     *,
     logits: jax.Array,
     behavior_logits: jax.Array,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
     behavior_temperature: float | None = None,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
 ) -> Divergences:
     """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ(v) log(μ(v)/π(v)) of two policies; μ is constant.
 
-    Under `jit`, no log-softmax is stored. The backward pass recomputes what it needs from the logits.
+    Under `jit`, no log-softmax is stored. The backward pass recomputes what it needs from the logits. A temperature that is
+    none, or an id outside the vocabulary in a support, gives NaN at its token.
 
     Parameters
     ----------
     logits, behavior_logits
         Logits of π and of μ, (…, V); −inf is a probability of 0. float16 and bfloat16 are computed in float32.
     temperature
-        T > 0, a number: π = softmax(logits / T).
+        T > 0, a number, or an array (…) of one per token, constant: π = softmax(logits / T).
     behavior_temperature
-        The temperature of μ: None for that of π, 1 for recorded log-probs.
+        The temperature of μ, a number: None for that of π, 1 for recorded log-probs.
+    support
+        The ids that were sampled from, over which both policies are renormalised. None: all.
+    vocabulary_size
+        Logits of both from this id on are padding. None: there is none.
 
     Returns
     -------
@@ -214,9 +225,9 @@ def full_divergences(
     Raises
     ------
     TypeError
-        If an array is not a floating-point JAX array, or a temperature is not a number.
+        If an array is not a JAX array or has a wrong dtype, or a number is none.
     ValueError
-        If the shapes differ, or a temperature is not finite and positive.
+        If the shapes differ, or a number is out of its range.
 
     References
     ----------
@@ -232,18 +243,18 @@ def full_divergences(
     >>> round(tv.item(), 5), round(kl.item(), 5)
     (0.1, 0.03238)
     """
-    temperature = check_number("temperature", temperature, above=0.0)
-    if behavior_temperature is None:
-        behavior_temperature = temperature
-    behavior_temperature = check_number("behavior_temperature", behavior_temperature, above=0.0)
+    if behavior_temperature is not None:
+        behavior_temperature = check_number("behavior_temperature", behavior_temperature, above=0.0)
     check_logits("logits", logits)
     check_float(behavior_logits=behavior_logits)
     check_shape("behavior_logits", behavior_logits, logits.shape, "logits")
+    leading, of = logits.shape[:-1], "logits without its last axis"
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1])
 
-    def run(logits: jax.Array, behavior_logits: jax.Array) -> tuple[None, Divergences]:
-        return None, _full_divergences(logits, behavior_logits, temperature, behavior_temperature)
+    def run(logits: jax.Array, row_map: RowMap, behavior_logits: jax.Array) -> tuple[None, Divergences]:
+        return None, _full_divergences(logits, behavior_logits, row_map, behavior_temperature)
 
-    _, result = in_auto_mode(run, logits, jax.lax.stop_gradient(behavior_logits))
+    _, result = in_auto_mode(run, logits, row_map, jax.lax.stop_gradient(behavior_logits))
     return result  # type: ignore[no-any-return]
 
 
@@ -255,7 +266,9 @@ def top_k_divergences(
     behavior_log_prob: jax.Array,
     top_k_ids: jax.Array,
     top_k_behavior_log_prob: jax.Array,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
 ) -> Divergences:
     """Top-K TV and KL(μ‖π) over K recorded tokens, the sampled one and one bucket for the rest.
 
@@ -263,22 +276,22 @@ def top_k_divergences(
     `token_log_prob` gives the log-normaliser. Differentiable in reverse mode in the logits and the log-normaliser; μ is
     constant.
 
-    An id outside [0, V) makes both NaN at its position, and the derivatives that reach it. It never raises, because JAX
-    does not know the ids while it traces.
+    An id outside [0, V), or a sampled token outside its support, makes both NaN at its position, and the derivatives that
+    reach it. It never raises, because JAX does not know the ids while it traces.
 
     Parameters
     ----------
     logits
         Logits of π, (…, V).
     log_normalizer
-        log Σ_v e^(logits(v)/T), nats, (…).
+        log Σ_v e^(logits(v)/T) over the support, nats, (…).
     tokens, behavior_log_prob
         Ids of the sampled tokens, in [0, V), and their log μ, nats; (…).
     top_k_ids, top_k_behavior_log_prob
         Ids of K tokens (usually μ's most likely ones), in [0, V), and their log μ, nats; (…, K). An id that comes twice
         counts once, the first time.
-    temperature
-        T > 0, a number: that of `log_normalizer`.
+    temperature, support, vocabulary_size
+        Those of `log_normalizer`. π is 0 outside the support, and such a token among the K has a gradient of 0.
 
     Returns
     -------
@@ -288,9 +301,9 @@ def top_k_divergences(
     Raises
     ------
     TypeError
-        If an array is not a JAX array or has a wrong dtype, or the temperature is not a number.
+        If an array is not a JAX array or has a wrong dtype, or a number is none.
     ValueError
-        If shapes disagree, or the temperature is not finite and positive.
+        If shapes disagree, or a number is out of its range.
 
     References
     ----------
@@ -312,21 +325,21 @@ def top_k_divergences(
     >>> round(tv.item(), 5)
     0.1
     """
-    temperature = check_number("temperature", temperature, above=0.0)
     check_logits("logits", logits)
     recorded = TopKDivergence(kind="tv", ids=top_k_ids, behavior_log_prob=top_k_behavior_log_prob)
-    leading = logits.shape[:-1]
+    leading, of = logits.shape[:-1], "logits without its last axis"
     check_float(log_normalizer=log_normalizer, behavior_log_prob=behavior_log_prob)
     check_integers(tokens=tokens)
     for name, array in (("tokens", tokens), ("log_normalizer", log_normalizer), ("behavior_log_prob", behavior_log_prob)):
-        check_shape(name, array, leading, "logits without its last axis")
+        check_shape(name, array, leading, of)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1])
     check_top_k(leading, "top_k_ids", recorded.ids, top_k_behavior_log_prob=recorded.behavior_log_prob)
 
-    def run(*arrays: Any) -> tuple[None, Divergences]:  # noqa: ANN401 -- the arrays below
-        return None, _top_k_divergences(*arrays, temperature=temperature)
+    def run(logits: jax.Array, row_map: RowMap, *arrays: Any) -> tuple[None, Divergences]:  # noqa: ANN401 -- those below
+        return None, _top_k_divergences(logits, *arrays, rows=row_map.ready())
 
     behavior = jax.lax.stop_gradient((behavior_log_prob, recorded))
-    _, result = in_auto_mode(run, logits, log_normalizer, tokens, *behavior)
+    _, result = in_auto_mode(run, logits, row_map, log_normalizer, tokens, *behavior)
     return result  # type: ignore[no-any-return]
 
 
@@ -368,12 +381,12 @@ def keep_valid(mask: jax.Array, arrays: Any) -> Any:  # noqa: ANN401 -- a pytree
     return jax.tree.map(kept, arrays, is_leaf=lambda leaf: isinstance(leaf, LinearHead))
 
 
-def broken_tokens(tokens: jax.Array, records: Any, vocabulary: int) -> jax.Array:  # noqa: ANN401 -- a pytree
-    """True at tokens whose id, or one of whose recorded ids, is outside the vocabulary."""
-    broken = outside_vocabulary(tokens, vocabulary)
+def broken_tokens(tokens: jax.Array, records: Any, rows: Rows) -> jax.Array:  # noqa: ANN401 -- a pytree
+    """True at tokens that the row map has no log-prob of, or of which a recorded id is outside the vocabulary."""
+    broken = rows.broken(tokens)
     for ids in jax.tree.leaves(records):
         if jnp.issubdtype(ids.dtype, jnp.integer):
-            broken = broken | jnp.any(outside_vocabulary(ids, vocabulary), axis=-1)
+            broken = broken | jnp.any(outside_vocabulary(ids, rows.vocabulary), axis=-1)
     return broken
 
 
@@ -384,36 +397,39 @@ def measure(
     log_normalizer: jax.Array,
     tokens: jax.Array,
     behavior_log_prob: jax.Array,
-    temperature: float,
+    rows: Rows,
     mask: jax.Array | None = None,
 ) -> jax.Array | None:
     """The divergence per token that was asked for; checks nothing. The mask is that of the logits' rows."""
     if isinstance(divergence, FullDivergence):
         head = divergence.behavior
         behavior_logits = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
-        both = _full_divergences(masked(logits, mask), behavior_logits, temperature, divergence.temperature)
+        both = _full_divergences(masked(logits, mask), behavior_logits, rows, divergence.temperature)
     elif isinstance(divergence, TopKDivergence):
-        both = _top_k_divergences(
-            logits, log_normalizer, tokens, behavior_log_prob, divergence, temperature=temperature, mask=mask
-        )
+        both = _top_k_divergences(logits, log_normalizer, tokens, behavior_log_prob, divergence, rows=rows, mask=mask)
     else:
         return divergence
     return both.tv if divergence.kind == "tv" else both.kl
 
 
 def _full_divergences(
-    logits: jax.Array, behavior_logits: jax.Array, temperature: float, behavior_temperature: float
+    logits: jax.Array, behavior_logits: jax.Array, row_map: RowMap | Rows, behavior_temperature: float | None
 ) -> Divergences:
+    """With the temperature of the row map for μ if it has none of its own."""
     dtype = working_dtype(logits, behavior_logits)
 
     # differentiated as it stands, it would keep several arrays of the logits' shape
     @partial(jax.checkpoint, prevent_cse=False)
-    def both(logits: jax.Array, behavior_logits: jax.Array) -> Divergences:
-        x = jax.nn.log_softmax(logits.astype(dtype) / temperature)
-        b = jax.nn.log_softmax(behavior_logits.astype(dtype) / behavior_temperature)
-        return Divergences(full_tv(x, b, xp=jnp), full_kl(x, b, xp=jnp))
+    def both(logits: jax.Array, behavior_logits: jax.Array, row_map: RowMap | Rows) -> Divergences:
+        rows = row_map.ready()
+        unusable, rows = rows.unusable, rows.repaired()
+        of_behavior = rows if behavior_temperature is None else rows.at_temperature(behavior_temperature)
+        x = jax.nn.log_softmax(rows.logits(logits.astype(dtype)))
+        b = jax.nn.log_softmax(of_behavior.logits(behavior_logits.astype(dtype)))
+        found = Divergences(full_tv(x, b, xp=jnp), full_kl(x, b, xp=jnp))
+        return found if unusable is None else Divergences(*(poisoned(each, unusable) for each in found))
 
-    return both(logits, behavior_logits)  # type: ignore[no-any-return]
+    return both(logits, behavior_logits, row_map)  # type: ignore[no-any-return]
 
 
 def _top_k_divergences(
@@ -423,14 +439,13 @@ def _top_k_divergences(
     behavior_log_prob: jax.Array,
     recorded: TopKDivergence,
     *,
-    temperature: float,
+    rows: Rows,
     mask: jax.Array | None = None,
 ) -> Divergences:
-    dtype = working_dtype(logits, log_normalizer)
-    broken = broken_tokens(tokens, recorded, logits.shape[-1])
+    broken = broken_tokens(tokens, recorded, rows)
 
     def log_prob(ids: jax.Array) -> jax.Array:
-        return entries(logits, ids, mask).astype(dtype) / temperature - log_normalizer[..., None].astype(dtype)
+        return log_probs_at(logits, ids, log_normalizer, rows=rows.repaired(), mask=mask)
 
     again = repeated(recorded.ids)
     both = tuple(
@@ -446,6 +461,16 @@ def _top_k_divergences(
         for function in (top_k_tv, top_k_kl)
     )
     return Divergences(*(poisoned(x, broken) for x in both))
+
+
+def log_probs_at(
+    logits: jax.Array, ids: jax.Array, log_normalizer: jax.Array, *, rows: Rows, mask: jax.Array | None
+) -> jax.Array:
+    """log π at ids (…, K), differentiable in the logits and the log-normaliser; a constant −∞ outside the support."""  # noqa: D403
+    dtype = working_dtype(logits, log_normalizer)
+    log_probs = rows.over_temperature(entries(logits, ids, mask).astype(dtype)) - log_normalizer[..., None].astype(dtype)
+    holds = rows.holds(ids)
+    return log_probs if holds is None else jnp.where(holds, log_probs, -jnp.inf)
 
 
 def repeated(ids: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from drpo_jax.vocabulary.centering import TopKCentering, check_centering, outcom
 from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
 from drpo_jax.vocabulary.divergences import LinearHead, broken_tokens, check_divergence, measure
 from drpo_jax.vocabulary.logits import VocabularyLoss
+from drpo_jax.vocabulary.row_map import RowMap, Rows
 from drpo_jax.vocabulary.softmax import Normalized, entries, inside_vocabulary, one_hot
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_jax.vocabulary.centering import Centering, Outcomes
     from drpo_jax.vocabulary.divergences import Divergence
+    from drpo_jax.vocabulary.support import Support
 
 __all__ = ["linear_policy_loss"]
 
@@ -57,7 +59,9 @@ def linear_policy_loss(
     segment_ids: jax.Array | None = None,
     divergence: Divergence | None = None,
     centering: Centering | None = None,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
     diagnostics: bool = True,
@@ -74,7 +78,8 @@ def linear_policy_loss(
     `jit`.
 
     An id outside [0, V) at a valid token, of `tokens` or of a `TopKDivergence`, makes the loss and the gradients of
-    that token NaN. It never raises, because JAX does not know the ids while it traces.
+    that token NaN; so does a sampled token outside its support. It never raises, because JAX does not know the ids while
+    it traces.
 
     Parameters
     ----------
@@ -100,7 +105,14 @@ def linear_policy_loss(
         Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
         `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
-        T > 0, a number.
+        T > 0, a number, or an array (…) of one per token, constant.
+    support
+        The ids that the tokens were sampled from (top-p, top-k, min-p), over which π is renormalised, as log μ is. None: all.
+        A chunk's supports exist as booleans (tokens, V). What a `FullDivergence` or `FullCentering` has recorded is
+        renormalised over them too.
+    vocabulary_size
+        Rows of the head from this id on are padding, which has no probability and a gradient of exactly 0. None: there is
+        none.
     logit_softcap
         cap > 0, a number in units of a logit; None for none.
     entropy
@@ -142,15 +154,15 @@ def linear_policy_loss(
     >>> [round(g, 4) for g in gradient[:, 0].tolist()]
     [-0.5, 0.3, 0.2]
     """
-    temperature = check_number("temperature", temperature, above=0.0)
     if logit_softcap is not None:
         logit_softcap = check_number("logit_softcap", logit_softcap, above=0.0)
     chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
     check_objective(objective)
     check_head(hidden, weight, bias)
-    leading, vocabulary = hidden.shape[:-1], weight.shape[0]
+    leading, vocabulary, of = hidden.shape[:-1], weight.shape[0], "hidden without its last axis"
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
-    check_tokens(leading, "hidden without its last axis", **batch)
+    check_tokens(leading, of, **batch)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=vocabulary)
     check_divergence(divergence, leading, vocabulary)
     check_centering(centering, objective, leading, vocabulary)
     others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
@@ -169,6 +181,8 @@ def linear_policy_loss(
             PolicyGradient(),
             **inputs,
             temperature=temperature,
+            support=support,
+            vocabulary_size=vocabulary_size,
             logit_softcap=logit_softcap,
             chunk_tokens=chunk_tokens,
             diagnostics=False,
@@ -182,12 +196,13 @@ def linear_policy_loss(
     penalty = None if mode.penalty is None else [jnp.where(mode.counted, coefficients * part, 0.0) for part in mode.penalty]
     batch["anchor_log_prob"], coefficients = mode.anchor_log_prob, mode.scaled(coefficients)
     chunk = min(chunk_tokens, max(1, mask.size))
-    step = _Step(objective, mode.objective, dtype, temperature, logit_softcap, entropy, diagnostics, chunk)
+    step = _Step(objective, mode.objective, dtype, logit_softcap, entropy, diagnostics, chunk)
 
     def run(
         hidden: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None,
+        row_map: RowMap,
         batch: dict[str, jax.Array],
         records: tuple[Divergence | None, Centering | None],
         coefficients: jax.Array,
@@ -197,23 +212,24 @@ def linear_policy_loss(
         rows: dict[str, Any] = batch | {"coefficients": jnp.broadcast_to(coefficients, leading), "penalty": penalty}
         if factors is not None:
             rows["factors"] = jnp.broadcast_to(factors, leading)
-        rows["divergence"], rows["centering"], heads = None, None, {}
+        shared: _Shared = {}
+        rows["row_map"], shared["support_ids"] = row_map.apart()
         for name, record in zip(("divergence", "centering"), records, strict=True):
-            rows[name], heads[name] = _without_head(record)
+            rows[name], shared[name] = _without_head(record)
         loss, statistics, per_token = _with_gradients(
             step,
             hidden,
-            varying_like(hidden, weight),
-            None if bias is None else varying_like(hidden, bias),
+            varying_like(hidden, row_map.of_head(weight)),
+            None if bias is None else varying_like(hidden, row_map.of_head(bias)),
             rows.pop("mask"),
             rows,
-            heads,
+            shared,
         )
         return (loss, statistics), per_token
 
     of_penalty = None if penalty is None else penalty[1]
     constants = jax.lax.stop_gradient((batch, (divergence, centering), coefficients, factors, of_penalty))
-    (loss, statistics), per_token = in_auto_mode(run, hidden, weight, bias, *constants)
+    (loss, statistics), per_token = in_auto_mode(run, hidden, weight, bias, row_map, *constants)
     statistics, per_token = jax.lax.stop_gradient((statistics, per_token))
     if penalty is not None:
         loss = loss + jax.lax.stop_gradient(jnp.sum(penalty[0]))
@@ -222,8 +238,8 @@ def linear_policy_loss(
     return VocabularyLoss(loss, statistics, per_token["log_prob"], per_token.get("entropy"))
 
 
-_Heads: TypeAlias = "dict[str, LinearHead | None]"
-"""Heads of the behaviour policy, by the argument that brought them."""
+_Shared: TypeAlias = "dict[str, Any]"
+"""What is not per token: heads of the behaviour policy, by the argument that brought them, and the ids of all supports."""
 
 
 def _without_head(record: Any) -> tuple[Any, LinearHead | None]:  # noqa: ANN401 -- a divergence or a centring
@@ -251,10 +267,11 @@ class _Sums(NamedTuple):
 
 
 class _OfLogits(NamedTuple):
-    """A chunk's softmax, z = h Wᵀ + b, and a derivative in each log-prob, or None."""
+    """A chunk's softmax, z = h Wᵀ + b, its row map, and a derivative in each log-prob, or None."""
 
     probability: jax.Array
     z: jax.Array
+    rows: Rows
     everywhere: jax.Array | None
 
 
@@ -264,30 +281,30 @@ class _Step(NamedTuple):
     centred: Objective
     objective: Objective
     dtype: Any
-    temperature: float
     logit_softcap: float | None
     entropy: bool
     diagnostics: bool
     chunk: int
 
     def values(
-        self, head: LinearHead, valid: jax.Array, rows: dict[str, Any], heads: _Heads
+        self, head: LinearHead, valid: jax.Array, rows: dict[str, Any], shared: _Shared
     ) -> tuple[PolicyLoss, dict[str, jax.Array], _OfLogits]:
         """Loss, c ∂L/∂log π and diagnostics; what is measured per token; what the gradient in the logits is made of."""
         z = head.uncapped(working_dtype(head.hidden, head.weight))
         logits = head.capped(z)
-        policy = Normalized.of(logits / self.temperature)
-        log_prob = policy.log_prob(entries(logits, rows["tokens"][:, None]) / self.temperature)[:, 0]
+        mapped, sampled = rows["row_map"].of_chunk(shared["support_ids"]), rows["tokens"][:, None]
+        policy = Normalized.of(mapped.logits(logits))
+        log_prob = policy.log_prob(mapped.at(entries(logits, sampled), sampled))[:, 0]
         divergence, centering = rows["divergence"], rows["centering"]
-        broken = broken_tokens(rows["tokens"], (divergence, centering), logits.shape[-1])
+        broken = broken_tokens(rows["tokens"], (divergence, centering), mapped)
         log_normalizer = policy.top + policy.log_total
         divergence = measure(
-            _with_head(divergence, heads["divergence"]),
+            _with_head(divergence, shared["divergence"]),
             logits=logits,
             log_normalizer=log_normalizer,
             tokens=rows["tokens"],
             behavior_log_prob=rows["behavior_log_prob"],
-            temperature=self.temperature,
+            rows=mapped,
         )
         found = self.in_pass(log_prob, rows, valid, divergence)
         if rows["penalty"] is not None:
@@ -295,14 +312,14 @@ class _Step(NamedTuple):
         everywhere = None
         if centering is not None:
             outcomes = outcomes_of(
-                _with_head(centering, heads["centering"]),
-                logits=logits,
-                log_normalizer=log_normalizer,
-                temperature=self.temperature,
+                _with_head(centering, shared["centering"]), logits=logits, log_normalizer=log_normalizer, rows=mapped
             )
             values, everywhere = self.centering_term(outcomes, rows, valid, divergence)
             found = found._replace(loss=found.loss + jnp.sum(values).astype(found.loss.dtype))
             if isinstance(centering, TopKCentering):
+                holds = mapped.holds(centering.ids)
+                # a log π of −∞ outside the support is a constant
+                everywhere = everywhere if holds is None else jnp.where(holds, everywhere, 0.0)
                 row, column = jnp.arange(len(logits))[:, None], inside_vocabulary(centering.ids, logits.shape[-1])
                 everywhere = jnp.zeros_like(logits).at[row, column].add(everywhere.astype(logits.dtype))
         # a NaN whatever the objective makes of the token
@@ -311,7 +328,7 @@ class _Step(NamedTuple):
         measured = {"log_prob": jnp.where(broken, jnp.nan, log_prob)}
         if self.entropy:
             measured["entropy"] = policy.entropy
-        return found, measured, _OfLogits(policy.probability, z, everywhere)
+        return found, measured, _OfLogits(policy.probability, z, mapped, everywhere)
 
     def centering_term(
         self, outcomes: Outcomes, rows: dict[str, Any], valid: jax.Array, divergence: jax.Array | None
@@ -350,16 +367,16 @@ class _Step(NamedTuple):
 
         Times the soft-cap's derivative. C is a derivative in all log-probs, if there is one.
         """
-        probability, z, everywhere = of
+        probability, z, rows, everywhere = of
         here = one_hot(inside_vocabulary(ids, z.shape[-1]), z)
-        moves, gradient = slope != 0.0, (jnp.where(here, 1.0, 0.0) - probability) * (slope / self.temperature)[:, None]
+        moves, gradient = slope != 0.0, (jnp.where(here, 1.0, 0.0) - probability) * rows.over_temperature(slope)[:, None]
         if everywhere is not None:
             moves = moves | jnp.any(everywhere != 0.0, axis=-1)
             total = jnp.sum(everywhere, axis=-1, keepdims=True)
-            gradient = gradient + (everywhere - probability * total) / self.temperature
+            gradient = gradient + rows.over_temperature(everywhere - probability * total)
         gradient = before_softcap(gradient, z, self.logit_softcap)
         # by selection: a dropped token's row may hold a NaN
-        return jnp.where(moves[:, None], gradient, 0.0), moves
+        return rows.within(jnp.where(moves[:, None], gradient, 0.0)), moves
 
 
 def _with_gradients(
@@ -369,7 +386,7 @@ def _with_gradients(
     bias: jax.Array | None,
     mask: jax.Array,
     rows: dict[str, Any],
-    heads: _Heads,
+    shared: _Shared,
 ) -> tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]]:
     @jax.custom_vjp
     def run(
@@ -391,7 +408,7 @@ def _with_gradients(
         return (*scaled.cast(hidden, weight, bias), None, None, None)
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(hidden, weight, bias, mask, rows, heads)
+    return run(hidden, weight, bias, mask, rows, shared)
 
 
 def _sweep(
@@ -402,7 +419,7 @@ def _sweep(
     bias: jax.Array | None,
     mask: jax.Array,
     rows: dict[str, Any],
-    heads: _Heads,
+    shared: _Shared,
 ) -> tuple[tuple[jax.Array, Diagnostics | None, dict[str, jax.Array]], Gradients]:
     """Take every valid token through `step`, a chunk at a time."""
     dtype = working_dtype(hidden, weight)
@@ -415,7 +432,7 @@ def _sweep(
     ) -> tuple[tuple[_Sums, HeadSums], dict[str, jax.Array]]:
         (sums, head_sums), (h, chunk_rows) = carry, taken
         head = LinearHead(h, weight, bias, step.logit_softcap)
-        found, figures, of = step.values(head, valid, chunk_rows, heads)
+        found, figures, of = step.values(head, valid, chunk_rows, shared)
         if needed.any:
             slope = found.gradient.astype(dtype)
             of_logits, moves = step.gradient_of_logits(chunk_rows["tokens"], slope, of)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,11 @@ from drpo_jax._checks import (
 from drpo_jax._sharding import in_auto_mode, varying_like
 from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
 from drpo_jax.vocabulary.divergences import LinearHead
+from drpo_jax.vocabulary.row_map import RowMap, Rows
 from drpo_jax.vocabulary.softmax import Normalized, at_entries, entries, masked, outside_vocabulary
+
+if TYPE_CHECKING:
+    from drpo_jax.vocabulary.support import Support
 
 __all__ = ["TokenLogProb", "linear_log_prob", "selected_log_prob", "token_log_prob"]
 
@@ -47,16 +51,20 @@ def token_log_prob(
     tokens: jax.Array,
     mask: jax.Array | None = None,
     top_k_ids: jax.Array | None = None,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     entropy: bool = False,
 ) -> TokenLogProb:
-    """Log-prob log π(token) = logits(token)/T − log Σ_v e^(logits(v)/T) of each sampled token, differentiable in reverse mode.
+    """Log-prob log π(token) = x(token) − log Σ_v e^x(v), x = logits/T, of each sampled token, differentiable in reverse mode.
+
+    With a support S, x(v) = −∞ outside it: log π_S(token) = x(token) − log Σ_{v∈S} e^x(v).
 
     The backward pass forms the gradient in one expression, from the logits and the per-token results; nothing else of
     the logits' size is kept. A row that no cotangent reaches has a gradient of 0, whatever it holds.
 
-    An id outside [0, V) at a valid token gives a log-prob of NaN and a row of NaN as its gradient. It never raises,
-    because JAX does not know the ids while it traces.
+    An id outside [0, V), or outside its support, at a valid token gives a log-prob of NaN and a row of NaN as its gradient
+    (0 outside the support). It never raises, because JAX does not know the ids while it traces.
 
     Parameters
     ----------
@@ -67,24 +75,28 @@ def token_log_prob(
     mask
         Boolean, (…), True at tokens that count; the logits of the others may hold anything. None: every token counts.
     top_k_ids
-        Ids of K more tokens for each, (…, K), whose log-probs are wanted too.
+        Ids of K more tokens for each, (…, K), whose log-probs are wanted too: −∞, with a gradient of 0, outside the support.
     temperature
-        T > 0, a number: π = softmax(logits / T).
+        T > 0, a number, or an array (…) of one per token, constant: π = softmax(logits / T).
+    support
+        The ids that the tokens were sampled from (top-p, top-k, min-p), over which π is renormalised. None: all.
+    vocabulary_size
+        Logits from this id on are padding, which has no probability and a gradient of exactly 0. None: there is none.
     entropy
         Also compute the entropy −Σ_v π(v) log π(v).
 
     Returns
     -------
     TokenLogProb
-        `log_prob`, `entropy` and `log_normalizer` = log Σ_v e^(logits(v)/T), nats, (…), and `top_k_log_prob`, (…, K);
+        `log_prob`, `entropy` and `log_normalizer` = log Σ_v e^x(v), nats, (…), and `top_k_log_prob`, (…, K);
         float32 at least, each differentiable.
 
     Raises
     ------
     TypeError
-        If an array is not a JAX array or has a wrong dtype, or the temperature is not a number.
+        If an array is not a JAX array or has a wrong dtype, or a number is none.
     ValueError
-        If the shapes disagree, or the temperature is not finite and positive.
+        If shapes disagree, or a number is out of its range.
 
     See Also
     --------
@@ -102,16 +114,17 @@ def token_log_prob(
     >>> [round(g, 4) for g in gradient[0].tolist()]
     [0.5, -0.3, -0.2]
     """
-    temperature = check_number("temperature", temperature, above=0.0)
     check_logits("logits", logits)
-    _check_columns(tokens, mask, top_k_ids, logits.shape[:-1], "logits without its last axis")
+    leading, of = logits.shape[:-1], "logits without its last axis"
+    _check_columns(tokens, mask, top_k_ids, leading, of)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1])
 
     def run(
-        logits: jax.Array, tokens: jax.Array, mask: jax.Array | None, top_k_ids: jax.Array | None
+        logits: jax.Array, row_map: RowMap, tokens: jax.Array, mask: jax.Array | None, top_k_ids: jax.Array | None
     ) -> tuple[None, TokenLogProb]:
-        return None, selected_log_prob(temperature, entropy, logits, tokens, top_k_ids, mask)
+        return None, selected_log_prob(row_map, entropy, logits, tokens, top_k_ids, mask)
 
-    _, result = in_auto_mode(run, logits, tokens, mask, top_k_ids)
+    _, result = in_auto_mode(run, logits, row_map, tokens, mask, top_k_ids)
     return result  # type: ignore[no-any-return]
 
 
@@ -123,7 +136,9 @@ def linear_log_prob(
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
     top_k_ids: jax.Array | None = None,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
     chunk_tokens: int = 256,
@@ -139,8 +154,8 @@ def linear_log_prob(
     Meant to be called under `jit`. Works under `shard_map` over the tokens, which is faster than a sharded batch under
     `jit`.
 
-    An id outside [0, V) at a valid token gives a log-prob of NaN, and NaN as the gradient of that token if a cotangent
-    reaches it. It never raises, because JAX does not know the ids while it traces.
+    An id outside [0, V), or outside its support, at a valid token gives a log-prob of NaN, and NaN as the gradient of that
+    token if a cotangent reaches it. It never raises, because JAX does not know the ids while it traces.
 
     Parameters
     ----------
@@ -148,10 +163,10 @@ def linear_log_prob(
         Last hidden states, (…, H); anything where the mask is False.
     weight, bias
         W and b of the LM head, (V, H) and (V,); no bias if None. Products are accumulated in float32 at least.
-    tokens, mask, top_k_ids
+    tokens, mask, top_k_ids, temperature, support
         See `drpo_jax.token_log_prob`.
-    temperature
-        T > 0, a number.
+    vocabulary_size
+        Rows of the head from this id on are padding. None: there is none.
     logit_softcap
         cap > 0, a number in units of a logit; None for none.
     entropy
@@ -190,35 +205,37 @@ def linear_log_prob(
     >>> [round(g, 4) for g in gradient[:, 0].tolist()]
     [0.5168, -0.3052, -0.2116]
     """
-    temperature = check_number("temperature", temperature, above=0.0)
     if logit_softcap is not None:
         logit_softcap = check_number("logit_softcap", logit_softcap, above=0.0)
     chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
     check_head(hidden, weight, bias)
-    leading = hidden.shape[:-1]
-    _check_columns(tokens, mask, top_k_ids, leading, "hidden without its last axis")
-    head = _Head(temperature, logit_softcap, entropy, min(chunk_tokens, max(1, tokens.size)))
+    leading, of = hidden.shape[:-1], "hidden without its last axis"
+    _check_columns(tokens, mask, top_k_ids, leading, of)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=weight.shape[0])
+    head = _Head(logit_softcap, entropy, min(chunk_tokens, max(1, tokens.size)))
 
     def run(
         hidden: jax.Array,
         weight: jax.Array,
         bias: jax.Array | None,
+        row_map: RowMap,
         tokens: jax.Array,
         mask: jax.Array | None,
         top_k_ids: jax.Array | None,
     ) -> tuple[None, TokenLogProb]:
-        columns = _columns(tokens, top_k_ids, weight.shape[0])
+        columns = _columns(tokens, top_k_ids, row_map.vocabulary)
         valid = jnp.ones(leading, dtype=bool) if mask is None else mask
-        bias = None if bias is None else varying_like(hidden, bias)
-        found = _linear_log_prob(head, hidden, varying_like(hidden, weight), bias, columns, valid)
+        weight = varying_like(hidden, row_map.of_head(weight))
+        bias = None if bias is None else varying_like(hidden, row_map.of_head(bias))
+        found = _linear_log_prob(head, hidden, weight, bias, columns, valid, row_map)
         return None, found.named(top_k_ids)
 
-    _, result = in_auto_mode(run, hidden, weight, bias, tokens, mask, top_k_ids)
+    _, result = in_auto_mode(run, hidden, weight, bias, row_map, tokens, mask, top_k_ids)
     return result  # type: ignore[no-any-return]
 
 
 def selected_log_prob(
-    temperature: float,
+    row_map: RowMap,
     entropy: bool,  # noqa: FBT001
     logits: jax.Array,
     tokens: jax.Array,
@@ -226,8 +243,8 @@ def selected_log_prob(
     mask: jax.Array | None,
 ) -> TokenLogProb:
     """`token_log_prob` of checked arrays."""
-    columns = masked(_columns(tokens, top_k_ids, logits.shape[-1]), mask)
-    return _token_log_prob(temperature, entropy, logits, columns, mask).named(top_k_ids)
+    columns = masked(_columns(tokens, top_k_ids, row_map.vocabulary), mask)
+    return _token_log_prob(entropy, logits, columns, mask, row_map.kept(mask)).named(top_k_ids)
 
 
 def _check_columns(
@@ -275,31 +292,41 @@ class _Statistics(NamedTuple):
     entropy: jax.Array | None
 
 
+def _usable(columns: jax.Array, rows: Rows) -> jax.Array:
+    """The columns, and −1 for a sampled token that is outside its support."""
+    if rows.holds(columns) is None and rows.unusable is None:
+        return columns
+    broken = rows.broken(columns[..., 0])
+    sampled = jnp.where(broken, -1, columns[..., 0])
+    return jnp.concatenate((sampled[..., None], columns[..., 1:]), axis=-1)
+
+
 def _measured(
-    logits: jax.Array, chosen: jax.Array, columns: jax.Array, temperature: float, *, entropy: bool
+    z: jax.Array, chosen: jax.Array, columns: jax.Array, rows: Rows, *, entropy: bool
 ) -> tuple[jax.Array, _Statistics]:
     """log π of the chosen entries of the logits, NaN where a column is outside the vocabulary; and the statistics."""  # noqa: D403
-    rows = Normalized.of(logits / temperature)
-    log_probs = jnp.where(columns < 0, jnp.nan, rows.log_prob(chosen / temperature))
-    return log_probs, _Statistics(rows.top, rows.log_total, rows.entropy if entropy else None)
+    policy = Normalized.of(rows.logits(z))
+    log_probs = jnp.where(_usable(columns, rows) < 0, jnp.nan, policy.log_prob(rows.at(chosen, columns)))
+    return log_probs, _Statistics(policy.top, policy.log_total, policy.entropy if entropy else None)
 
 
-def _pulled(
-    logits: jax.Array, columns: jax.Array, statistics: _Statistics, cotangents: _Found, temperature: float
-) -> jax.Array:
-    """(Σ_c g_c (1[c] − π) + n π − h π (log π + H)) / T, ∂loss/∂logits of cotangents g of log π, n of log Z and h of H.
+def _pulled(z: jax.Array, columns: jax.Array, statistics: _Statistics, cotangents: _Found, rows: Rows) -> jax.Array:
+    """(Σ_c g_c (1[c] − π) + n π − h π (log π + H)) / T, ∂loss/∂z of cotangents g of log π, n of log Z and h of H.
 
-    0 in a row that no cotangent reaches, whatever it holds.
+    0 in a row that no cotangent reaches, whatever it holds; and 0 outside the support, whose log π = −∞ is a constant.
     """
-    log_probs = (logits / temperature - statistics.top[..., None]) - statistics.log_total[..., None]
+    log_probs = (rows.logits(z) - statistics.top[..., None]) - statistics.log_total[..., None]
     probability = jnp.exp(log_probs)
-    g = jnp.where((columns < 0) & (cotangents.log_probs != 0.0), jnp.nan, cotangents.log_probs)
+    g, holds = cotangents.log_probs, rows.holds(columns)
+    if holds is not None:
+        g = jnp.where(holds, g, 0.0)
+    g = jnp.where((_usable(columns, rows) < 0) & (cotangents.log_probs != 0.0), jnp.nan, g)
     scale = cotangents.log_normalizer - jnp.sum(g, axis=-1)
     gradient = at_entries(g, columns, like=log_probs) + probability * scale[..., None]
     if statistics.entropy is not None and cotangents.entropy is not None:
         surprise = jnp.where(probability > 0.0, log_probs, 0.0) + statistics.entropy[..., None]
         gradient = gradient - cotangents.entropy[..., None] * probability * surprise
-    return jnp.where(cotangents.reached[..., None], gradient / temperature, 0.0)
+    return rows.within(jnp.where(cotangents.reached[..., None], rows.over_temperature(gradient), 0.0))
 
 
 def _where(mask: jax.Array | None, found: _Found) -> _Found:
@@ -312,15 +339,15 @@ def _where(mask: jax.Array | None, found: _Found) -> _Found:
 # --- from logits -----------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_log_prob(
-    temperature: float,
     entropy: bool,  # noqa: FBT001
     logits: jax.Array,
     columns: jax.Array,
     mask: jax.Array | None,
+    row_map: RowMap,
 ) -> _Found:
-    return _forward(temperature, entropy, logits, columns, mask)[0]
+    return _forward(entropy, logits, columns, mask, row_map)[0]
 
 
 class _Kept(NamedTuple):
@@ -330,6 +357,7 @@ class _Kept(NamedTuple):
     columns: jax.Array
     mask: jax.Array | None
     statistics: _Statistics
+    row_map: RowMap
 
 
 def _working(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -337,28 +365,27 @@ def _working(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def _forward(
-    temperature: float,
     entropy: bool,  # noqa: FBT001
     logits: jax.Array,
     columns: jax.Array,
     mask: jax.Array | None,
+    row_map: RowMap,
 ) -> tuple[_Found, _Kept]:
-    x = _working(logits, mask)
-    chosen = entries(logits, columns, mask).astype(x.dtype)
-    log_probs, statistics = _measured(x, chosen, columns, temperature, entropy=entropy)
+    z = _working(logits, mask)
+    chosen = entries(logits, columns, mask).astype(z.dtype)
+    log_probs, statistics = _measured(z, chosen, columns, row_map.ready(), entropy=entropy)
     found = _Found(log_probs, statistics.entropy, statistics.top + statistics.log_total)
-    return _where(mask, found), _Kept(logits, columns, mask, statistics)
+    return _where(mask, found), _Kept(logits, columns, mask, statistics, row_map)
 
 
 def _backward(
-    temperature: float,
     entropy: bool,  # noqa: ARG001, FBT001 -- whether there is one shows in what was kept
     kept: _Kept,
     cotangents: _Found,
-) -> tuple[jax.Array, None, None]:
-    logits, columns, mask, statistics = kept
-    gradient = _pulled(_working(logits, mask), columns, statistics, _where(mask, cotangents), temperature)
-    return gradient.astype(logits.dtype), None, None
+) -> tuple[jax.Array, None, None, None]:
+    logits, columns, mask, statistics, row_map = kept
+    gradient = _pulled(_working(logits, mask), columns, statistics, _where(mask, cotangents), row_map.ready())
+    return gradient.astype(logits.dtype), None, None, None
 
 
 _token_log_prob.defvjp(_forward, _backward)
@@ -371,7 +398,6 @@ _token_log_prob.defvjp(_forward, _backward)
 class _Head:
     """What is done to a chunk, apart from its arrays."""
 
-    temperature: float
     logit_softcap: float | None
     entropy: bool
     chunk: int
@@ -385,25 +411,42 @@ class _Head:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_log_prob(
-    head: _Head, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, columns: jax.Array, mask: jax.Array
+    head: _Head,
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    columns: jax.Array,
+    mask: jax.Array,
+    row_map: RowMap,
 ) -> _Found:
-    return _head_forward(head, hidden, weight, bias, columns, mask)[0]
+    return _head_forward(head, hidden, weight, bias, columns, mask, row_map)[0]
 
 
 def _head_forward(
-    head: _Head, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None, columns: jax.Array, mask: jax.Array
+    head: _Head,
+    hidden: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    columns: jax.Array,
+    mask: jax.Array,
+    row_map: RowMap,
 ) -> tuple[_Found, _Statistics]:
+    per_token, support_ids = row_map.apart()
     shapes: dict[str, tuple[int, ...]] = {"log_probs": columns.shape[-1:], "top": (), "log_total": ()}
     shapes |= {"entropy": ()} if head.entropy else {}
 
-    def of_chunk(sums: None, taken: tuple[jax.Array, jax.Array], _: jax.Array) -> tuple[None, dict[str, jax.Array]]:
-        h, ids = taken
+    def of_chunk(
+        sums: None, taken: tuple[jax.Array, tuple[jax.Array, RowMap]], _: jax.Array
+    ) -> tuple[None, dict[str, jax.Array]]:
+        h, (ids, chunk_map) = taken
         logits, _ = head.logits(h, weight, bias)
-        log_probs, statistics = _measured(logits, entries(logits, ids), ids, head.temperature, entropy=head.entropy)
+        rows = chunk_map.of_chunk(support_ids)
+        log_probs, statistics = _measured(logits, entries(logits, ids), ids, rows, entropy=head.entropy)
         return sums, {"log_probs": log_probs} | statistics._asdict()
 
+    taken = (columns, per_token)
     dtype = working_dtype(hidden, weight)
-    _, figures = over_chunks(of_chunk, None, hidden, columns, mask, chunk=head.chunk, shapes=shapes, dtype=dtype)
+    _, figures = over_chunks(of_chunk, None, hidden, taken, mask, chunk=head.chunk, shapes=shapes, dtype=dtype)
     statistics = _Statistics(figures["top"], figures["log_total"], figures.get("entropy"))
     return _Found(figures["log_probs"], statistics.entropy, statistics.top + statistics.log_total), statistics
 
@@ -415,7 +458,8 @@ def _head_kept(head: _Head, *arguments: Any) -> tuple[_Found, tuple[Any, ...]]: 
 
 
 def _head_backward(head: _Head, kept: tuple[Any, ...], cotangents: _Found) -> tuple[Any, ...]:
-    needed, (hidden, weight, bias, columns, mask), statistics = kept
+    needed, (hidden, weight, bias, columns, mask, row_map), statistics = kept
+    per_token, support_ids = row_map.apart()
     dtype = working_dtype(hidden, weight)
 
     def instantiated(cotangent: Any) -> Any:  # noqa: ANN401 -- an array or its symbolic zero
@@ -431,25 +475,25 @@ def _head_backward(head: _Head, kept: tuple[Any, ...], cotangents: _Found) -> tu
     )
 
     def of_chunk(
-        sums: HeadSums, taken: tuple[jax.Array, tuple[jax.Array, _Statistics, _Found]], _: jax.Array
+        sums: HeadSums, taken: tuple[jax.Array, tuple[jax.Array, _Statistics, _Found, RowMap]], _: jax.Array
     ) -> tuple[HeadSums, dict[str, jax.Array]]:
-        h, (ids, of_softmax, pulled) = taken
+        h, (ids, of_softmax, pulled, chunk_map) = taken
         logits, z = head.logits(h, weight, bias)
-        of_logits = _pulled(logits, ids, of_softmax, pulled, head.temperature)
+        of_logits = _pulled(logits, ids, of_softmax, pulled, chunk_map.of_chunk(support_ids))
         return sums.plus(before_softcap(of_logits, z, head.logit_softcap), h, weight, needed)
 
     head_sums, of_hidden = over_chunks(
         of_chunk,
         HeadSums.zeros(needed, hidden, weight),
         hidden,
-        (columns, statistics, cotangents),
+        (columns, statistics, cotangents, per_token),
         # what holds a NaN and has no cotangent is not taken
         mask & cotangents.reached,
         chunk=head.chunk,
         shapes={"hidden": hidden.shape[-1:]} if needed.hidden else {},
         dtype=dtype,
     )
-    return *Gradients(of_hidden.get("hidden"), *head_sums).cast(hidden, weight, bias), None, None
+    return *Gradients(of_hidden.get("hidden"), *head_sums).cast(hidden, weight, bias), None, None, None
 
 
 _linear_log_prob.defvjp(_head_kept, _head_backward, symbolic_zeros=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from drpo_core._checks import check_number
 from drpo_core.loss import reduction_of
 from drpo_core.modes.mode import check_others
 from drpo_core.objectives.protocol import check_objective
@@ -21,6 +20,7 @@ from drpo_jax.loss import mode_loss
 from drpo_jax.vocabulary.centering import check_centering, outcomes_of
 from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure
 from drpo_jax.vocabulary.log_prob import selected_log_prob
+from drpo_jax.vocabulary.row_map import RowMap, Rows
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_jax.vocabulary.centering import Centering
     from drpo_jax.vocabulary.divergences import Divergence
+    from drpo_jax.vocabulary.support import Support
 
 __all__ = ["VocabularyLoss", "logits_policy_loss"]
 
@@ -60,7 +61,9 @@ def logits_policy_loss(
     segment_ids: jax.Array | None = None,
     divergence: Divergence | None = None,
     centering: Centering | None = None,
-    temperature: float = 1.0,
+    temperature: float | jax.Array = 1.0,
+    support: Support | None = None,
+    vocabulary_size: int | None = None,
     entropy: bool = False,
     diagnostics: bool = True,
 ) -> VocabularyLoss:
@@ -70,7 +73,8 @@ def logits_policy_loss(
     Beside that gradient, nothing of the logits' size is kept. A second derivative is that of the formula −c A r w.
 
     An id outside [0, V) at a valid token, of `tokens` or of a `TopKDivergence`, makes the loss and that token's row of
-    the gradient NaN. It never raises, because JAX does not know the ids while it traces.
+    the gradient NaN; so does a sampled token outside its support. It never raises, because JAX does not know the ids while
+    it traces.
 
     Parameters
     ----------
@@ -92,7 +96,12 @@ def logits_policy_loss(
         Adds the score-centring term, which makes the expected gradient at a constant advantage 0: a `TopKCentering` or a
         `FullCentering`. Its value, which means nothing, is in the loss. A mode must look at one token at a time.
     temperature
-        T > 0, a number: π = softmax(logits / T).
+        T > 0, a number, or an array (…) of one per token, constant: π = softmax(logits / T).
+    support
+        The ids that the tokens were sampled from (top-p, top-k, min-p), over which π is renormalised, as log μ is. None: all.
+        What a `FullDivergence` or `FullCentering` has recorded is renormalised over it too.
+    vocabulary_size
+        Logits from this id on are padding, which has no probability and a gradient of exactly 0. None: there is none.
     entropy
         Also return the entropies.
     diagnostics
@@ -133,12 +142,12 @@ def logits_policy_loss(
     >>> [round(g, 4) for g in gradient[0].tolist()]
     [-0.5, 0.3, 0.2]
     """
-    temperature = check_number("temperature", temperature, above=0.0)
     check_objective(objective)
     check_logits("logits", logits)
-    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    leading, vocabulary, of = logits.shape[:-1], logits.shape[-1], "logits without its last axis"
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
-    check_tokens(leading, "logits without its last axis", **batch)
+    check_tokens(leading, of, **batch)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=vocabulary)
     check_divergence(divergence, leading, vocabulary)
     check_centering(centering, objective, leading, vocabulary)
     others: dict[str, Any] = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
@@ -151,6 +160,7 @@ def logits_policy_loss(
 
     def run(
         logits: jax.Array,
+        row_map: RowMap,
         batch: dict[str, jax.Array],
         divergence: Divergence | None,
         centering: Centering | None,
@@ -158,17 +168,18 @@ def logits_policy_loss(
     ) -> tuple[tuple[jax.Array, Diagnostics | None], tuple[jax.Array, jax.Array | None]]:
         mask, behavior_log_prob = batch["mask"], batch["behavior_log_prob"]
         ids, divergence, centering = keep_valid(mask, (batch["tokens"], divergence, centering))
-        result = selected_log_prob(temperature, entropy, logits, ids, None, mask)
+        result = selected_log_prob(row_map, entropy, logits, ids, None, mask)
+        rows = row_map.kept(mask).ready()
         measured = measure(
             divergence,
             logits=jax.lax.stop_gradient(logits),
             log_normalizer=jax.lax.stop_gradient(result.log_normalizer),
             tokens=ids,
             behavior_log_prob=keep_valid(mask, behavior_log_prob),
-            temperature=temperature,
+            rows=rows,
             mask=mask,
         )
-        poison = jnp.where(broken_tokens(ids, (divergence, centering), vocabulary), jnp.nan, 0.0).astype(result.log_prob.dtype)
+        poison = jnp.where(broken_tokens(ids, (divergence, centering), rows), jnp.nan, 0.0).astype(result.log_prob.dtype)
         loss, statistics = mode_loss(
             objective,
             # times 1 or NaN, by which the gradient is multiplied too, even that of a token which the objective drops
@@ -186,7 +197,7 @@ def logits_policy_loss(
         )
         if centering is not None:
             term = _centering_term(
-                objective, centering, logits, result.log_normalizer, batch["advantages"], measured, mask, temperature
+                objective, centering, logits, result.log_normalizer, batch["advantages"], measured, mask, rows
             )
             factors = reduction_coefficients(reduction, mask, dtype=dtype, **options | arrays, xp=xp)
             loss = loss + jnp.sum(jnp.where(mask, jax.lax.stop_gradient(factors) * term, 0.0)).astype(loss.dtype)
@@ -195,7 +206,7 @@ def logits_policy_loss(
 
     arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
     constants = jax.lax.stop_gradient((batch | others, divergence, centering, arrays))
-    (loss, statistics), (log_prob, entropies) = in_auto_mode(run, logits, *constants)
+    (loss, statistics), (log_prob, entropies) = in_auto_mode(run, logits, row_map, *constants)
     return VocabularyLoss(loss, statistics, log_prob, entropies)
 
 
@@ -207,18 +218,16 @@ def _centering_term(
     advantages: jax.Array,
     divergence: jax.Array | None,
     mask: jax.Array,
-    temperature: float,
+    rows: Rows,
 ) -> jax.Array:
     """The score-centring term per token, differentiable in the logits and the log-normaliser."""
 
     # differentiated as it stands, the term of the whole vocabulary would keep several arrays of the logits' shape
     @partial(jax.checkpoint, prevent_cse=False)
     def term(logits: jax.Array, log_normalizer: jax.Array, constants: Any) -> jax.Array:  # noqa: ANN401 -- a pytree
-        centering, per_token = constants
-        log_prob, recorded, tail = outcomes_of(
-            centering, logits=logits, log_normalizer=log_normalizer, temperature=temperature, mask=mask
-        )
+        centering, rows, per_token = constants
+        log_prob, recorded, tail = outcomes_of(centering, logits=logits, log_normalizer=log_normalizer, rows=rows, mask=mask)
         return centering_term(objective, log_prob, jax.lax.stop_gradient(recorded | per_token), tail=tail)
 
     per_token = {"advantages": advantages, "divergence": divergence, "mask": mask}
-    return term(logits, log_normalizer, jax.lax.stop_gradient((centering, per_token)))  # type: ignore[no-any-return]
+    return term(logits, log_normalizer, jax.lax.stop_gradient((centering, rows, per_token)))  # type: ignore[no-any-return]
