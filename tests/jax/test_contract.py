@@ -128,7 +128,7 @@ CASES = [
         ("logits", "tokens", "top_k_ids", "mask"),
         ("logits",),
         lambda r, _: of_log_probs(r),
-        numbers=("temperature",),
+        numbers=("temperature", "vocabulary_size"),
         options=(("entropy", True),),
     ),
     Case(
@@ -136,7 +136,7 @@ CASES = [
         ("hidden", "weight", "bias", "tokens", "top_k_ids", "mask"),
         ("hidden", "weight", "bias"),
         lambda r, _: of_log_probs(r),
-        numbers=("temperature", "logit_softcap", "chunk_tokens"),
+        numbers=("temperature", "vocabulary_size", "logit_softcap", "chunk_tokens"),
         options=(("chunk_tokens", 5), ("entropy", True)),
     ),
     Case(
@@ -145,7 +145,7 @@ CASES = [
         ("logits",),
         lambda r, _: r.loss,
         DRPO(delta=0.15),
-        ("temperature", "normalizer"),
+        ("temperature", "vocabulary_size", "normalizer"),
         (("entropy", True),),
     ),
     Case(
@@ -154,7 +154,7 @@ CASES = [
         ("hidden", "weight", "bias"),
         lambda r, _: r.loss,
         DRPO(delta=0.15),
-        ("temperature", "normalizer", "logit_softcap", "chunk_tokens"),
+        ("temperature", "vocabulary_size", "normalizer", "logit_softcap", "chunk_tokens"),
         (("chunk_tokens", 5), ("entropy", True)),
     ),
     Case(
@@ -162,14 +162,14 @@ CASES = [
         ("logits", "behavior_logits"),
         ("logits",),
         lambda r, a: jnp.sum(jnp.where(a["mask"], r.tv + r.kl, 0.0)),
-        numbers=("temperature", "behavior_temperature"),
+        numbers=("temperature", "vocabulary_size", "behavior_temperature"),
     ),
     Case(
         "top_k_divergences",
         ("logits", "log_normalizer", "tokens", "behavior_log_prob", *RECORDED),
         ("logits", "log_normalizer"),
         lambda r, a: jnp.sum(jnp.where(a["mask"], r.tv + r.kl, 0.0)),
-        numbers=("temperature",),
+        numbers=("temperature", "vocabulary_size"),
     ),
     TopK("logits_policy_loss", ("logits", *BATCH, *RECORDED), ("logits",), lambda r, _: r.loss, TOP_K),
     TopK(
@@ -329,7 +329,7 @@ of_an_integer = functools.cache(program_with)
 @each_number
 @each_good_number
 def test_a_number_of_any_type_promotes_nothing(case, number, given, x64):
-    if number == "chunk_tokens" and not isinstance(given, (int, np.integer)):
+    if number in ("chunk_tokens", "vocabulary_size") and not isinstance(given, (int, np.integer)):
         return
     program, dtypes = program_with(case, number, given, x64)
     # the same program, so the same numbers
@@ -347,13 +347,16 @@ def test_a_bad_number_is_refused_by_name(case, number, given):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "temperature" in c.numbers], ids=lambda c: c.name)
-def test_a_temperature_is_no_array(case):
-    for given in (jnp.asarray(2.0), jnp.ones(1)):
-        with pytest.raises(TypeError, match=r"^temperature: expected a real number, got .*shape"):
-            case.call(arrays_of(), temperature=given)
-    arrays = arrays_of()
-    with pytest.raises(TypeError, match=r"^temperature: expected a real number"):
+def test_a_temperature_that_is_an_array_is_one_per_token(case):
+    arrays = arrays_of(np.float32)
+    for given in (jnp.asarray(2.0), jnp.ones(1), jnp.ones((*SHAPE, 1))):
+        with pytest.raises(ValueError, match=r"^temperature: expected the shape of .*, or a number, \(4, 6\), got"):
+            case.call(arrays, temperature=given)
+    with pytest.raises(ValueError, match=r"^temperature: expected the shape of"):
         jax.jit(lambda t: case.call(arrays, temperature=t))(2.0)
+    for dtype in FLOATS:
+        shapes = jax.eval_shape(functools.partial(case.value_and_gradients, temperature=jnp.ones(SHAPE, dtype)), arrays)
+        assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
 
 
 REDUCED = [c for c in CASES if "normalizer" in c.numbers]

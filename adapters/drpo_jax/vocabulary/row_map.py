@@ -68,7 +68,7 @@ class RowMap:
             check_support(support, leading, of, (width, size))
             arrays["rows"], arrays["ids"] = support.rows, support.ids
             if support.offsets is not None:
-                offsets = support.offsets.astype(jnp.promote_types(support.offsets.dtype, jnp.int32))
+                offsets = support.offsets.astype(jnp.int64 if support.offsets.dtype.itemsize > 4 else jnp.int32)
                 arrays |= {"first": offsets[:-1].reshape(leading), "end": offsets[1:].reshape(leading)}
         return cls(number, size, width, **arrays)
 
