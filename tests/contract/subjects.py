@@ -88,7 +88,6 @@ NUMBERS: dict[str, Domain] = {
     "tolerance": Domain(at_least=0.0),
     "chunk_tokens": Domain(at_least=1, whole=True),
     "chunk_vocabulary": Domain(at_least=1, whole=True),
-    "vocabulary_size": Domain(at_least=1, whole=True),
     "threads": Domain(at_least=1, whole=True),
     # of advantages and corrections
     "discount": Domain(at_least=0.0, at_most=1.0),
@@ -135,7 +134,6 @@ GOOD = {
     "tolerance": 0.1,
     "chunk_tokens": 2,
     "chunk_vocabulary": 3,
-    "vocabulary_size": VOCABULARY,
     "threads": 2,
     "alpha": 0.1,
     "discount": 0.9,
@@ -163,7 +161,10 @@ ELSEWHERE = {
     "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
-    "support": "the ids that were sampled from: tests/jax/vocabulary/test_row_map.py",
+    **dict.fromkeys(
+        ("support", "vocabulary_size"),
+        "of the row map: tests/jax/vocabulary/test_row_map.py, and refused numbers in tests/jax/test_contract.py",
+    ),
     "centering": "a record of outcomes: tests/torch/vocabulary/test_centering.py and tests/jax/test_centering.py",
     "support": "a set of ids a token: tests/torch/vocabulary/test_row_map.py, where temperatures a token are too",
     "vocabulary_size": "of padding, which the world's vocabulary has none of: tests/torch/vocabulary/test_row_map.py",
