@@ -64,6 +64,7 @@ def batch():
     behavior = log_probs + 0.2 * rng.normal(size=logits.shape)
     behavior -= np.log(np.exp(behavior).sum(-1, keepdims=True))
     tokens = rng.integers(0, V, size=(N, T))
+    support = (rng.random((N, T, V)) < 0.3) | (np.arange(V) == tokens[..., None])
     ids = np.argsort(-behavior, axis=-1)[..., :K]
     arrays = {
         "hidden": hidden,
@@ -77,6 +78,10 @@ def batch():
         "mask": rng.random((N, T)) < 0.8,
         "tokens": tokens,
         "ids": ids,
+        "temperature": rng.uniform(0.5, 2.0, size=(N, T)),
+        "bits": np.packbits(support, axis=-1, bitorder="little").view(np.int16).astype(np.int32),
+        "support_ids": np.nonzero(support)[-1],
+        "support_offsets": np.cumsum([0, *support.sum(-1).ravel()]),
         "top": np.take_along_axis(behavior, ids, -1),
         "rewards": rng.normal(size=(N, T)),
         "flat_rewards": rng.normal(size=N * T),
@@ -92,7 +97,7 @@ def spec_of(name, axes):
     x, y = axes
     if axes == (None, None):
         return {"weight": P("x"), "logits": P(None, None, "x"), "behavior_logits": P(None, None, "x")}.get(name, P())
-    if name in ("weight", "sequence_advantages"):
+    if name in ("weight", "sequence_advantages", "support_ids", "support_offsets"):
         return P()
     if name in ("flat_rewards", "group_ids"):
         return P(tuple(axis for axis in axes if axis))
@@ -122,8 +127,9 @@ def vocabulary(function, inputs, data, **options):
     return tuple(function(*positional, **{name: data[name] for name in inputs}, **named, **extra))
 
 
-def columns(data):
-    return {"tokens": data["tokens"], "top_k_ids": data["ids"], "mask": data["mask"]}
+def columns(data, support):
+    arrays = {"tokens": data["tokens"], "top_k_ids": data["ids"], "mask": data["mask"], "temperature": data["temperature"]}
+    return arrays | {"support": support, "entropy": True}
 
 
 def top_k(data):
@@ -149,12 +155,17 @@ CASES = {
     **{f"policy_loss {r} packed": (partial(policy, r, packed=True), ("log_prob",)) for r in list(REDUCTIONS)[:3]},
     "policy_loss in chunks": (partial(policy, "token_mean", chunk=5), ("log_prob",)),
     "token_log_prob": (
-        lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], **columns(d), entropy=True)),
+        lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], **columns(d, drpo_jax.Support.from_bits(d["bits"])))),
         ("logits",),
     ),
     "linear_log_prob": (
         lambda d: tuple(
-            drpo_jax.linear_log_prob(hidden=d["hidden"], weight=d["weight"], **columns(d), entropy=True, chunk_tokens=5)
+            drpo_jax.linear_log_prob(
+                hidden=d["hidden"],
+                weight=d["weight"],
+                **columns(d, drpo_jax.Support(d["support_ids"], d["support_offsets"])),
+                chunk_tokens=5,
+            )
         ),
         ("hidden", "weight"),
     ),

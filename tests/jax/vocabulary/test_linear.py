@@ -312,7 +312,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from drpo_core import DRPO
-from drpo_jax import linear_log_prob, linear_policy_loss
+from drpo_jax import Support, linear_log_prob, linear_policy_loss
 
 assert jax.device_count() == 4
 keys = jax.random.split(jax.random.key(0), 6)
@@ -325,12 +325,16 @@ rows = (
     jax.random.uniform(keys[5], (n,)) < 0.7,
 )
 weight, count = 0.3 * jax.random.normal(keys[1], (vocabulary, size)), rows[-1].sum()
+weight = jnp.append(weight, jnp.full((1, size), jnp.nan), axis=0)
+# a support of the token and the next ids, as bits, which are divided as the tokens are
+rows += (jnp.linspace(0.5, 2.0, n), ((7 << rows[1]).astype(jnp.int32))[:, None])
 
-def loss(weight, hidden, tokens, behavior, advantages, mask, count):
+def loss(weight, hidden, tokens, behavior, advantages, mask, temperature, bits, count):
     batch = {"tokens": tokens, "behavior_log_prob": behavior, "advantages": advantages, "mask": mask}
-    how = {"hidden": hidden, "weight": weight, "chunk_tokens": 3}
+    how = {"hidden": hidden, "weight": weight, "chunk_tokens": 3, "vocabulary_size": vocabulary}
+    how |= {"temperature": temperature, "support": Support.from_bits(bits)}
     loss = linear_policy_loss(DRPO(delta=0.15), **how, **batch, normalizer=count).loss
-    found = linear_log_prob(**how, tokens=tokens, mask=mask, top_k_ids=tokens[:, None] // 2, entropy=True)
+    found = linear_log_prob(**how, tokens=tokens, mask=mask, top_k_ids=tokens[:, None], entropy=True)
     return loss + jnp.sum(found.log_prob - 0.1 * found.entropy + 0.3 * found.top_k_log_prob[:, 0])
 
 def same(found, expected):
@@ -338,7 +342,7 @@ def same(found, expected):
 
 step = jax.jit(jax.value_and_grad(loss, (0, 1)))
 expected = step(weight, *rows, count)
-specs = (P(), *[P("data")] * 5, P())
+specs = (P(), *[P("data")] * 7, P())
 
 def inside(*arguments):
     part, gradients = jax.value_and_grad(loss, (0, 1))(*arguments)
