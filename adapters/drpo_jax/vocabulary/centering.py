@@ -13,7 +13,7 @@ from drpo_core._checks import check_number
 from drpo_core.centering import check_centred
 from drpo_core.modes.mode import Mode
 from drpo_jax._checks import working_dtype
-from drpo_jax.vocabulary.divergences import LinearHead, check_full, check_top_k, log_probs_at, repeated
+from drpo_jax.vocabulary.divergences import LinearHead, check_full, check_top_k, log_probs_at, register_record, repeated
 from drpo_jax.vocabulary.softmax import masked
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class TopKCentering:
     proximal_log_prob: jax.Array | None = None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["behavior"], meta_fields=["temperature"])
+@register_record
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FullCentering:
     """The score-centring term of a policy loss over the whole vocabulary, exact; a pytree.
@@ -69,12 +69,12 @@ class FullCentering:
     behavior
         Logits or log-probs of μ, (…, V), or the `LinearHead` to recompute them from, chunk by chunk.
     temperature
-        μ is softmax(behavior / temperature): 1 for recorded log-probs.
+        μ is softmax(behavior / temperature): 1 for recorded log-probs; a number, or one per token, (…).
 
     Raises
     ------
     TypeError
-        If the temperature is not a number.
+        If the temperature is neither a number nor an array.
     ValueError
         If the temperature is not finite and positive.
 
@@ -90,11 +90,12 @@ class FullCentering:
     """
 
     behavior: jax.Array | LinearHead
-    temperature: float = 1.0
+    temperature: float | jax.Array = 1.0
 
     def __post_init__(self) -> None:
-        """Check the temperature and keep it as a Python float."""
-        object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
+        """Check a temperature that is a number, and keep it as a Python float."""
+        if not isinstance(self.temperature, jax.Array):
+            object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
 
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def check_centering(centering: object, objective: Objective, leading: tuple[int,
             msg = f"centering.ids: expected shape (…, K) with K of 1 or more, got {centering.ids.shape}"
             raise ValueError(msg)
     elif isinstance(centering, FullCentering):
-        check_full("centering.behavior", centering.behavior, leading, vocabulary)
+        check_full("centering", centering, leading, vocabulary)
     else:
         msg = f"centering: expected a TopKCentering or a FullCentering, got {type(centering).__name__}"
         raise TypeError(msg)

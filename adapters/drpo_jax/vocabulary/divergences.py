@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from drpo_jax._checks import (
     working_dtype,
 )
 from drpo_jax._sharding import in_auto_mode
-from drpo_jax.vocabulary.row_map import RowMap, Rows
+from drpo_jax.vocabulary.row_map import RowMap, Rows, check_temperatures, usable
 from drpo_jax.vocabulary.softmax import entries, masked, outside_vocabulary, poisoned
 
 if TYPE_CHECKING:
@@ -43,9 +43,14 @@ __all__ = [
     "keep_valid",
     "log_probs_at",
     "measure",
+    "register_record",
     "repeated",
     "top_k_divergences",
+    "with_usable_temperature",
 ]
+
+
+_Record = TypeVar("_Record")
 
 
 class Divergences(NamedTuple):
@@ -145,7 +150,28 @@ class TopKDivergence:
         check_choice("kind", self.kind, ("tv", "kl"))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["behavior"], meta_fields=["kind", "temperature"])
+def register_record(record: type[_Record]) -> type[_Record]:
+    """A decorator of records with a temperature, as pytrees: it is a leaf if it is an array, of one per token."""
+    names = [field.name for field in fields(record)]  # type: ignore[arg-type]
+
+    def flattened(instance: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[tuple[str, Any], ...]]:  # noqa: ANN401
+        values = {name: getattr(instance, name) for name in names}
+        static = {name: value for name, value in values.items() if isinstance(value, (str, float))}
+        leaves = tuple((jax.tree_util.GetAttrKey(name), value) for name, value in values.items() if name not in static)
+        return leaves, tuple(static.items())
+
+    def unflattened(static: tuple[tuple[str, Any], ...], leaves: Any) -> Any:  # noqa: ANN401
+        instance, known, others = object.__new__(record), dict(static), iter(leaves)
+        for name in names:
+            # without the checks: JAX also builds pytrees whose leaves aren't arrays
+            object.__setattr__(instance, name, known[name] if name in known else next(others))
+        return instance
+
+    jax.tree_util.register_pytree_with_keys(record, flattened, unflattened)
+    return record
+
+
+@register_record
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FullDivergence:
     """The divergence of ``DPPO(divergence="per_token")``, over the whole vocabulary; a pytree.
@@ -159,12 +185,12 @@ class FullDivergence:
     behavior
         Logits or log-probs of μ, (…, V), or the `LinearHead` to recompute them from, chunk by chunk.
     temperature
-        μ is softmax(behavior / temperature): 1 for recorded log-probs.
+        μ is softmax(behavior / temperature): 1 for recorded log-probs; a number, or one per token, (…).
 
     Raises
     ------
     TypeError
-        If the temperature is not a number.
+        If the temperature is neither a number nor an array.
     ValueError
         If the kind is unknown, or the temperature is not finite and positive.
 
@@ -178,12 +204,13 @@ class FullDivergence:
 
     kind: str
     behavior: jax.Array | LinearHead
-    temperature: float = 1.0
+    temperature: float | jax.Array = 1.0
 
     def __post_init__(self) -> None:
-        """Check the kind and the temperature, and keep that as a Python float."""
+        """Check the kind, and a temperature that is a number, and keep that as a Python float."""
         check_choice("kind", self.kind, ("tv", "kl"))
-        object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
+        if not isinstance(self.temperature, jax.Array):
+            object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0.0))
 
 
 if TYPE_CHECKING:
@@ -195,7 +222,7 @@ def full_divergences(
     logits: jax.Array,
     behavior_logits: jax.Array,
     temperature: float | jax.Array = 1.0,
-    behavior_temperature: float | None = None,
+    behavior_temperature: float | jax.Array | None = None,
     support: Support | None = None,
     vocabulary_size: int | None = None,
 ) -> Divergences:
@@ -211,7 +238,7 @@ def full_divergences(
     temperature
         T > 0, a number, or an array (…) of one per token, constant: π = softmax(logits / T).
     behavior_temperature
-        The temperature of μ, a number: None for that of π, 1 for recorded log-probs.
+        The temperature of μ, a number, or an array (…): None for that of π, 1 for recorded log-probs.
     support
         The ids that were sampled from, over which both policies are renormalised. None: all.
     vocabulary_size
@@ -243,18 +270,24 @@ def full_divergences(
     >>> round(tv.item(), 5), round(kl.item(), 5)
     (0.1, 0.03238)
     """
-    if behavior_temperature is not None:
-        behavior_temperature = check_number("behavior_temperature", behavior_temperature, above=0.0)
     check_logits("logits", logits)
     check_float(behavior_logits=behavior_logits)
     check_shape("behavior_logits", behavior_logits, logits.shape, "logits")
     leading, of = logits.shape[:-1], "logits without its last axis"
     row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1])
+    if isinstance(behavior_temperature, jax.Array):
+        check_temperatures("behavior_temperature", behavior_temperature, leading, of)
+        behavior_temperature = usable(behavior_temperature)
+    elif behavior_temperature is not None:
+        behavior_temperature = check_number("behavior_temperature", behavior_temperature, above=0.0)
+    else:
+        behavior_temperature = row_map.temperature if row_map.temperatures is None else row_map.temperatures
+    recorded = FullDivergence(kind="kl", behavior=jax.lax.stop_gradient(behavior_logits), temperature=behavior_temperature)
 
-    def run(logits: jax.Array, row_map: RowMap, behavior_logits: jax.Array) -> tuple[None, Divergences]:
-        return None, _full_divergences(logits, behavior_logits, row_map, behavior_temperature)
+    def run(logits: jax.Array, row_map: RowMap, recorded: FullDivergence) -> tuple[None, Divergences]:
+        return None, _full_divergences(logits, recorded, row_map)
 
-    _, result = in_auto_mode(run, logits, row_map, jax.lax.stop_gradient(behavior_logits))
+    _, result = in_auto_mode(run, logits, row_map, recorded)
     return result  # type: ignore[no-any-return]
 
 
@@ -349,14 +382,17 @@ def check_divergence(divergence: Divergence | None, leading: tuple[int, ...], vo
         log_prob = {"divergence.behavior_log_prob": divergence.behavior_log_prob}
         check_top_k(leading, "divergence.ids", divergence.ids, **log_prob)
     elif isinstance(divergence, FullDivergence):
-        check_full("divergence.behavior", divergence.behavior, leading, vocabulary)
+        check_full("divergence", divergence, leading, vocabulary)
     elif divergence is not None:
         check_float(divergence=divergence)
         check_shape("divergence", divergence, leading, "the tokens")
 
 
-def check_full(name: str, behavior: Any, leading: tuple[int, ...], vocabulary: int) -> None:  # noqa: ANN401 -- to be checked
-    """Raise unless these are logits of the whole vocabulary, or a head that has them, for tokens of this shape."""
+def check_full(name: str, record: Any, leading: tuple[int, ...], vocabulary: int) -> None:  # noqa: ANN401 -- to be checked
+    """Raise unless a record has logits of the whole vocabulary, or a head that has them, for tokens of this shape."""
+    if isinstance(record.temperature, jax.Array):
+        check_temperatures(f"{name}.temperature", record.temperature, leading, "the tokens")
+    name, behavior = f"{name}.behavior", record.behavior
     if not isinstance(behavior, LinearHead):
         check_float(**{name: behavior})
         check_shape(name, behavior, (*leading, vocabulary), "the tokens and the vocabulary, (…, V)")
@@ -381,9 +417,18 @@ def keep_valid(mask: jax.Array, arrays: Any) -> Any:  # noqa: ANN401 -- a pytree
     return jax.tree.map(kept, arrays, is_leaf=lambda leaf: isinstance(leaf, LinearHead))
 
 
+def with_usable_temperature(record: Any) -> Any:  # noqa: ANN401 -- a divergence or a centring
+    """The record, with NaN for a temperature that is none."""
+    temperature = getattr(record, "temperature", None)
+    return replace(record, temperature=usable(temperature)) if isinstance(temperature, jax.Array) else record
+
+
 def broken_tokens(tokens: jax.Array, records: Any, rows: Rows) -> jax.Array:  # noqa: ANN401 -- a pytree
-    """True at tokens that the row map has no log-prob of, or of which a recorded id is outside the vocabulary."""
+    """True at tokens that the row map has no log-prob of, or whose records have an unusable id or temperature."""
     broken = rows.broken(tokens)
+    for record in jax.tree.leaves(records, is_leaf=lambda leaf: hasattr(leaf, "temperature")):
+        temperature = getattr(record, "temperature", None)
+        broken = broken | jnp.isnan(temperature) if isinstance(temperature, jax.Array) else broken
     for ids in jax.tree.leaves(records):
         if jnp.issubdtype(ids.dtype, jnp.integer):
             broken = broken | jnp.any(outside_vocabulary(ids, rows.vocabulary), axis=-1)
@@ -404,7 +449,7 @@ def measure(
     if isinstance(divergence, FullDivergence):
         head = divergence.behavior
         behavior_logits = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
-        both = _full_divergences(masked(logits, mask), behavior_logits, rows, divergence.temperature)
+        both = _full_divergences(masked(logits, mask), replace(divergence, behavior=behavior_logits), rows)
     elif isinstance(divergence, TopKDivergence):
         both = _top_k_divergences(logits, log_normalizer, tokens, behavior_log_prob, divergence, rows=rows, mask=mask)
     else:
@@ -412,24 +457,23 @@ def measure(
     return both.tv if divergence.kind == "tv" else both.kl
 
 
-def _full_divergences(
-    logits: jax.Array, behavior_logits: jax.Array, row_map: RowMap | Rows, behavior_temperature: float | None
-) -> Divergences:
-    """With the temperature of the row map for μ if it has none of its own."""
-    dtype = working_dtype(logits, behavior_logits)
+def _full_divergences(logits: jax.Array, recorded: FullDivergence, row_map: RowMap | Rows) -> Divergences:
+    behavior: Any = recorded.behavior
+    dtype = working_dtype(logits, behavior)
 
     # differentiated as it stands, it would keep several arrays of the logits' shape
     @partial(jax.checkpoint, prevent_cse=False)
-    def both(logits: jax.Array, behavior_logits: jax.Array, row_map: RowMap | Rows) -> Divergences:
+    def both(logits: jax.Array, recorded: Any, row_map: RowMap | Rows) -> Divergences:  # noqa: ANN401 -- with arrays of logits
         rows = row_map.ready()
-        unusable, rows = rows.unusable, rows.repaired()
-        of_behavior = rows if behavior_temperature is None else rows.at_temperature(behavior_temperature)
-        x = jax.nn.log_softmax(rows.logits(logits.astype(dtype)))
-        b = jax.nn.log_softmax(of_behavior.logits(behavior_logits.astype(dtype)))
+        of_behavior = rows.at_temperature(recorded.temperature)
+        x = jax.nn.log_softmax(rows.repaired().logits(logits.astype(dtype)))
+        b = jax.nn.log_softmax(of_behavior.repaired().logits(recorded.behavior.astype(dtype)))
         found = Divergences(full_tv(x, b, xp=jnp), full_kl(x, b, xp=jnp))
-        return found if unusable is None else Divergences(*(poisoned(each, unusable) for each in found))
+        for unusable in (rows.unusable, of_behavior.unusable):
+            found = found if unusable is None else Divergences(*(poisoned(each, unusable) for each in found))
+        return found
 
-    return both(logits, behavior_logits, row_map)  # type: ignore[no-any-return]
+    return both(logits, recorded, row_map)  # type: ignore[no-any-return]
 
 
 def _top_k_divergences(

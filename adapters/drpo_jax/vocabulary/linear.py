@@ -22,7 +22,7 @@ from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode, varying_like
 from drpo_jax.vocabulary.centering import TopKCentering, check_centering, outcomes_of
 from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
-from drpo_jax.vocabulary.divergences import LinearHead, broken_tokens, check_divergence, measure
+from drpo_jax.vocabulary.divergences import LinearHead, broken_tokens, check_divergence, measure, with_usable_temperature
 from drpo_jax.vocabulary.logits import VocabularyLoss
 from drpo_jax.vocabulary.row_map import RowMap, Rows
 from drpo_jax.vocabulary.softmax import Normalized, entries, inside_vocabulary, one_hot
@@ -215,7 +215,7 @@ def linear_policy_loss(
         shared: _Shared = {}
         rows["row_map"], shared["support_ids"] = row_map.apart()
         for name, record in zip(("divergence", "centering"), records, strict=True):
-            rows[name], shared[name] = _without_head(record)
+            rows[name], shared[name] = _without_head(with_usable_temperature(record))
         loss, statistics, per_token = _with_gradients(
             step,
             hidden,

@@ -18,7 +18,7 @@ from drpo_jax._sharding import in_auto_mode
 from drpo_jax.centering import centering_term
 from drpo_jax.loss import mode_loss
 from drpo_jax.vocabulary.centering import check_centering, outcomes_of
-from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure
+from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure, with_usable_temperature
 from drpo_jax.vocabulary.log_prob import selected_log_prob
 from drpo_jax.vocabulary.row_map import RowMap, Rows
 
@@ -150,6 +150,7 @@ def logits_policy_loss(
     row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=vocabulary)
     check_divergence(divergence, leading, vocabulary)
     check_centering(centering, objective, leading, vocabulary)
+    divergence, centering = map(with_usable_temperature, (divergence, centering))
     others: dict[str, Any] = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
     check_jax_arrays(token_weights=token_weights, segment_ids=segment_ids, **others)
     check_others(objective, others, behavior_log_prob, xp=xp)

@@ -12,11 +12,23 @@ import jax.numpy as jnp
 from drpo_core._checks import check_number
 from drpo_jax._checks import check_float, check_shape
 from drpo_jax.vocabulary.softmax import inside_vocabulary, outside_vocabulary
-from drpo_jax.vocabulary.support import Support, check_support, is_member, members, membership
+from drpo_jax.vocabulary.support import Support, check_support, is_member, members, membership, some_bit
 
-__all__ = ["RowMap", "Rows"]
+__all__ = ["RowMap", "Rows", "check_temperatures", "usable"]
 
-_PER_TOKEN = ("temperatures", "first", "end", "rows")
+_PER_TOKEN = ("temperatures", "first", "end", "bits")
+
+
+def check_temperatures(name: str, temperature: jax.Array, leading: tuple[int, ...], of: str) -> None:
+    """Raise unless an array of temperatures is one per token."""
+    check_float(**{name: temperature})
+    check_shape(name, temperature, leading, f"{of}, or a number")
+
+
+def usable(temperature: jax.Array) -> jax.Array:
+    """Temperatures as constants, NaN where one is none: 0 will stand for that of a token that does not count."""
+    given = jax.lax.stop_gradient(temperature)
+    return jnp.where((given > 0.0) & (given < jnp.inf), given, jnp.nan)
 
 
 @partial(
@@ -28,7 +40,7 @@ class RowMap:
 
     `temperature` is a number; or 1, and `temperatures` (…) are one per token. NaN is a temperature that is none, 0 one of a
     token that does not count. Of a `width` of logits, the first `vocabulary` are not padding. A token's support is
-    ``ids[first:end]``, or its row of bits or booleans; an empty one is the whole vocabulary.
+    ``ids[first:end]``, or its row of bits; an empty one is the whole vocabulary.
     """
 
     temperature: float
@@ -37,7 +49,7 @@ class RowMap:
     temperatures: jax.Array | None = None
     first: jax.Array | None = None
     end: jax.Array | None = None
-    rows: jax.Array | None = None
+    bits: jax.Array | None = None
     ids: jax.Array | None = None
 
     @classmethod
@@ -58,15 +70,13 @@ class RowMap:
         arrays: dict[str, Any] = {}
         number = 1.0
         if isinstance(temperature, jax.Array):
-            check_float(temperature=temperature)
-            check_shape("temperature", temperature, leading, f"{of}, or a number")
-            given = jax.lax.stop_gradient(temperature)
-            arrays["temperatures"] = jnp.where((given > 0.0) & (given < jnp.inf), given, jnp.nan)
+            check_temperatures("temperature", temperature, leading, of)
+            arrays["temperatures"] = usable(temperature)
         else:
             number = check_number("temperature", temperature, above=0.0)
         if support is not None:
             check_support(support, leading, of, (width, size))
-            arrays["rows"], arrays["ids"] = support.rows, support.ids
+            arrays |= {"bits": support.bits, "ids": support.ids}
             if support.offsets is not None:
                 offsets = support.offsets.astype(jnp.int64 if support.offsets.dtype.itemsize > 4 else jnp.int32)
                 arrays |= {"first": offsets[:-1].reshape(leading), "end": offsets[1:].reshape(leading)}
@@ -93,14 +103,14 @@ class RowMap:
 
     def ready(self) -> Rows:
         """With a row of booleans or bits for each token."""
-        rows, empty, wrong = self.rows, None, None
+        rows, empty, wrong = self.bits, None, None
         if self.first is not None and self.end is not None and self.ids is not None:
             leading = self.first.shape
             found = members(self.first.reshape(-1), self.end.reshape(-1), self.ids, self.vocabulary, self.width)
             rows, wrong = found[0].reshape(*leading, self.width), found[1].reshape(leading)
             empty = self.end <= self.first
         elif rows is not None:
-            empty = ~jnp.any(rows != 0, axis=-1)
+            empty = ~some_bit(rows, self.vocabulary)
         return Rows(self.temperature, self.vocabulary, self.width, self.temperatures, rows, empty, wrong)
 
     def of_head(self, array: jax.Array) -> jax.Array:
@@ -135,9 +145,10 @@ class Rows:
         """Itself."""
         return self
 
-    def at_temperature(self, temperature: float) -> Rows:
+    def at_temperature(self, temperature: float | jax.Array) -> Rows:
         """The same support and vocabulary, for logits of a behaviour policy with a temperature of its own."""
-        return replace(self, temperature=temperature, temperatures=None)
+        number, per_token = (1.0, temperature) if isinstance(temperature, jax.Array) else (temperature, None)
+        return replace(self, temperature=number, temperatures=per_token)
 
     def logits(self, z: jax.Array) -> jax.Array:
         """The policy's logits x of rows z (…, V)."""

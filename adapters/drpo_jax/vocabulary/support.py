@@ -1,7 +1,10 @@
-"""The ids that truncated sampling could have drawn: flat ids with offsets, bits, or a mask; and rows of them."""
+"""The ids that truncated sampling could have drawn: flat ids with offsets, or bits; and rows of them."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +14,7 @@ from drpo_jax._checks import check_integers, check_jax_arrays, check_shape
 from drpo_jax._sharding import varying_like
 from drpo_jax.vocabulary.softmax import outside_vocabulary
 
-__all__ = ["Support", "check_support", "is_member", "members", "membership"]
+__all__ = ["Support", "check_support", "is_member", "members", "membership", "some_bit"]
 
 _WORD = 32
 """Bits a word."""
@@ -20,6 +23,8 @@ _IDS = 8192
 """Ids that are scattered at a time: a chunk's own are as many as its tokens' supports are large."""
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["ids", "offsets", "bits"], meta_fields=[])
+@dataclass(frozen=True, slots=True, eq=False)
 class Support:
     """The ids S that could be sampled at each token, over which the policy is renormalised; a pytree.
 
@@ -38,9 +43,11 @@ class Support:
     ----------
     ids
         The supports of all tokens, one after the other, in row-major order of the tokens; integers, (S,). An id that comes
-        twice counts once.
+        twice counts once. Those of masked tokens may be anything.
     offsets
         Token i has ``ids[offsets[i]:offsets[i + 1]]``; integers, (N + 1,) for N tokens, never decreasing.
+    bits
+        Instead of these, a bit for each id, from `from_bits`.
 
     See Also
     --------
@@ -48,7 +55,7 @@ class Support:
 
     References
     ----------
-    vLLM, pull request 49577: `SamplingMask(token_ids, offsets)`. prime-rl, pull request 3431: a count of 0 is no support.
+    vLLM, pull request 49577: ``SamplingMask(token_ids, offsets)``. prime-rl, pull request 3431: a count of 0 is no support.
 
     Examples
     --------
@@ -61,14 +68,9 @@ class Support:
     [0.625, 0.5]
     """
 
-    __slots__ = ("ids", "offsets", "rows")
-
-    ids: jax.Array | None
-    offsets: jax.Array | None
-    rows: jax.Array | None
-
-    def __init__(self, ids: jax.Array, offsets: jax.Array) -> None:
-        self.ids, self.offsets, self.rows = ids, offsets, None
+    ids: jax.Array | None = None
+    offsets: jax.Array | None = None
+    bits: jax.Array | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_bits(cls, bits: jax.Array) -> Support:
@@ -77,8 +79,8 @@ class Support:
         Parameters
         ----------
         bits
-            int32, (…, ⌈V/32⌉), with the axes of the tokens; the vocabulary V with or without its padding. A row of zeros
-            is an empty support. Bits beyond the vocabulary are not looked at.
+            int32, (…, ⌈V/32⌉), with the axes of the tokens; the vocabulary V with or without its padding. A row without a
+            set bit is an empty support. Bits beyond the vocabulary may be anything.
 
         Raises
         ------
@@ -87,7 +89,7 @@ class Support:
 
         References
         ----------
-        The layout of xgrammar's token bitmask, where a row of ones is everything.
+        The layout of xgrammar's token bitmask.
 
         Examples
         --------
@@ -95,15 +97,12 @@ class Support:
         >>> from drpo_jax import Support
         >>> support = Support.from_bits(jnp.array([[0b011]], dtype=jnp.int32))
         """
-        check_jax_arrays(bits=bits)
-        if bits.dtype != jnp.int32:
-            msg = f"bits: expected an int32 dtype, got {bits.dtype}"
-            raise TypeError(msg)
-        return _of_rows(bits)
+        _check_bits("bits", bits)
+        return cls(bits=bits)
 
     @classmethod
     def from_mask(cls, mask: jax.Array) -> Support:
-        """Id v is in a token's support if element v of its row is True.
+        """Id v is in a token's support if element v of its row is True; packed into bits.
 
         Parameters
         ----------
@@ -115,42 +114,34 @@ class Support:
         ------
         TypeError
             If the mask is not a boolean JAX array.
+        ValueError
+            If it has no last axis.
 
         Examples
         --------
         >>> import jax.numpy as jnp
         >>> from drpo_jax import Support
-        >>> support = Support.from_mask(jnp.array([[True, True, False]]))
+        >>> Support.from_mask(jnp.array([[True, True, False]])).bits.tolist()
+        [[3]]
         """
         check_jax_arrays(mask=mask)
         if mask.dtype != jnp.bool_:
             msg = f"mask: expected a bool dtype, got {mask.dtype}"
             raise TypeError(msg)
-        return _of_rows(mask)
-
-    def __repr__(self) -> str:
-        """Its arrays by name."""
-        given = {name: getattr(self, name) for name in self.__slots__}
-        return f"Support({', '.join(f'{name}={array!r}' for name, array in given.items() if array is not None)})"
-
-
-def _of_rows(rows: Any) -> Support:  # noqa: ANN401 -- an array, or what JAX puts in its place
-    support = Support.__new__(Support)
-    support.ids, support.offsets, support.rows = None, None, rows
-    return support
+        if mask.ndim == 0 or mask.shape[-1] == 0:
+            msg = f"mask: expected shape (…, V) with V of 1 or more, got {mask.shape}"
+            raise ValueError(msg)
+        padding = [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % _WORD)]
+        words = jnp.pad(mask, padding).reshape(*mask.shape[:-1], -1, _WORD).astype(jnp.uint32)
+        bits = jnp.sum(words << jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1), axis=-1, dtype=jnp.uint32)
+        return cls(bits=jax.lax.bitcast_convert_type(bits, jnp.int32))
 
 
-def _unflattened(_: None, leaves: Any) -> Support:  # noqa: ANN401
-    support = Support.__new__(Support)
-    support.ids, support.offsets, support.rows = leaves
-    return support
-
-
-def _flattened(support: Support) -> tuple[tuple[tuple[Any, Any], ...], None]:
-    return tuple((jax.tree_util.GetAttrKey(name), getattr(support, name)) for name in Support.__slots__), None
-
-
-jax.tree_util.register_pytree_with_keys(Support, _flattened, _unflattened)
+def _check_bits(name: str, bits: jax.Array) -> None:
+    check_jax_arrays(**{name: bits})
+    if bits.dtype != jnp.int32:
+        msg = f"{name}: expected an int32 dtype, got {bits.dtype}"
+        raise TypeError(msg)
 
 
 def check_support(support: object, leading: tuple[int, ...], of: str, vocabularies: tuple[int, ...]) -> None:
@@ -158,15 +149,18 @@ def check_support(support: object, leading: tuple[int, ...], of: str, vocabulari
     if not isinstance(support, Support):
         msg = f"support: expected a Support, got {type(support).__name__}"
         raise TypeError(msg)
-    rows = support.rows
-    if rows is not None:
-        bits = rows.dtype != jnp.bool_
-        widths = [-(-size // _WORD) if bits else size for size in vocabularies]
-        if rows.ndim == 0 or rows.shape[-1] not in widths:
-            msg = f"support: expected rows of {' or '.join(map(str, dict.fromkeys(widths)))} {'words' if bits else 'booleans'}"
-            msg += f", for a vocabulary of {' or '.join(map(str, dict.fromkeys(vocabularies)))}, got shape {rows.shape}"
+    bits = support.bits
+    if bits is not None:
+        if support.ids is not None or support.offsets is not None:
+            msg = "support.bits: expected None beside ids and offsets, got an array"
+            raise TypeError(msg)
+        _check_bits("support.bits", bits)
+        words = {-(-size // _WORD) for size in vocabularies}
+        if bits.ndim == 0 or bits.shape[-1] not in words:
+            expected = " or ".join(map(str, sorted(words)))
+            msg = f"support.bits: expected {expected} words a token, ⌈V/32⌉, got shape {bits.shape}"
             raise ValueError(msg)
-        check_shape("support", rows, (*leading, rows.shape[-1]), f"{of} and one more axis")
+        check_shape("support.bits", bits, (*leading, bits.shape[-1]), f"{of} and one more axis, ⌈V/32⌉")
         return
     named: dict[str, Any] = {"support.ids": support.ids, "support.offsets": support.offsets}
     check_integers(**named)
@@ -174,9 +168,7 @@ def check_support(support: object, leading: tuple[int, ...], of: str, vocabulari
         if array.ndim != 1:
             msg = f"{name}: expected one axis, got shape {array.shape}"
             raise ValueError(msg)
-    n = 1
-    for size in leading:
-        n *= size
+    n = math.prod(leading)
     if named["support.offsets"].shape != (n + 1,):
         msg = f"support.offsets: expected one more than the {n} tokens, {(n + 1,)}, got {named['support.offsets'].shape}"
         msg += "; under shard_map, give each device the ids and offsets of its own tokens, or take Support.from_bits"
@@ -223,6 +215,13 @@ def membership(rows: jax.Array, width: int) -> jax.Array:
         rows = bits.reshape(*rows.shape[:-1], -1) != 0
     missing = width - rows.shape[-1]
     return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]) if missing > 0 else rows[..., :width]
+
+
+def some_bit(bits: jax.Array, vocabulary: int) -> jax.Array:
+    """Whether rows of bits have one of an id in the vocabulary."""
+    words, rest = divmod(vocabulary, _WORD)
+    some = jnp.any(bits[..., :words] != 0, axis=-1)
+    return some if not rest else some | ((bits[..., words] & ((1 << rest) - 1)) != 0)
 
 
 def is_member(rows: jax.Array, ids: jax.Array) -> jax.Array:

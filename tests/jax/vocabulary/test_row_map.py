@@ -18,7 +18,6 @@ from drpo_core.centering import score_centering
 N, H, V, WIDTH, K = 7, 3, 37, 40, 3
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 MASK = np.array([True, True, False, True, True, False, True])
-MU_TEMPERATURE = 0.9
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +54,7 @@ def support_of(kind, spoilt=None):
         row[ids] = True
     if kind == "mask":
         return Support.from_mask(jnp.asarray(rows[:, :V]))
-    rows[:, V:] = rows.any(-1, keepdims=True)
+    rows[:, V:] = True
     words = np.packbits(np.pad(rows, [(0, 0), (0, 64 - WIDTH)]), axis=-1, bitorder="little").view(np.int32)
     return Support.from_bits(jnp.asarray(words))
 
@@ -70,19 +69,19 @@ def batch():
     tokens = np.array([rng.choice(np.flatnonzero(row)) for row in inside()])
     data["logits"] = data["hidden"] @ data["weight"].T + data["bias"]
     data["behavior"] = data["behavior_hidden"] @ data["behavior_weight"].T
-    log_mu = log_softmax_over_ids(
-        torch.from_numpy(data["behavior"][:, :V]), torch.full((N,), MU_TEMPERATURE, dtype=torch.float64)
-    ).numpy()
+    data |= {name: rng.uniform(0.5, 2.0, size=N) for name in ("temperature", "behavior_temperature")}
+    log_mu = log_softmax_over_ids(*(torch.from_numpy(data[name]) for name in ("behavior", "behavior_temperature"))).numpy()
     data["behavior_log_prob"] = log_mu[np.arange(N), tokens]
     data["top_k_behavior_log_prob"] = np.take_along_axis(log_mu, ids, -1)
-    data |= {"advantages": rng.normal(size=N), "temperature": rng.uniform(0.5, 2.0, size=N)}
+    data["advantages"] = rng.normal(size=N)
     for name in ("hidden", "behavior_log_prob", "advantages"):
         data[name][~MASK] = np.nan
     for name in ("weight", "bias", "behavior_weight"):
         data[name][V:] = np.nan
     for name in ("logits", "behavior"):
         data[name][:, V:] = np.nan
-    data["temperature"][~MASK] = 0.0
+    for name in ("temperature", "behavior_temperature"):
+        data[name][~MASK] = 0.0
     data |= {"tokens": np.where(MASK, tokens, -100), "top_k_ids": np.where(MASK[:, None], ids, WIDTH), "mask": MASK}
     return jax.tree.map(jnp.asarray, data)
 
@@ -111,7 +110,7 @@ class Plain:
         t = torch.where(self.mask, data["temperature"], 1.0)
         z = torch.where(valid, z, 0.0)
         self.x = log_softmax_over_ids(z, t)
-        self.b = log_softmax_over_ids(data["behavior"][:, :V], torch.full((N,), MU_TEMPERATURE, dtype=torch.float64))
+        self.b = log_softmax_over_ids(data["behavior"], torch.where(self.mask, data["behavior_temperature"], 1.0))
         ids = torch.where(valid, torch.cat((data["tokens"][:, None], data["top_k_ids"]), -1), 0)
         chosen = self.x.gather(-1, ids)
         self.log_prob, self.top_k = chosen[:, 0], chosen[:, 1:]
@@ -190,7 +189,11 @@ def of_loss(name, inputs, **record):
 
 
 def of_full(data, options):
-    arrays = {"logits": data["logits"], "behavior_logits": data["behavior"], "behavior_temperature": MU_TEMPERATURE}
+    arrays = {
+        "logits": data["logits"],
+        "behavior_logits": data["behavior"],
+        "behavior_temperature": data["behavior_temperature"],
+    }
     return tuple(jnp.where(MASK, a, 0.0) for a in drpo_jax.full_divergences(**arrays, **options))
 
 
@@ -221,7 +224,7 @@ FUNCTIONS = {
             "logits_policy_loss",
             ("logits",),
             divergence=lambda d: TopKDivergence(kind="tv", **recorded(d)),
-            centering=lambda d: FullCentering(behavior=d["behavior"], temperature=MU_TEMPERATURE),
+            centering=lambda d: FullCentering(behavior=d["behavior"], temperature=d["behavior_temperature"]),
         ),
         lambda plain: plain.loss(OBJECTIVE, Plain.top_k_divergences, "full"),
     ),
@@ -229,7 +232,7 @@ FUNCTIONS = {
         of_loss(
             "linear_policy_loss",
             HEAD,
-            divergence=lambda d: FullDivergence(kind="tv", behavior=head_of(d), temperature=MU_TEMPERATURE),
+            divergence=lambda d: FullDivergence(kind="tv", behavior=head_of(d), temperature=d["behavior_temperature"]),
             centering=lambda d: TopKCentering(**recorded(d)),
         ),
         lambda plain: plain.loss(OBJECTIVE, Plain.divergences, "top_k"),
@@ -314,18 +317,28 @@ def spoilt(name, how):
     data, support = data_of(name), support_of("ids", BROKEN if how == "an id outside the vocabulary" else None)
     if how == "a token outside its support":
         data["tokens"] = data["tokens"].at[BROKEN].set(int(np.flatnonzero(~inside()[BROKEN])[0]))
+    if how == "a temperature of the record":
+        data["behavior_temperature"] = data["behavior_temperature"].at[BROKEN].set(0.0)
     if isinstance(how, float):
         data["temperature"] = data["temperature"].at[BROKEN].set(how)
     return data, support
 
 
+NOT_GIVEN = {
+    ("full_divergences", "a token outside its support"),
+    *((name, "a temperature of the record") for name in ("token_log_prob", "linear_log_prob", "top_k_divergences")),
+}
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize(
-    "how", ["a token outside its support", "an id outside the vocabulary", 0.0, -1.0, np.nan, np.inf], ids=str
+    "how",
+    ["a token outside its support", "an id outside the vocabulary", "a temperature of the record", 0.0, -1.0, np.nan, np.inf],
+    ids=str,
 )
 def test_what_is_no_row_map_is_nan_at_its_token_alone(name, how):
-    if name == "full_divergences" and how == "a token outside its support":
-        return  # it is given no tokens
+    if (name, how) in NOT_GIVEN:
+        return
     values, gradients = ours(name)(*spoilt(name, how))
     (right, right_gradients), others = expected(name), np.arange(N) != BROKEN
     for value, wanted in zip(values, right, strict=True):
@@ -353,9 +366,9 @@ ERRORS = [
     ({"support": Support(jnp.zeros(3), jnp.zeros(N + 1, int))}, TypeError, r"^support\.ids: expected an integral dtype"),
     ({"support": Support(None, jnp.zeros(N + 1, int))}, TypeError, r"^support\.ids: expected"),
     ({"support": Support(np.zeros(3, int), jnp.zeros(N + 1, int))}, TypeError, r"^support\.ids: expected a jax\.Array"),
-    ({"support": Support.from_mask(jnp.ones((N, V - 1), bool))}, ValueError, "^support: expected rows of 40 or 37 booleans"),
-    ({"support": Support.from_bits(jnp.ones((N, 1), jnp.int32))}, ValueError, "^support: expected rows of 2 words"),
-    ({"support": Support.from_bits(jnp.ones((N + 1, 2), jnp.int32))}, ValueError, "^support: expected the shape of"),
+    ({"support": Support.from_mask(jnp.ones((N, 32), bool))}, ValueError, r"^support\.bits: expected 2 words a token"),
+    ({"support": Support.from_bits(jnp.ones((N, 1), jnp.int32))}, ValueError, r"^support\.bits: expected 2 words a token"),
+    ({"support": Support.from_bits(jnp.ones((N + 1, 2), jnp.int32))}, ValueError, r"^support\.bits: expected the shape of"),
     ({"support": jnp.ones((N, V), bool)}, TypeError, "^support: expected a Support, got"),
     ({"temperature": jnp.ones(N + 1)}, ValueError, "^temperature: expected the shape of .*, or a number"),
     ({"temperature": jnp.ones(N, int)}, TypeError, "^temperature: expected a real floating dtype"),
