@@ -14,6 +14,7 @@ from drpo_jax.vocabulary import support as support_module
 
 from drpo_core import CISPO, DPPO
 from drpo_core.centering import score_centering
+from drpo_core.objectives import Reinforce
 
 N, H, V, WIDTH, K = 7, 3, 37, 40, 3
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -29,7 +30,7 @@ def several_blocks(monkeypatch):
 def sets():
     """The support of each token: one id, some in any order, one that was not recorded, and all."""
     rng = np.random.default_rng(0)
-    return [rng.choice(V, size=size, replace=False) for size in (1, 5, 9, 0, V, 3, 20)]
+    return [np.array([V - 1]), *(rng.choice(V, size=size, replace=False) for size in (5, 9, 0, V, 3, 20))]
 
 
 def inside():
@@ -141,18 +142,20 @@ class Plain:
         mu = outcomes(data["top_k_behavior_log_prob"], torch.where(self.mask, data["behavior_log_prob"], 0.0))
         return self.valid(*tv_and_kl(outcomes(self.top_k, self.log_prob), mu))
 
-    def loss(self, objective, divergence, centred):
+    def loss(self, objective, divergence, centred=None):
         """A loss with a measured divergence, and with the score-centring term by its definition."""
         rest = {name: self.data[name] for name in ("behavior_log_prob", "advantages", "mask")}
-        measured = divergence(self)[0].detach()
+        measured = None if divergence is None else divergence(self)[0].detach()
         found = drpo_torch.policy_loss(objective, log_prob=self.log_prob, **rest, divergence=measured, engine="arrays")[0]
-        for i in np.flatnonzero(MASK):
+        for i in np.flatnonzero(MASK) if centred else ():
             x, b = (self.x[i], self.b[i]) if centred == "full" else (self.top_k[i], self.data["top_k_behavior_log_prob"][i])
             some = x > -torch.inf
             # over the ids alone, if they are all of the support
             keep = some if centred == "full" else torch.ones_like(some)
             figures = (a.detach().numpy() for a in (x[keep], b[keep], rest["advantages"][i]))
-            term = score_centering(objective, *figures, divergence=measured[i].numpy(), tail=centred == "top_k")
+            term = score_centering(
+                objective, *figures, divergence=None if measured is None else measured[i].numpy(), tail=centred == "top_k"
+            )
             c = torch.from_numpy(term.gradient)
             found = found + torch.where(some[keep], c * torch.where(some, x, 0.0)[keep], 0.0).sum() / MASK.sum()
         return (found,)
@@ -178,12 +181,12 @@ def of_log_probs(name, inputs):
     return outputs
 
 
-def of_loss(name, inputs, **record):
+def of_loss(name, inputs, objective, **record):
     def outputs(data, options):
         made = {key: make(data) for key, make in record.items()}
         chunk = {"chunk_tokens": 2} if inputs == HEAD else {}
         arrays = {key: data[key] for key in (*inputs, "tokens", "behavior_log_prob", "advantages", "mask")}
-        return (getattr(drpo_jax, name)(OBJECTIVE, **arrays, **options, **made, **chunk, diagnostics=False).loss,)
+        return (getattr(drpo_jax, name)(objective, **arrays, **options, **made, **chunk, diagnostics=False).loss,)
 
     return outputs
 
@@ -223,6 +226,7 @@ FUNCTIONS = {
         of_loss(
             "logits_policy_loss",
             ("logits",),
+            OBJECTIVE,
             divergence=lambda d: TopKDivergence(kind="tv", **recorded(d)),
             centering=lambda d: FullCentering(behavior=d["behavior"], temperature=d["behavior_temperature"]),
         ),
@@ -232,10 +236,15 @@ FUNCTIONS = {
         of_loss(
             "linear_policy_loss",
             HEAD,
+            OBJECTIVE,
             divergence=lambda d: FullDivergence(kind="tv", behavior=head_of(d), temperature=d["behavior_temperature"]),
-            centering=lambda d: TopKCentering(**recorded(d)),
         ),
-        lambda plain: plain.loss(OBJECTIVE, Plain.divergences, "top_k"),
+        lambda plain: plain.loss(OBJECTIVE, Plain.divergences),
+    ),
+    # of which an outcome without a probability has a coefficient
+    "linear_policy_loss, centred": (
+        of_loss("linear_policy_loss", HEAD, Reinforce(), centering=lambda d: TopKCentering(**recorded(d))),
+        lambda plain: plain.loss(Reinforce(), None, "top_k"),
     ),
 }
 CASES = [
@@ -253,6 +262,9 @@ def data_of(name):
     data = batch()
     if name.startswith("linear"):
         del data["logits"]
+        # what was recorded before the truncation: log π = −∞ is a constant, whatever its coefficient
+        log_mu = data["top_k_behavior_log_prob"]
+        data["top_k_behavior_log_prob"] = jnp.where(log_mu > -jnp.inf, log_mu, -3.0)
     elif "divergences" not in name:  # which has no mask, and so no rows that may hold anything
         data["logits"] = jnp.where(data["mask"][:, None], data["logits"], jnp.nan)
     return data
@@ -324,9 +336,10 @@ def spoilt(name, how):
     return data, support
 
 
+OF_FULL_RECORDS = {"full_divergences", "logits_policy_loss", "linear_policy_loss"}
 NOT_GIVEN = {
     ("full_divergences", "a token outside its support"),
-    *((name, "a temperature of the record") for name in ("token_log_prob", "linear_log_prob", "top_k_divergences")),
+    *((name, "a temperature of the record") for name in FUNCTIONS if name not in OF_FULL_RECORDS),
 }
 
 
