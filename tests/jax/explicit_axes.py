@@ -79,7 +79,6 @@ def batch():
         "tokens": tokens,
         "ids": ids,
         "temperature": rng.uniform(0.5, 2.0, size=(N, T)),
-        "bits": np.packbits(support, axis=-1, bitorder="little").view(np.int16).astype(np.int32),
         "support_ids": np.nonzero(support)[-1],
         "support_offsets": np.cumsum([0, *support.sum(-1).ravel()]),
         "top": np.take_along_axis(behavior, ids, -1),
@@ -127,9 +126,15 @@ def vocabulary(function, inputs, data, **options):
     return tuple(function(*positional, **{name: data[name] for name in inputs}, **named, **extra))
 
 
-def columns(data, support):
-    arrays = {"tokens": data["tokens"], "top_k_ids": data["ids"], "mask": data["mask"], "temperature": data["temperature"]}
-    return arrays | {"support": support, "entropy": True}
+def columns(data):
+    return {"tokens": data["tokens"], "top_k_ids": data["ids"], "mask": data["mask"]}
+
+
+def row_map(data):
+    return {
+        "temperature": data["temperature"],
+        "support": drpo_jax.Support(data["support_ids"], data["support_offsets"]),
+    }
 
 
 def top_k(data):
@@ -155,7 +160,7 @@ CASES = {
     **{f"policy_loss {r} packed": (partial(policy, r, packed=True), ("log_prob",)) for r in list(REDUCTIONS)[:3]},
     "policy_loss in chunks": (partial(policy, "token_mean", chunk=5), ("log_prob",)),
     "token_log_prob": (
-        lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], **columns(d, drpo_jax.Support.from_bits(d["bits"])))),
+        lambda d: tuple(drpo_jax.token_log_prob(logits=d["logits"], **columns(d), entropy=True)),
         ("logits",),
     ),
     "linear_log_prob": (
@@ -163,7 +168,9 @@ CASES = {
             drpo_jax.linear_log_prob(
                 hidden=d["hidden"],
                 weight=d["weight"],
-                **columns(d, drpo_jax.Support(d["support_ids"], d["support_offsets"])),
+                **columns(d),
+                **row_map(d),
+                entropy=True,
                 chunk_tokens=5,
             )
         ),

@@ -332,9 +332,9 @@ rows += (jnp.linspace(0.5, 2.0, n), ((7 << rows[1]).astype(jnp.int32))[:, None])
 def loss(weight, hidden, tokens, behavior, advantages, mask, temperature, bits, count):
     batch = {"tokens": tokens, "behavior_log_prob": behavior, "advantages": advantages, "mask": mask}
     how = {"hidden": hidden, "weight": weight, "chunk_tokens": 3, "vocabulary_size": vocabulary}
-    how |= {"temperature": temperature, "support": Support.from_bits(bits)}
+    row_map = {"temperature": temperature, "support": Support.from_bits(bits)}
     loss = linear_policy_loss(DRPO(delta=0.15), **how, **batch, normalizer=count).loss
-    found = linear_log_prob(**how, tokens=tokens, mask=mask, top_k_ids=tokens[:, None], entropy=True)
+    found = linear_log_prob(**how, **row_map, tokens=tokens, mask=mask, top_k_ids=tokens[:, None], entropy=True)
     return loss + jnp.sum(found.log_prob - 0.1 * found.entropy + 0.3 * found.top_k_log_prob[:, 0])
 
 def same(found, expected):
