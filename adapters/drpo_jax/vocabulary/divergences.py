@@ -228,8 +228,8 @@ def full_divergences(
 ) -> Divergences:
     """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ(v) log(μ(v)/π(v)) of two policies; μ is constant.
 
-    Under `jit`, no log-softmax is stored. The backward pass recomputes what it needs from the logits. A temperature that is
-    none, or an id outside the vocabulary in a support, gives NaN at its token.
+    Under `jit`, no log-softmax is stored. The backward pass recomputes what it needs from the logits. A token whose
+    temperature is not finite and positive, or whose support has an id outside the vocabulary, gets NaN.
 
     Parameters
     ----------
@@ -418,13 +418,13 @@ def keep_valid(mask: jax.Array, arrays: Any) -> Any:  # noqa: ANN401 -- a pytree
 
 
 def with_usable_temperature(record: Any) -> Any:  # noqa: ANN401 -- a divergence or a centring
-    """The record, with NaN for a temperature that is none."""
+    """The record, with NaN for temperatures that are not finite and positive."""
     temperature = getattr(record, "temperature", None)
     return replace(record, temperature=usable(temperature)) if isinstance(temperature, jax.Array) else record
 
 
 def broken_tokens(tokens: jax.Array, records: Any, rows: Rows) -> jax.Array:  # noqa: ANN401 -- a pytree
-    """True at tokens that the row map has no log-prob of, or whose records have an unusable id or temperature."""
+    """True at tokens without a log-prob, and where a recorded id or temperature is not valid."""
     broken = rows.broken(tokens)
     for record in jax.tree.leaves(records, is_leaf=lambda leaf: hasattr(leaf, "temperature")):
         temperature = getattr(record, "temperature", None)

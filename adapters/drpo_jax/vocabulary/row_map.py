@@ -26,7 +26,7 @@ def check_temperatures(name: str, temperature: jax.Array, leading: tuple[int, ..
 
 
 def usable(temperature: jax.Array) -> jax.Array:
-    """Temperatures as constants, NaN where one is none: 0 will stand for that of a token that does not count."""
+    """Temperatures as constants, NaN where they are not finite and positive; 0 is left for tokens that do not count."""
     given = jax.lax.stop_gradient(temperature)
     return jnp.where((given > 0.0) & (given < jnp.inf), given, jnp.nan)
 
@@ -38,8 +38,8 @@ def usable(temperature: jax.Array) -> jax.Array:
 class RowMap:
     """The row map of tokens (…), in arrays of one row a token, and the ids of all supports.
 
-    `temperature` is a number; or 1, and `temperatures` (…) are one per token. NaN is a temperature that is none, 0 one of a
-    token that does not count. Of a `width` of logits, the first `vocabulary` are not padding. A token's support is
+    `temperature` is a number; or 1, and `temperatures` (…) are one per token: NaN where the given one is not valid, 0 where
+    the token does not count. Of a `width` of logits, the first `vocabulary` are not padding. A token's support is
     ``ids[first:end]``, or its row of bits; an empty one is the whole vocabulary.
     """
 
@@ -182,7 +182,7 @@ class Rows:
         return holds & (is_member(self.rows, inside_vocabulary(ids, self.vocabulary)) | self.empty[..., None])
 
     def broken(self, tokens: jax.Array) -> jax.Array:
-        """True at tokens whose id is outside the vocabulary or their support, or whose row map is none."""
+        """True at tokens whose id is outside the vocabulary or their support, and at unusable ones."""
         broken = outside_vocabulary(tokens, self.vocabulary)
         holds, unusable = self.holds(tokens[..., None]), self.unusable
         broken = broken if holds is None else broken | ~holds[..., 0]
@@ -190,12 +190,12 @@ class Rows:
 
     @property
     def unusable(self) -> jax.Array | None:
-        """True at tokens with a temperature that is none, or an id outside the vocabulary in their support."""
+        """True at tokens whose temperature is not valid, or whose support has an id outside the vocabulary."""
         bad = None if self.temperatures is None else jnp.isnan(self.temperatures)
         return self.wrong if bad is None else bad if self.wrong is None else bad | self.wrong
 
     def repaired(self) -> Rows:
-        """With a temperature of 1 where it is none."""
+        """With a temperature of 1 where it is not valid."""
         return self if self.temperatures is None else replace(self, temperatures=jnp.nan_to_num(self.temperatures))
 
     def _inside(self, shape: tuple[int, ...]) -> jax.Array | None:

@@ -223,7 +223,7 @@ class ByDivergence:
         return tokens.xp.where(tokens.divergence >= 0.0, tokens.divergence, 0.0) * method(Reinforce(), tokens)
 
     def loss(self, tokens):
-        """−A D log r."""
+        """−A D log π."""
         return self.times(tokens, Reinforce.loss)
 
     def weight(self, tokens):
@@ -332,7 +332,7 @@ def outside(key):
     return ~MASK if key == "hidden" else np.arange(WIDTH) >= V
 
 
-# --- what is no row map ------------------------------------------------------------------------------------------------------
+# --- what is not valid at one token ------------------------------------------------------------------------------------------
 
 BROKEN = 1
 """A token whose support has some ids."""
@@ -363,7 +363,7 @@ NOT_GIVEN = {
     ["a token outside its support", "an id outside the vocabulary", "a temperature of the record", 0.0, -1.0, np.nan, np.inf],
     ids=str,
 )
-def test_what_is_no_row_map_is_nan_at_its_token_alone(name, how):
+def test_what_is_not_valid_is_nan_at_its_token_alone(name, how):
     if (name, how) in NOT_GIVEN:
         return
     values, gradients = ours(name)(*spoilt(name, how))
