@@ -161,13 +161,9 @@ ELSEWHERE = {
     "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
-    **dict.fromkeys(
-        ("support", "vocabulary_size"),
-        "of the row map: tests/jax/vocabulary/test_row_map.py, and refused numbers in tests/jax/test_contract.py",
-    ),
     "centering": "a record of outcomes: tests/torch/vocabulary/test_centering.py and tests/jax/test_centering.py",
-    "support": "a set of ids a token: tests/torch/vocabulary/test_row_map.py, where temperatures a token are too",
-    "vocabulary_size": "of padding, which the world's vocabulary has none of: tests/torch/vocabulary/test_row_map.py",
+    "support": "a set of ids a token: tests/torch and tests/jax, vocabulary/test_row_map.py, as are temperatures a token",
+    "vocabulary_size": "of padding, which the world's vocabulary has none of: tests/torch and tests/jax, vocabulary/test_row_map.py",
     "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
 """Parameters that are no axis here, and why."""

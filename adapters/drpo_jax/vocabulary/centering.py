@@ -13,7 +13,7 @@ from drpo_core._checks import check_number
 from drpo_core.centering import check_centred
 from drpo_core.modes.mode import Mode
 from drpo_jax._checks import working_dtype
-from drpo_jax.vocabulary.divergences import LinearHead, check_full, check_top_k, log_probs_at, register_record, repeated
+from drpo_jax.vocabulary.divergences import LinearHead, check_full, check_top_k, counted_nowhere, log_probs_at, register_record
 from drpo_jax.vocabulary.softmax import masked
 
 if TYPE_CHECKING:
@@ -145,14 +145,14 @@ def outcomes_of(
 ) -> Outcomes:
     """What the term is a function of; differentiable in the logits and the log-normaliser. The mask is that of the logits."""
     if isinstance(centering, TopKCentering):
-        again = repeated(centering.ids)
+        nothing = counted_nowhere(centering.ids, rows)
 
         def once(log_prob: jax.Array | None) -> jax.Array | None:
-            return None if log_prob is None else jnp.where(again, -jnp.inf, log_prob)
+            return None if log_prob is None else jnp.where(nothing, -jnp.inf, log_prob)
 
         x = log_probs_at(logits, centering.ids, log_normalizer, rows=rows, mask=mask)
         log_probs = {name: once(getattr(centering, name)) for name in ("behavior_log_prob", "proximal_log_prob")}
-        return Outcomes(jnp.where(again, -jnp.inf, x), log_probs, tail=True)
+        return Outcomes(jnp.where(nothing, -jnp.inf, x), log_probs, tail=True)
     head = centering.behavior
     behavior = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
     of_behavior = rows.at_temperature(centering.temperature)

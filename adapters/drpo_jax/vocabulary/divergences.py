@@ -39,6 +39,7 @@ __all__ = [
     "check_divergence",
     "check_full",
     "check_top_k",
+    "counted_nowhere",
     "full_divergences",
     "keep_valid",
     "log_probs_at",
@@ -324,7 +325,7 @@ def top_k_divergences(
         Ids of K tokens (usually μ's most likely ones), in [0, V), and their log μ, nats; (…, K). An id that comes twice
         counts once, the first time.
     temperature, support, vocabulary_size
-        Those of `log_normalizer`. π is 0 outside the support, and such a token among the K has a gradient of 0.
+        Those of `log_normalizer`. Outside the support, π and μ are 0, whatever is recorded.
 
     Returns
     -------
@@ -491,14 +492,14 @@ def _top_k_divergences(
     def log_prob(ids: jax.Array) -> jax.Array:
         return log_probs_at(logits, ids, log_normalizer, rows=rows.repaired(), mask=mask)
 
-    again = repeated(recorded.ids)
+    nothing = counted_nowhere(recorded.ids, rows)
     both = tuple(
         function(
             log_prob(tokens[..., None])[..., 0],
             behavior_log_prob,
             # an outcome without mass under either policy adds nothing
-            top_k_log_prob=jnp.where(again, -jnp.inf, log_prob(recorded.ids)),
-            top_k_behavior_log_prob=jnp.where(again, -jnp.inf, recorded.behavior_log_prob),
+            top_k_log_prob=jnp.where(nothing, -jnp.inf, log_prob(recorded.ids)),
+            top_k_behavior_log_prob=jnp.where(nothing, -jnp.inf, recorded.behavior_log_prob),
             sampled_in_top_k=sampled_in_top_k(tokens, recorded.ids, xp=jnp),
             xp=jnp,
         )
@@ -515,6 +516,12 @@ def log_probs_at(
     log_probs = rows.over_temperature(entries(logits, ids, mask).astype(dtype)) - log_normalizer[..., None].astype(dtype)
     holds = rows.holds(ids)
     return log_probs if holds is None else jnp.where(holds, log_probs, -jnp.inf)
+
+
+def counted_nowhere(ids: jax.Array, rows: Rows) -> jax.Array:
+    """True where a recorded id (…, K) has occurred before in its row, or is outside the support, which is that of μ too."""
+    holds = rows.holds(ids)
+    return repeated(ids) if holds is None else repeated(ids) | ~holds
 
 
 def repeated(ids: jax.Array) -> jax.Array:

@@ -108,8 +108,8 @@ def linear_policy_loss(
         T > 0, a number, or an array (…) of one per token, constant.
     support
         The ids that the tokens were sampled from (top-p, top-k, min-p), over which π is renormalised, as log μ is. None: all.
-        A chunk's supports exist as booleans (tokens, V). What a `FullDivergence` or `FullCentering` has recorded is
-        renormalised over them too.
+        A chunk's supports exist as booleans (tokens, V). A `FullDivergence` or `FullCentering` is renormalised over them
+        too, and recorded ids outside count for nothing.
     vocabulary_size
         Rows of the head from this id on are padding, which has no probability and a gradient of exactly 0. None: there is
         none.
@@ -317,9 +317,6 @@ class _Step(NamedTuple):
             values, everywhere = self.centering_term(outcomes, rows, valid, divergence)
             found = found._replace(loss=found.loss + jnp.sum(values).astype(found.loss.dtype))
             if isinstance(centering, TopKCentering):
-                holds = mapped.holds(centering.ids)
-                # a log π of −∞ outside the support is a constant
-                everywhere = everywhere if holds is None else jnp.where(holds, everywhere, 0.0)
                 row, column = jnp.arange(len(logits))[:, None], inside_vocabulary(centering.ids, logits.shape[-1])
                 everywhere = jnp.zeros_like(logits).at[row, column].add(everywhere.astype(logits.dtype))
         # a NaN whatever the objective makes of the token

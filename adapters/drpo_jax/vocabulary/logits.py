@@ -99,7 +99,7 @@ def logits_policy_loss(
         T > 0, a number, or an array (…) of one per token, constant: π = softmax(logits / T).
     support
         The ids that the tokens were sampled from (top-p, top-k, min-p), over which π is renormalised, as log μ is. None: all.
-        What a `FullDivergence` or `FullCentering` has recorded is renormalised over it too.
+        A `FullDivergence` or `FullCentering` is renormalised over it too, and recorded ids outside count for nothing.
     vocabulary_size
         Logits from this id on are padding, which has no probability and a gradient of exactly 0. None: there is none.
     entropy

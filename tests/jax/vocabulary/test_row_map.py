@@ -71,7 +71,7 @@ def batch():
     data |= {name: rng.uniform(0.5, 2.0, size=N) for name in ("temperature", "behavior_temperature")}
     log_mu = log_softmax_over_ids(*(torch.from_numpy(data[name]) for name in ("behavior", "behavior_temperature"))).numpy()
     data["behavior_log_prob"] = log_mu[np.arange(N), tokens]
-    data["top_k_behavior_log_prob"] = np.take_along_axis(log_mu, ids, -1)
+    data["top_k_behavior_log_prob"] = np.nan_to_num(np.take_along_axis(log_mu, ids, -1), neginf=-3.0)
     data["advantages"] = rng.normal(size=N)
     for name in ("hidden", "behavior_log_prob", "advantages"):
         data[name][~MASK] = np.nan
@@ -113,6 +113,8 @@ class Plain:
         ids = torch.where(valid, torch.cat((data["tokens"][:, None], data["top_k_ids"]), -1), 0)
         chosen = self.x.gather(-1, ids)
         self.log_prob, self.top_k = chosen[:, 0], chosen[:, 1:]
+        # what is recorded outside the support is not looked at
+        self.top_k_mu = torch.where(self.top_k > -torch.inf, data["top_k_behavior_log_prob"], -torch.inf)
         self.log_z = torch.where(torch.from_numpy(inside()), z / t[:, None], -torch.inf).logsumexp(-1)
 
     def valid(self, *found):
@@ -137,7 +139,7 @@ class Plain:
             m = torch.cat((top_k.exp(), torch.where(again, 0.0, sampled.exp())[:, None]), -1)
             return torch.cat((m, 1.0 - m.sum(-1, keepdim=True)), -1)
 
-        mu = outcomes(data["top_k_behavior_log_prob"], torch.where(self.mask, data["behavior_log_prob"], 0.0))
+        mu = outcomes(self.top_k_mu, torch.where(self.mask, data["behavior_log_prob"], 0.0))
         return self.valid(*tv_and_kl(outcomes(self.top_k, self.log_prob), mu))
 
     def loss(self, divergence, centred):
@@ -146,7 +148,7 @@ class Plain:
         measured = divergence(self)[0].detach()
         found = drpo_torch.policy_loss(OBJECTIVE, log_prob=self.log_prob, **rest, divergence=measured, engine="arrays")[0]
         for i in np.flatnonzero(MASK):
-            x, b = (self.x[i], self.b[i]) if centred == "full" else (self.top_k[i], self.data["top_k_behavior_log_prob"][i])
+            x, b = (self.x[i], self.b[i]) if centred == "full" else (self.top_k[i], self.top_k_mu[i])
             some = x > -torch.inf
             # over the ids alone, if they are all of the support
             keep = some if centred == "full" else torch.ones_like(some)
@@ -213,10 +215,7 @@ def recorded(data):
 
 
 class ByDivergence:
-    """−A D in the place of −A r w: every divergence shows, and an outcome without a probability has a coefficient.
-
-    A NaN for a divergence drops its token, as DPPO does.
-    """
+    """−A D in the place of −A r w, so that every divergence shows; a NaN drops its token, as DPPO does."""
 
     def times(self, tokens, method):
         """D times what REINFORCE has."""
@@ -276,9 +275,6 @@ def data_of(name):
     data = batch()
     if name.startswith("linear"):
         del data["logits"]
-        # what was recorded before the truncation: log π = −∞ is a constant, whatever its coefficient
-        log_mu = data["top_k_behavior_log_prob"]
-        data["top_k_behavior_log_prob"] = jnp.where(log_mu > -jnp.inf, log_mu, -3.0)
     elif "divergences" not in name:  # which has no mask, and so no rows that may hold anything
         data["logits"] = jnp.where(data["mask"][:, None], data["logits"], jnp.nan)
     return data
