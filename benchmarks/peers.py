@@ -115,17 +115,50 @@ def log_probs() -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     return found
 
 
-def heads() -> dict[str, Head]:
-    """Losses from hidden states and the LM head."""
-    found: dict[str, Head] = {}
+def linear_log_probs() -> dict[str, Callable[..., Any]]:
+    """Log-probs of sampled tokens, and entropies or None, from hidden states and the LM head."""
+    found: dict[str, Callable[..., Any]] = {}
+    fused = _verl_fused_head()
+    if fused is not None:
+        found["verl `FusedLinearForPPO`, with its entropy"] = fused
+    try:
+        from trl.kernels import ChunkedLogProbFunction  # noqa: PLC0415
+    except ImportError:
+        pass
+    else:
+        # 32,768: what its trainers take at a time
+        def chunked(h: Any, w: Any, ids: Any, *, outputs: tuple[str, ...] = ()) -> Any:
+            return ChunkedLogProbFunction.apply(h, w, None, ids, 1.0, 32_768, None, 1.0, outputs)[:2]
+
+        found["TRL `ChunkedLogProbFunction`"] = chunked
+        found["TRL `ChunkedLogProbFunction`, entropy"] = partial(chunked, outputs=("entropy",))
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is not None:
+        function = torch.nn.functional.linear_cross_entropy
+
+        def cross_entropy(h: Any, w: Any, ids: Any) -> Any:
+            return -function(h, w, ids, reduction="none", options=options(batch_chunk_size=128)), None
+
+        found["torch `linear_cross_entropy`, chunks of 128, per token"] = cross_entropy
+    return found
+
+
+def _verl_fused_head() -> Callable[..., Any] | None:
     try:
         # beside a Liger without Triton, verl fails to import; without Liger it takes its own chunks
         with patch.dict(sys.modules, {"liger_kernel": None}):  # type: ignore[dict-item]
             from verl.utils.experimental.torch_functional import FusedLinearForPPO  # noqa: PLC0415
     except ImportError:
-        pass
-    else:
-        fused = FusedLinearForPPO()
+        return None
+    fused: Callable[..., Any] = FusedLinearForPPO()
+    return fused
+
+
+def heads() -> dict[str, Head]:
+    """Losses from hidden states and the LM head."""
+    found: dict[str, Head] = {}
+    fused = _verl_fused_head()
+    if fused is not None:
         found["verl `FusedLinearForPPO`"] = lambda h, w, ids, _mu, _a, loss: loss(fused(h, w, ids)[0])
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: PLC0415
