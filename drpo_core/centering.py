@@ -142,13 +142,15 @@ def outcome_terms(
         msg = f"log_prob: expected shape (…, K) with K of 1 or more, got {tuple(log_prob.shape)}"
         raise ValueError(msg)
     check_centred(objective, proximal_log_prob)
+    # for its shape: to look at what masked tokens hold would trip jax_debug_nans
+    tokens = xp.zeros(tuple(log_prob.shape[:-1]))
     every = {"advantages": advantages, "divergence": divergence}
     given = {name: array for name, array in every.items() if array is not None}
     for name, array in given.items():
         check_dtype(name, array, "real floating", xp=xp)
-        check_shape(name, array, "log_prob without its last axis", log_prob[..., 0])
+        check_shape(name, array, "log_prob without its last axis", tokens)
     if mask is not None:
-        check_mask(mask, "log_prob without its last axis", log_prob[..., 0], xp=xp)
+        check_mask(mask, "log_prob without its last axis", tokens, xp=xp)
     recorded = () if proximal_log_prob is None else (proximal_log_prob,)
     if recorded:
         check_arrays(xp=xp, log_prob=log_prob, proximal_log_prob=proximal_log_prob)
@@ -157,9 +159,10 @@ def outcome_terms(
     def prepared(array: Array | None, *, over_outcomes: bool = False) -> Array | None:
         if array is None:
             return None
-        array = array[..., None] if over_outcomes else array
-        array = array if mask is None else xp.where(mask[..., None], array, 0.0)
-        return xp.astype(array, dtype, copy=False)
+        if mask is not None:
+            array = xp.where(mask if over_outcomes else mask[..., None], array, 0.0)
+        array = xp.astype(array, dtype, copy=False)
+        return array[..., None] if over_outcomes else array
 
     x, b, old = (prepared(array) for array in (log_prob, behavior_log_prob, proximal_log_prob))
     a, d = (prepared(array, over_outcomes=True) for array in (advantages, divergence))

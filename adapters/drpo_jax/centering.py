@@ -99,6 +99,9 @@ def centering_term(objective: Objective, log_prob: jax.Array, constants: dict[st
 
     arrays = tuple(constants.values())
     values, gradient = run(jax.lax.stop_gradient(log_prob), *arrays)
+    mask = constants["mask"]
+    if mask is not None:
+        log_prob = jnp.where(mask[..., None], log_prob, jnp.zeros((), log_prob.dtype))
     log_prob = log_prob.astype(gradient.dtype)
     of_outcomes = attached(lambda *given: run(*given)[1], values, gradient, log_prob, arrays)
     return jnp.sum(of_outcomes, axis=-1)

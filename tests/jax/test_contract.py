@@ -41,6 +41,7 @@ def arrays_of(dtype=np.float64):
         "log_prob": np.take_along_axis(log_probs, tokens[..., None], -1)[..., 0],
         "behavior_log_prob": np.take_along_axis(log_mu, tokens[..., None], -1)[..., 0],
         "log_normalizer": np.log(np.exp(logits).sum(-1)),
+        "top_k_log_prob": np.take_along_axis(log_probs, ids, -1),
         "top_k_behavior_log_prob": np.take_along_axis(log_mu, ids, -1),
         "advantages": np.where(rng.random(SHAPE) < 0.5, -1.0, 1.0) * (0.2 + rng.random(SHAPE)),
         "token_weights": 0.5 + rng.random(SHAPE),
@@ -111,6 +112,20 @@ class TopK(Case):
         return top_k_policy_loss(getattr(drpo_jax, self.name))
 
 
+class Outcomes(Case):
+    """A function of several outcomes of each token."""
+
+    @property
+    def function(self):
+        """The function with the top K as those outcomes."""
+        function = getattr(drpo_jax, self.name)
+
+        def call(objective, *, top_k_log_prob, top_k_behavior_log_prob, **arguments):
+            return function(objective, log_prob=top_k_log_prob, behavior_log_prob=top_k_behavior_log_prob, **arguments)
+
+        return call
+
+
 def of_log_probs(found):
     """A scalar of all that is found per token."""
     first, *others = (found.top_k_log_prob[..., k] for k in range(K))
@@ -121,6 +136,14 @@ BATCH = ("tokens", "behavior_log_prob", "advantages", "mask", "token_weights")
 POLICY = ("log_prob", "behavior_log_prob", "advantages", "divergence", "mask")
 RECORDED = ("top_k_ids", "top_k_behavior_log_prob")
 CASES = [
+    Outcomes(
+        "score_centering",
+        ("top_k_log_prob", "top_k_behavior_log_prob", "advantages", "divergence", "mask"),
+        ("top_k_log_prob",),
+        # all of one sign
+        lambda r, a: jnp.sum(r * jnp.where(a["mask"], a["advantages"], 0.0)),
+        DRPO(delta=0.15),
+    ),
     Case("token_loss", POLICY, ("log_prob",), lambda r, _: r.sum(), DRPO(delta=0.15)),
     Case("policy_loss", (*POLICY, "token_weights"), ("log_prob",), lambda r, _: r[0], DRPO(delta=0.15), ("normalizer",)),
     Case(
@@ -188,7 +211,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
 def test_the_table_has_every_function():
     functions = {name for name in drpo_jax.__all__ if inspect.isfunction(getattr(drpo_jax, name))}
-    assert {case.name for case in CASES} == functions - {"linear_reduction", "score_centering"}
+    assert {case.name for case in CASES} == functions - {"linear_reduction"}
 
 
 def is_float(array):
