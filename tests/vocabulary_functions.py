@@ -202,7 +202,7 @@ FUNCTIONS = {
         ("logits",),
         ("log_normalizer", "behavior_log_prob", "top_k_behavior_log_prob"),
         ("tokens", "top_k_ids"),
-        lambda tensors, **_: tuple(top_k_divergences(**tensors)),
+        lambda tensors, **options: tuple(top_k_divergences(**tensors, **options)),
         _plain_top_k,
         ("arrays",),
     ),

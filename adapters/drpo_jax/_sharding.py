@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["in_auto_mode", "is_explicitly_sharded", "varying_like"]
+__all__ = ["in_auto_mode", "is_explicitly_sharded", "varying_axes", "varying_like"]
 
 
 def is_explicitly_sharded(*arrays: Any) -> bool:  # noqa: ANN401 -- pytrees
@@ -32,7 +32,21 @@ def in_auto_mode(function: Callable[..., tuple[Any, Any]], rows: jax.Array, *arr
     return jax.sharding.auto_axes(function, out_sharding=out)(rows, *arrays)  # type: ignore[no-any-return]
 
 
-def varying_like(tokens: jax.Array, array: jax.Array) -> jax.Array:
-    """Under shard_map, a replicated array as one that varies as the tokens do: its gradient is then summed over them."""
-    axes = jax.typeof(tokens).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
+def varying_axes(arrays: Any) -> frozenset[str]:  # noqa: ANN401 -- a pytree
+    """The mesh axes of `shard_map` along which devices have different arrays."""
+    every = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays))
+    return frozenset().union(*every)
+
+
+def varying_like(
+    tokens: Any,  # noqa: ANN401 -- a pytree
+    array: jax.Array,
+    *,
+    but: frozenset[str] = frozenset(),
+) -> jax.Array:
+    """Under shard_map, a replicated array as one that varies as the tokens do: its gradient is then summed over them.
+
+    But not along these axes, over which the vocabulary is divided.
+    """
+    axes = varying_axes(tokens) - varying_axes(array) - but
     return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array

@@ -53,10 +53,10 @@ def check_tensor(name: str, value: object, kind: str = "real floating", *, besid
     return value
 
 
-def check_logits(logits: object) -> torch.Tensor:
-    """The logits, if they are a floating-point tensor (…, V) with V of 1 or more."""
+def check_logits(logits: object, *, may_be_empty: bool = False) -> torch.Tensor:
+    """The logits, if they are a floating-point tensor (…, V) with V of 1 or more, or of 0 where other ranks hold the rest."""
     logits = check_tensor("logits", logits)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
+    if logits.ndim == 0 or (logits.shape[-1] == 0 and not may_be_empty):
         msg = f"logits: expected shape (…, V) with V of 1 or more, got {tuple(logits.shape)}"
         raise ValueError(msg)
     return logits

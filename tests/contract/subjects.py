@@ -164,6 +164,8 @@ ELSEWHERE = {
     "centering": "a record of outcomes: tests/torch/vocabulary/test_centering.py and tests/jax/test_centering.py",
     "support": "a set of ids a token: tests/torch and tests/jax, vocabulary/test_row_map.py, as are temperatures a token",
     "vocabulary_size": "of padding, which the world's vocabulary has none of: tests/torch and tests/jax, vocabulary/test_row_map.py",
+    "vocabulary_group": "tests/torch/test_distributed.py and tests/torch/vocabulary/test_ranks.py divide the vocabulary",
+    "vocabulary_axis": "tests/jax/test_sharding.py divides the vocabulary",
     "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
 """Parameters that are no axis here, and why."""

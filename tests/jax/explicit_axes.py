@@ -13,6 +13,7 @@ import drpo_jax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import vocabulary_axis
 from drpo_jax import loss as loss_module
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -233,8 +234,12 @@ def evaluate(function, names, data, *, jitted):
 
     run = jax.value_and_grad(value, has_aux=True) if names else lambda _, data: (value({}, data), {})
     inputs = {name: data[name] for name in names}
-    (_, result), gradients = (jax.jit(run) if jitted else run)(inputs, data)
-    return result, gradients
+    if not jitted:
+        (_, result), gradients = run(inputs, data)
+        return result, gradients, 0
+    compiled = jax.jit(run).lower(inputs, data).compile()
+    (_, result), gradients = compiled(inputs, data)
+    return result, gradients, vocabulary_axis.gathers(compiled)
 
 
 def difference(found, expected):
@@ -242,7 +247,7 @@ def difference(found, expected):
     for leaves in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(leaf, np.float64) for leaf in leaves)
         finite = np.isfinite(b)
-        if not np.array_equal(a[~finite], b[~finite]):
+        if not np.array_equal(finite, np.isfinite(a)) or not np.array_equal(a[~finite], b[~finite]):
             return float("inf")
         worst = max(worst, float(np.abs(a - b)[finite].max(initial=0.0) / max(1.0, np.abs(b[finite]).max(initial=0.0))))
     return worst
@@ -255,11 +260,12 @@ def run(case, layout, how, data, expected):
     placed = {name: jax.device_put(a, NamedSharding(mesh, spec_of(name, axes))) for name, a in data.items()}
     context = jax.set_mesh(mesh) if "set_mesh" in how else contextlib.nullcontext()
     with context:
-        result, gradients = evaluate(function, names, placed, jitted="jit" in how)
+        result, gradients, gathers = evaluate(function, names, placed, jitted="jit" in how)
     same = {name: jax.typeof(g).sharding.spec == jax.typeof(placed[name]).sharding.spec for name, g in gradients.items()}
     return {
         "difference": max(difference(result, expected[0]), difference(gradients, expected[1])),
         "placed": all(same.values()),
+        "gathers": gathers,
     }
 
 
@@ -277,7 +283,7 @@ def ways(case, layout):
 def main(path):
     data, results = batch(), []
     for case, (function, names) in CASES.items():
-        expected = evaluate(function, names, data, jitted=True)
+        *expected, _ = evaluate(function, names, data, jitted=True)
         for layout in LAYOUTS:
             for how in ways(case, layout):
                 try:
@@ -285,7 +291,7 @@ def main(path):
                 except Exception as error:  # noqa: BLE001 -- whatever it is, it is the result
                     result = {"error": f"{type(error).__name__}: {error}"[:400]}
                 results.append({"case": case, "layout": layout, "how": how} | result)
-    Path(path).write_text(json.dumps(results))
+    Path(path).write_text(json.dumps(results + vocabulary_axis.measure()))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import vocabulary_ranks
 from drpo_torch import policy_loss
 from drpo_torch.distributed import across, all_reduce_diagnostics, global_coefficients, global_normalizer
 from torch import nn
@@ -279,6 +280,9 @@ def work(rank, port, path):
     idle_rank(rank, results)
     diagnostics_of_ranks(rank, results)
     sequences_over_ranks(rank, results)
+    vocabulary_ranks.every_case(rank, groups, results)
+    vocabulary_ranks.distributed_tensors(rank, results)
+    vocabulary_ranks.errors(rank, groups, results)
     if rank == 0:
         with open(path, "w") as file:  # noqa: PTH123
             json.dump(results, file)

@@ -5,6 +5,8 @@ dtype's precision relative to the loss or to the largest element of the gradient
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from drpo_torch import linear_reduction
 from drpo_torch.distributed import global_normalizer
+from vocabulary_ranks import cases
 
 from drpo_core import token_mean
 
@@ -25,7 +28,12 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding") / "results.json"
     script = Path(__file__).with_name("sharding.py")
     run = subprocess.run(  # noqa: S603 -- this interpreter, a file of ours
-        [sys.executable, "-W", "ignore", script, path], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-W", "ignore", script, path],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(path.read_text())
@@ -75,6 +83,38 @@ def test_diagnostics_of_ranks_that_name_them_in_other_orders(measured):
 def test_sequences_divided_over_ranks_are_whole_to_a_mode(measured):
     (case,) = (c["mode"] for c in measured if "mode" in c)
     assert max(case.values()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name, _ in cases(torch.float64, "arrays")])
+def test_a_vocabulary_divided_over_ranks_is_the_whole_one(measured, name):
+    """To a few units in the last place, and to the bit the same on all ranks."""
+    found = [case for case in measured if case.get("vocabulary") == name]
+    assert {(c["dtype"], c["ranks"]) for c in found} == {*(("float64", n) for n in (1, 2, 4)), ("float32", 4)}
+    assert not [c for c in found if not max(c["gaps"]) <= 16 or not c["same"]]
+
+
+def test_distributed_tensors_and_tokens_by_vocabulary(measured):
+    found = {case["tensors"]: case["gaps"] for case in measured if "tensors" in case}
+    assert list(found) == ["logits_policy_loss", "linear_policy_loss", "2 × 2"]
+    assert max(max(gaps) for gaps in found.values()) <= 16
+
+
+REFUSED = {
+    "ids": r"ValueError: tokens: expected ids in \[0, 12\), got 12 at index \(1,\)",
+    "group": "TypeError: vocabulary_group: expected a torch.distributed.ProcessGroup or None, got str",
+    "tokens": r"ValueError: logits: expected the same tokens on each rank of vocabulary_group, got \[1, 2, 1, 2\] tokens",
+    "columns": "ValueError: logits: expected a vocabulary of 1 or more over the ranks of vocabulary_group, got none",
+    "placement": r"ValueError: logits: expected a DTensor on a mesh of one dimension with the placement Shard\(-1\)",
+    "two groups": "ValueError: vocabulary_group: expected None or the mesh's own group with logits a DTensor",
+    "stranger": "ValueError: vocabulary_group: expected a group that this process, rank [0-3], belongs to",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_all_ranks_refuse_alike(measured, name):
+    (case,) = (case for case in measured if case.get("wrong") == name)
+    assert len(set(case["errors"])) == 1 or name == "stranger"
+    assert all(re.match(REFUSED[name], error) for error in case["errors"])
 
 
 UNKNOWN = [

@@ -155,7 +155,7 @@ def outcomes_of(
         return Outcomes(jnp.where(nothing, -jnp.inf, x), log_probs, tail=True)
     head = centering.behavior
     behavior = head.logits(working_dtype(head.hidden, head.weight)) if isinstance(head, LinearHead) else head
-    of_behavior = rows.at_temperature(centering.temperature)
-    behavior = jax.nn.log_softmax(of_behavior.logits(behavior.astype(working_dtype(behavior))))
-    x = jax.nn.log_softmax(rows.logits(masked(logits, mask).astype(working_dtype(logits, log_normalizer))))
+    of_behavior, shard = rows.at_temperature(centering.temperature), rows.shard
+    behavior = shard.log_softmax(of_behavior.logits(behavior.astype(working_dtype(behavior))))
+    x = shard.log_softmax(rows.logits(masked(logits, mask).astype(working_dtype(logits, log_normalizer))))
     return Outcomes(x, {"behavior_log_prob": behavior, "proximal_log_prob": None}, tail=False)

@@ -14,6 +14,8 @@ from drpo_jax._checks import working_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from drpo_jax.vocabulary.shards import Shard
+
 __all__ = ["Gradients", "HeadSums", "Needed", "before_softcap", "over_chunks", "primals"]
 
 _WEIGHT_ROWS = 8192
@@ -119,12 +121,13 @@ class HeadSums(NamedTuple):
         dtype = working_dtype(hidden, weight)
 
         def of(shape: tuple[int, ...], *, wanted: bool) -> jax.Array | None:
-            return jnp.zeros_like(hidden, dtype=dtype, shape=shape) if wanted else None
+            # like the weight, which under shard_map varies over the devices as the tokens and the vocabulary do
+            return jnp.zeros_like(weight, dtype=dtype, shape=shape) if wanted else None
 
         return cls(of(weight.shape, wanted=needed.weight), of(weight.shape[:1], wanted=needed.bias))
 
     def plus(
-        self, of_logits: jax.Array, hidden: jax.Array, weight: jax.Array, needed: Needed
+        self, of_logits: jax.Array, hidden: jax.Array, weight: jax.Array, needed: Needed, shard: Shard
     ) -> tuple[HeadSums, dict[str, jax.Array]]:
         """With a chunk's share; and ∂hidden of its tokens. Products are taken in the dtype of the model."""
         dtype = of_logits.dtype
@@ -139,7 +142,7 @@ class HeadSums(NamedTuple):
             return share if power is None else jnp.ldexp(share, -power)
 
         if needed.hidden:
-            of_hidden["hidden"] = product("nv,vh->nh", low, weight)
+            of_hidden["hidden"] = shard.total(product("nv,vh->nh", low, weight))
         if of_weight is not None:
 
             def add(row: jax.Array | int, size: int, of_weight: jax.Array) -> jax.Array:

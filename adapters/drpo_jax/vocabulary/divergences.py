@@ -23,11 +23,13 @@ from drpo_jax._checks import (
 )
 from drpo_jax._sharding import in_auto_mode
 from drpo_jax.vocabulary.row_map import RowMap, Rows, check_temperatures, usable
+from drpo_jax.vocabulary.shards import Shard
 from drpo_jax.vocabulary.softmax import entries, masked, outside_vocabulary, poisoned
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
+    from drpo_jax.vocabulary.shards import Axis
     from drpo_jax.vocabulary.support import Support
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "measure",
     "register_record",
     "repeated",
+    "shard_of",
     "top_k_divergences",
     "with_usable_temperature",
 ]
@@ -226,6 +229,7 @@ def full_divergences(
     behavior_temperature: float | jax.Array | None = None,
     support: Support | None = None,
     vocabulary_size: int | None = None,
+    vocabulary_axis: Axis | None = None,
 ) -> Divergences:
     """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ(v) log(μ(v)/π(v)) of two policies; μ is constant.
 
@@ -244,6 +248,8 @@ def full_divergences(
         The ids that were sampled from, over which both policies are renormalised. None: all.
     vocabulary_size
         Logits of both from this id on are padding. None: there is none.
+    vocabulary_axis
+        See `drpo_jax.token_log_prob`; both policies' logits are divided.
 
     Returns
     -------
@@ -274,8 +280,10 @@ def full_divergences(
     check_logits("logits", logits)
     check_float(behavior_logits=behavior_logits)
     check_shape("behavior_logits", behavior_logits, logits.shape, "logits")
-    leading, of = logits.shape[:-1], "logits without its last axis"
-    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1])
+    leading, of, width = logits.shape[:-1], "logits without its last axis", logits.shape[-1]
+    replicated = {"temperature": temperature, "behavior_temperature": behavior_temperature, "support": support}
+    shard = Shard.of(vocabulary_axis, {"logits": logits, "behavior_logits": behavior_logits}, replicated)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=width, shard=shard)
     if isinstance(behavior_temperature, jax.Array):
         check_temperatures("behavior_temperature", behavior_temperature, leading, of)
         behavior_temperature = usable(behavior_temperature)
@@ -303,6 +311,7 @@ def top_k_divergences(
     temperature: float | jax.Array = 1.0,
     support: Support | None = None,
     vocabulary_size: int | None = None,
+    vocabulary_axis: Axis | None = None,
 ) -> Divergences:
     """Top-K TV and KL(μ‖π) over K recorded tokens, the sampled one and one bucket for the rest.
 
@@ -326,6 +335,8 @@ def top_k_divergences(
         counts once, the first time.
     temperature, support, vocabulary_size
         Those of `log_normalizer`. Outside the support, π and μ are 0, whatever is recorded.
+    vocabulary_axis
+        See `drpo_jax.token_log_prob`.
 
     Returns
     -------
@@ -366,8 +377,11 @@ def top_k_divergences(
     check_integers(tokens=tokens)
     for name, array in (("tokens", tokens), ("log_normalizer", log_normalizer), ("behavior_log_prob", behavior_log_prob)):
         check_shape(name, array, leading, of)
-    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1])
     check_top_k(leading, "top_k_ids", recorded.ids, top_k_behavior_log_prob=recorded.behavior_log_prob)
+    replicated: dict[str, Any] = {"log_normalizer": log_normalizer, "tokens": tokens, "behavior_log_prob": behavior_log_prob}
+    replicated |= {"temperature": temperature, "support": support}
+    shard = Shard.of(vocabulary_axis, {"logits": logits}, replicated | {"top_k_ids": recorded})
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1], shard=shard)
 
     def run(logits: jax.Array, row_map: RowMap, *arrays: Any) -> tuple[None, Divergences]:  # noqa: ANN401 -- those below
         return None, _top_k_divergences(logits, *arrays, rows=row_map.ready())
@@ -405,6 +419,21 @@ def check_full(name: str, record: Any, leading: tuple[int, ...], vocabulary: int
         msg = f"{prefix}weight: expected one row for each of the {vocabulary} tokens, got {behavior.weight.shape}"
         raise ValueError(msg)
     check_head(behavior.hidden, behavior.weight, behavior.bias, prefix=prefix)
+
+
+def shard_of(axis: object, divided: dict[str, Any], replicated: dict[str, Any], **records: Any) -> Shard:  # noqa: ANN401
+    """The device's part of the vocabulary, if what is given fits it; `hidden` is not divided, records are as they say."""
+    replicated, divided = dict(replicated), dict(divided)
+    if "hidden" in divided:
+        replicated["hidden"] = divided.pop("hidden")
+    for name, record in records.items():
+        behavior = getattr(record, "behavior", None)
+        if isinstance(behavior, LinearHead):
+            divided |= {f"{name}.behavior.{part}": getattr(behavior, part) for part in ("weight", "bias")}
+            replicated |= {f"{name}.behavior.hidden": behavior.hidden}
+        else:
+            (replicated if behavior is None else divided)[name] = record
+    return Shard.of(axis, divided, replicated)
 
 
 def keep_valid(mask: jax.Array, arrays: Any) -> Any:  # noqa: ANN401 -- a pytree
@@ -460,16 +489,17 @@ def measure(
 
 def _full_divergences(logits: jax.Array, recorded: FullDivergence, row_map: RowMap | Rows) -> Divergences:
     behavior: Any = recorded.behavior
-    dtype = working_dtype(logits, behavior)
+    dtype, shard = working_dtype(logits, behavior), row_map.shard
 
     # differentiated as it stands, it would keep several arrays of the logits' shape
     @partial(jax.checkpoint, prevent_cse=False)
     def both(logits: jax.Array, recorded: Any, row_map: RowMap | Rows) -> Divergences:  # noqa: ANN401 -- with arrays of logits
         rows = row_map.ready()
         of_behavior = rows.at_temperature(recorded.temperature)
-        x = jax.nn.log_softmax(rows.repaired().logits(logits.astype(dtype)))
-        b = jax.nn.log_softmax(of_behavior.repaired().logits(recorded.behavior.astype(dtype)))
-        found = Divergences(full_tv(x, b, xp=jnp), full_kl(x, b, xp=jnp))
+        x = shard.log_softmax(rows.repaired().logits(logits.astype(dtype)))
+        b = shard.log_softmax(of_behavior.repaired().logits(recorded.behavior.astype(dtype)))
+        # sums over columns
+        found = Divergences(shard.total(full_tv(x, b, xp=jnp)), shard.total(full_kl(x, b, xp=jnp)))
         for unusable in (rows.unusable, of_behavior.unusable):
             found = found if unusable is None else Divergences(*(poisoned(each, unusable) for each in found))
         return found
@@ -513,7 +543,9 @@ def log_probs_at(
 ) -> jax.Array:
     """log π at ids (…, K), differentiable in the logits and the log-normaliser; a constant −∞ outside the support."""  # noqa: D403
     dtype = working_dtype(logits, log_normalizer)
-    log_probs = rows.over_temperature(entries(logits, ids, mask).astype(dtype)) - log_normalizer[..., None].astype(dtype)
+    log_probs = rows.over_temperature(entries(logits, ids, mask, rows.shard).astype(dtype)) - log_normalizer[..., None].astype(
+        dtype
+    )
     holds = rows.holds(ids)
     return log_probs if holds is None else jnp.where(holds, log_probs, -jnp.inf)
 

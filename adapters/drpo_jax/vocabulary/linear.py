@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,7 +23,14 @@ from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode, varying_like
 from drpo_jax.vocabulary.centering import TopKCentering, check_centering, outcomes_of
 from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
-from drpo_jax.vocabulary.divergences import LinearHead, broken_tokens, check_divergence, measure, with_usable_temperature
+from drpo_jax.vocabulary.divergences import (
+    LinearHead,
+    broken_tokens,
+    check_divergence,
+    measure,
+    shard_of,
+    with_usable_temperature,
+)
 from drpo_jax.vocabulary.logits import VocabularyLoss
 from drpo_jax.vocabulary.row_map import RowMap, Rows
 from drpo_jax.vocabulary.softmax import Normalized, entries, inside_vocabulary, one_hot
@@ -36,12 +44,13 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_jax.vocabulary.centering import Centering, Outcomes
     from drpo_jax.vocabulary.divergences import Divergence
+    from drpo_jax.vocabulary.shards import Axis, Shard
     from drpo_jax.vocabulary.support import Support
 
 __all__ = ["linear_policy_loss"]
 
 
-def linear_policy_loss(
+def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after the other
     objective: Objective,
     *,
     hidden: jax.Array,
@@ -66,6 +75,7 @@ def linear_policy_loss(
     entropy: bool = False,
     diagnostics: bool = True,
     chunk_tokens: int = 256,
+    vocabulary_axis: Axis | None = None,
 ) -> VocabularyLoss:
     """Policy loss of tokens from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
 
@@ -121,6 +131,11 @@ def linear_policy_loss(
         Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
     chunk_tokens
         How many tokens' logits exist at once. An objective of your own is shown the tokens of one chunk.
+    vocabulary_axis
+        Vocabulary-parallel, inside `jax.shard_map`: the mesh axis, or axes, along which the rows of the weight and the bias
+        are divided. Its devices have the same of everything else, and get the same results and all of ∂hidden. See
+        `docs/how-to/tensor-parallelism.md`.
+        Logits or a `LinearHead` in a record are divided too.
 
     Returns
     -------
@@ -132,7 +147,8 @@ def linear_policy_loss(
     TypeError
         If an array is not a JAX array or has a wrong dtype, a number is none, or the reduction is unknown.
     ValueError
-        If shapes disagree, or a number is out of its range.
+        If shapes disagree, a number is out of its range, or an array is divided along the `vocabulary_axis` that must not
+        be, or isn't.
 
     Examples
     --------
@@ -162,7 +178,6 @@ def linear_policy_loss(
     leading, vocabulary, of = hidden.shape[:-1], weight.shape[0], "hidden without its last axis"
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
     check_tokens(leading, of, **batch)
-    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=vocabulary)
     check_divergence(divergence, leading, vocabulary)
     check_centering(centering, objective, leading, vocabulary)
     others = {"proximal_log_prob": proximal_log_prob, "reference_log_prob": reference_log_prob}
@@ -172,19 +187,22 @@ def linear_policy_loss(
     dtype = working_dtype(hidden, weight, behavior_log_prob, advantages, *given)
     options = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
     reduction = reduction_of(objective, reduction)
+    inputs: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias}
+    replicated: dict[str, Any] = batch | others | options | {"temperature": temperature, "support": support}
+    shard = shard_of(vocabulary_axis, inputs, replicated, divergence=divergence, centering=centering)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=vocabulary, shard=shard)
     mode = Resolved(objective, behavior_log_prob, None, mask, None, {})
     if isinstance(objective, Mode):
         # log-probs of all tokens first, because its statistics may be of whole sequences
-        head = dict(zip(("hidden", "weight", "bias"), jax.lax.stop_gradient((hidden, weight, bias)), strict=True))
-        inputs: dict[str, Any] = head | batch
         found = linear_policy_loss(
             PolicyGradient(),
-            **inputs,
+            **jax.lax.stop_gradient(inputs | batch),
             temperature=temperature,
             support=support,
             vocabulary_size=vocabulary_size,
             logit_softcap=logit_softcap,
             chunk_tokens=chunk_tokens,
+            vocabulary_axis=vocabulary_axis,
             diagnostics=False,
         )
         log_probs: dict[str, Any] = others | {"log_prob": found.log_prob, "behavior_log_prob": behavior_log_prob}
@@ -196,7 +214,7 @@ def linear_policy_loss(
     penalty = None if mode.penalty is None else [jnp.where(mode.counted, coefficients * part, 0.0) for part in mode.penalty]
     batch["anchor_log_prob"], coefficients = mode.anchor_log_prob, mode.scaled(coefficients)
     chunk = min(chunk_tokens, max(1, mask.size))
-    step = _Step(objective, mode.objective, dtype, logit_softcap, entropy, diagnostics, chunk)
+    step = _Step(objective, mode.objective, dtype, logit_softcap, entropy, diagnostics, chunk, shard)
 
     def run(
         hidden: jax.Array,
@@ -216,11 +234,13 @@ def linear_policy_loss(
         rows["row_map"], shared["support_ids"] = row_map.apart()
         for name, record in zip(("divergence", "centering"), records, strict=True):
             rows[name], shared[name] = _without_head(with_usable_temperature(record))
+        # what a loop over tokens carries varies as all that it reads; recorded logits vary over the vocabulary too
+        spread = partial(varying_like, (hidden, rows, shared["support_ids"]), but=shard.axes)
         loss, statistics, per_token = _with_gradients(
             step,
-            hidden,
-            varying_like(hidden, row_map.of_head(weight)),
-            None if bias is None else varying_like(hidden, row_map.of_head(bias)),
+            spread(hidden),
+            spread(row_map.of_head(weight)),
+            None if bias is None else spread(row_map.of_head(bias)),
             rows.pop("mask"),
             rows,
             shared,
@@ -285,6 +305,7 @@ class _Step(NamedTuple):
     entropy: bool
     diagnostics: bool
     chunk: int
+    shard: Shard
 
     def values(
         self, head: LinearHead, valid: jax.Array, rows: dict[str, Any], shared: _Shared
@@ -293,8 +314,8 @@ class _Step(NamedTuple):
         z = head.uncapped(working_dtype(head.hidden, head.weight))
         logits = head.capped(z)
         mapped, sampled = rows["row_map"].of_chunk(shared["support_ids"]), rows["tokens"][:, None]
-        policy = Normalized.of(mapped.logits(logits))
-        log_prob = policy.log_prob(mapped.at(entries(logits, sampled), sampled))[:, 0]
+        policy, width = Normalized.of(mapped.logits(logits), self.shard), logits.shape[-1]
+        log_prob = policy.log_prob(mapped.at(entries(logits, sampled, None, self.shard), sampled))[:, 0]
         divergence, centering = rows["divergence"], rows["centering"]
         broken = broken_tokens(rows["tokens"], (divergence, centering), mapped)
         log_normalizer = policy.top + policy.log_total
@@ -315,10 +336,13 @@ class _Step(NamedTuple):
                 _with_head(centering, shared["centering"]), logits=logits, log_normalizer=log_normalizer, rows=mapped
             )
             values, everywhere = self.centering_term(outcomes, rows, valid, divergence)
-            found = found._replace(loss=found.loss + jnp.sum(values).astype(found.loss.dtype))
+            value = jnp.sum(values) if outcomes.tail else self.shard.total(jnp.sum(values))
+            found = found._replace(loss=found.loss + value.astype(found.loss.dtype))
             if isinstance(centering, TopKCentering):
-                row, column = jnp.arange(len(logits))[:, None], inside_vocabulary(centering.ids, logits.shape[-1])
-                everywhere = jnp.zeros_like(logits).at[row, column].add(everywhere.astype(logits.dtype))
+                row, column = jnp.arange(len(logits))[:, None], self.local(centering.ids, width)
+                # an index from the end is not meant
+                column = jnp.where(column < 0, width, column)
+                everywhere = jnp.zeros_like(logits).at[row, column].add(everywhere.astype(logits.dtype), mode="drop")
         # a NaN whatever the objective makes of the token
         poison = jnp.where(broken, jnp.nan, 0.0).astype(self.dtype)
         found = found._replace(loss=found.loss + jnp.sum(poison), gradient=found.gradient + poison)
@@ -359,17 +383,21 @@ class _Step(NamedTuple):
         found = self.in_pass(zero, rows, zero > 0.0, None if divergence is None else zero)
         return _Sums(found.loss, found.diagnostics)
 
+    def local(self, ids: jax.Array, width: int) -> jax.Array:
+        """Ids counted from the device's first column, with that of the vocabulary's first one for ids outside it."""
+        return self.shard.local(inside_vocabulary(ids, self.shard.vocabulary(width)), width)
+
     def gradient_of_logits(self, ids: jax.Array, slope: jax.Array, of: _OfLogits) -> tuple[jax.Array, jax.Array]:
         """∂loss/∂z = (slope (1[v = token] − π(v)) + C(v) − π(v) Σ C) / T, z = h Wᵀ + b, and which rows have any.
 
         Times the soft-cap's derivative. C is a derivative in all log-probs, if there is one.
         """
         probability, z, rows, everywhere = of
-        here = one_hot(inside_vocabulary(ids, z.shape[-1]), z)
+        here = one_hot(self.local(ids, z.shape[-1]), z)
         moves, gradient = slope != 0.0, (jnp.where(here, 1.0, 0.0) - probability) * rows.over_temperature(slope)[:, None]
         if everywhere is not None:
-            moves = moves | jnp.any(everywhere != 0.0, axis=-1)
-            total = jnp.sum(everywhere, axis=-1, keepdims=True)
+            moves = moves | (self.shard.total(jnp.sum(everywhere != 0.0, axis=-1)) > 0)
+            total = self.shard.total(jnp.sum(everywhere, axis=-1, keepdims=True))
             gradient = gradient + rows.over_temperature(everywhere - probability * total)
         gradient = before_softcap(gradient, z, self.logit_softcap)
         # by selection: a dropped token's row may hold a NaN
@@ -435,7 +463,7 @@ def _sweep(
             of_logits, moves = step.gradient_of_logits(chunk_rows["tokens"], slope, of)
             # a dropped token's hidden state may hold a NaN too
             h = jnp.where(moves[:, None], h, jnp.zeros((), h.dtype))
-            head_sums, of_hidden = head_sums.plus(of_logits, h, weight, needed)
+            head_sums, of_hidden = head_sums.plus(of_logits, h, weight, needed, step.shard)
             figures |= of_hidden
         return (sums.plus(found), head_sums), figures
 

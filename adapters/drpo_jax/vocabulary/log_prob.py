@@ -24,9 +24,11 @@ from drpo_jax._sharding import in_auto_mode, varying_like
 from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
 from drpo_jax.vocabulary.divergences import LinearHead
 from drpo_jax.vocabulary.row_map import RowMap, Rows
+from drpo_jax.vocabulary.shards import Shard
 from drpo_jax.vocabulary.softmax import Normalized, at_entries, entries, masked, outside_vocabulary
 
 if TYPE_CHECKING:
+    from drpo_jax.vocabulary.shards import Axis
     from drpo_jax.vocabulary.support import Support
 
 __all__ = ["TokenLogProb", "linear_log_prob", "selected_log_prob", "token_log_prob"]
@@ -55,6 +57,7 @@ def token_log_prob(
     support: Support | None = None,
     vocabulary_size: int | None = None,
     entropy: bool = False,
+    vocabulary_axis: Axis | None = None,
 ) -> TokenLogProb:
     """Log-prob log π(token) = x(token) − log Σ_v e^x(v), x = logits/T, of each sampled token, differentiable in reverse mode.
 
@@ -84,6 +87,9 @@ def token_log_prob(
         Logits from this id on are padding, which has no probability and a gradient of exactly 0. None: there is none.
     entropy
         Also compute the entropy −Σ_v π(v) log π(v).
+    vocabulary_axis
+        Vocabulary-parallel, inside `jax.shard_map`: the mesh axis, or axes, along which the columns of the logits are divided.
+        Its devices have the same of everything else, and get the same results. See `docs/how-to/tensor-parallelism.md`.
 
     Returns
     -------
@@ -96,7 +102,8 @@ def token_log_prob(
     TypeError
         If an array is not a JAX array or has a wrong dtype, or a number is none.
     ValueError
-        If shapes disagree, or a number is out of its range.
+        If shapes disagree, a number is out of its range, or an array is divided along the `vocabulary_axis` that must not
+        be, or isn't.
 
     See Also
     --------
@@ -117,7 +124,9 @@ def token_log_prob(
     check_logits("logits", logits)
     leading, of = logits.shape[:-1], "logits without its last axis"
     _check_columns(tokens, mask, top_k_ids, leading, of)
-    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1])
+    replicated = {"tokens": tokens, "mask": mask, "top_k_ids": top_k_ids, "temperature": temperature, "support": support}
+    shard = Shard.of(vocabulary_axis, {"logits": logits}, replicated)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1], shard=shard)
 
     def run(
         logits: jax.Array, row_map: RowMap, tokens: jax.Array, mask: jax.Array | None, top_k_ids: jax.Array | None
@@ -142,6 +151,7 @@ def linear_log_prob(
     logit_softcap: float | None = None,
     entropy: bool = False,
     chunk_tokens: int = 256,
+    vocabulary_axis: Axis | None = None,
 ) -> TokenLogProb:
     """Log-prob log π of each sampled token from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
 
@@ -173,6 +183,8 @@ def linear_log_prob(
         Also compute the entropy −Σ_v π(v) log π(v).
     chunk_tokens
         How many tokens' logits exist at once.
+    vocabulary_axis
+        See `drpo_jax.linear_policy_loss`.
 
     Returns
     -------
@@ -185,7 +197,8 @@ def linear_log_prob(
     TypeError
         If an array is not a JAX array or has a wrong dtype, or a number is none.
     ValueError
-        If shapes disagree, or a number is out of its range.
+        If shapes disagree, a number is out of its range, or an array is divided along the `vocabulary_axis` that must not
+        be, or isn't.
 
     See Also
     --------
@@ -211,8 +224,11 @@ def linear_log_prob(
     check_head(hidden, weight, bias)
     leading, of = hidden.shape[:-1], "hidden without its last axis"
     _check_columns(tokens, mask, top_k_ids, leading, of)
-    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=weight.shape[0])
-    head = _Head(logit_softcap, entropy, min(chunk_tokens, max(1, tokens.size)))
+    replicated: dict[str, Any] = {"hidden": hidden, "tokens": tokens, "mask": mask, "top_k_ids": top_k_ids}
+    replicated |= {"temperature": temperature, "support": support}
+    shard = Shard.of(vocabulary_axis, {"weight": weight, "bias": bias}, replicated)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=weight.shape[0], shard=shard)
+    head = _Head(logit_softcap, entropy, min(chunk_tokens, max(1, tokens.size)), shard)
 
     def run(
         hidden: jax.Array,
@@ -225,8 +241,9 @@ def linear_log_prob(
     ) -> tuple[None, TokenLogProb]:
         columns = _columns(tokens, top_k_ids, row_map.vocabulary)
         valid = jnp.ones(leading, dtype=bool) if mask is None else mask
-        weight = varying_like(hidden, row_map.of_head(weight))
-        bias = None if bias is None else varying_like(hidden, row_map.of_head(bias))
+        spread = partial(varying_like, (hidden, columns, valid, row_map))
+        hidden, weight = spread(hidden), spread(row_map.of_head(weight))
+        bias = None if bias is None else spread(row_map.of_head(bias))
         found = _linear_log_prob(head, hidden, weight, bias, columns, valid, row_map)
         return None, found.named(top_k_ids)
 
@@ -244,6 +261,7 @@ def selected_log_prob(
 ) -> TokenLogProb:
     """`token_log_prob` of checked arrays."""
     columns = masked(_columns(tokens, top_k_ids, row_map.vocabulary), mask)
+    logits = varying_like((columns, mask, row_map), logits, but=row_map.shard.axes)
     return _token_log_prob(entropy, logits, columns, mask, row_map.kept(mask)).named(top_k_ids)
 
 
@@ -305,7 +323,7 @@ def _measured(
     z: jax.Array, chosen: jax.Array, columns: jax.Array, rows: Rows, *, entropy: bool
 ) -> tuple[jax.Array, _Statistics]:
     """log π of the chosen entries of the logits, NaN where a column is outside the vocabulary; and the statistics."""  # noqa: D403
-    policy = Normalized.of(rows.logits(z))
+    policy = Normalized.of(rows.logits(z), rows.shard)
     log_probs = jnp.where(_usable(columns, rows) < 0, jnp.nan, policy.log_prob(rows.at(chosen, columns)))
     return log_probs, _Statistics(policy.top, policy.log_total, policy.entropy if entropy else None)
 
@@ -322,7 +340,7 @@ def _pulled(z: jax.Array, columns: jax.Array, statistics: _Statistics, cotangent
         g = jnp.where(holds, g, 0.0)
     g = jnp.where((_usable(columns, rows) < 0) & (cotangents.log_probs != 0.0), jnp.nan, g)
     scale = cotangents.log_normalizer - jnp.sum(g, axis=-1)
-    gradient = at_entries(g, columns, like=log_probs) + probability * scale[..., None]
+    gradient = at_entries(g, columns, log_probs, rows.shard) + probability * scale[..., None]
     if statistics.entropy is not None and cotangents.entropy is not None:
         surprise = jnp.where(probability > 0.0, log_probs, 0.0) + statistics.entropy[..., None]
         gradient = gradient - cotangents.entropy[..., None] * probability * surprise
@@ -372,7 +390,7 @@ def _forward(
     row_map: RowMap,
 ) -> tuple[_Found, _Kept]:
     z = _working(logits, mask)
-    chosen = entries(logits, columns, mask).astype(z.dtype)
+    chosen = entries(logits, columns, mask, row_map.shard).astype(z.dtype)
     log_probs, statistics = _measured(z, chosen, columns, row_map.ready(), entropy=entropy)
     found = _Found(log_probs, statistics.entropy, statistics.top + statistics.log_total)
     return _where(mask, found), _Kept(logits, columns, mask, statistics, row_map)
@@ -401,6 +419,7 @@ class _Head:
     logit_softcap: float | None
     entropy: bool
     chunk: int
+    shard: Shard
 
     def logits(self, hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Logits, and z = h Wᵀ + b."""
@@ -441,7 +460,7 @@ def _head_forward(
         h, (ids, chunk_map) = taken
         logits, _ = head.logits(h, weight, bias)
         rows = chunk_map.of_chunk(support_ids)
-        log_probs, statistics = _measured(logits, entries(logits, ids), ids, rows, entropy=head.entropy)
+        log_probs, statistics = _measured(logits, entries(logits, ids, None, head.shard), ids, rows, entropy=head.entropy)
         return sums, {"log_probs": log_probs} | statistics._asdict()
 
     taken = (columns, per_token)
@@ -480,7 +499,7 @@ def _head_backward(head: _Head, kept: tuple[Any, ...], cotangents: _Found) -> tu
         h, (ids, of_softmax, pulled, chunk_map) = taken
         logits, z = head.logits(h, weight, bias)
         of_logits = _pulled(logits, ids, of_softmax, pulled, chunk_map.of_chunk(support_ids))
-        return sums.plus(before_softcap(of_logits, z, head.logit_softcap), h, weight, needed)
+        return sums.plus(before_softcap(of_logits, z, head.logit_softcap), h, weight, needed, head.shard)
 
     head_sums, of_hidden = over_chunks(
         of_chunk,

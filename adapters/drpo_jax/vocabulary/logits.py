@@ -18,7 +18,14 @@ from drpo_jax._sharding import in_auto_mode
 from drpo_jax.centering import centering_term
 from drpo_jax.loss import mode_loss
 from drpo_jax.vocabulary.centering import check_centering, outcomes_of
-from drpo_jax.vocabulary.divergences import broken_tokens, check_divergence, keep_valid, measure, with_usable_temperature
+from drpo_jax.vocabulary.divergences import (
+    broken_tokens,
+    check_divergence,
+    keep_valid,
+    measure,
+    shard_of,
+    with_usable_temperature,
+)
 from drpo_jax.vocabulary.log_prob import selected_log_prob
 from drpo_jax.vocabulary.row_map import RowMap, Rows
 
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_jax.vocabulary.centering import Centering
     from drpo_jax.vocabulary.divergences import Divergence
+    from drpo_jax.vocabulary.shards import Axis
     from drpo_jax.vocabulary.support import Support
 
 __all__ = ["VocabularyLoss", "logits_policy_loss"]
@@ -65,6 +73,7 @@ def logits_policy_loss(
     support: Support | None = None,
     vocabulary_size: int | None = None,
     entropy: bool = False,
+    vocabulary_axis: Axis | None = None,
     diagnostics: bool = True,
 ) -> VocabularyLoss:
     """Policy loss of tokens from logits, differentiable in reverse mode.
@@ -104,6 +113,8 @@ def logits_policy_loss(
         Logits from this id on are padding, which has no probability and a gradient of exactly 0. None: there is none.
     entropy
         Also return the entropies.
+    vocabulary_axis
+        See `drpo_jax.token_log_prob`. Logits in a record are divided as these are.
     diagnostics
         Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
 
@@ -117,7 +128,8 @@ def logits_policy_loss(
     TypeError
         If an array is not a JAX array or has a wrong dtype, a number is none, or the reduction is unknown.
     ValueError
-        If shapes disagree, or a number is out of its range.
+        If shapes disagree, a number is out of its range, or an array is divided along the `vocabulary_axis` that must not
+        be, or isn't.
 
     See Also
     --------
@@ -147,7 +159,6 @@ def logits_policy_loss(
     leading, vocabulary, of = logits.shape[:-1], logits.shape[-1], "logits without its last axis"
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
     check_tokens(leading, of, **batch)
-    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=vocabulary)
     check_divergence(divergence, leading, vocabulary)
     check_centering(centering, objective, leading, vocabulary)
     divergence, centering = map(with_usable_temperature, (divergence, centering))
@@ -158,6 +169,10 @@ def logits_policy_loss(
     dtype = working_dtype(logits, behavior_log_prob, advantages, *measured)
     reduction = reduction_of(objective, reduction)
     options: dict[str, Any] = {"normalizer": normalizer, "token_weights": token_weights, "segment_ids": segment_ids}
+    mapped = {"temperature": temperature, "support": support}
+    arrays_of_tokens = batch | others | options | mapped
+    shard = shard_of(vocabulary_axis, {"logits": logits}, arrays_of_tokens, divergence=divergence, centering=centering)
+    row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=vocabulary, shard=shard)
 
     def run(
         logits: jax.Array,
@@ -228,7 +243,8 @@ def _centering_term(
     def term(logits: jax.Array, log_normalizer: jax.Array, constants: Any) -> jax.Array:  # noqa: ANN401 -- a pytree
         centering, rows, per_token = constants
         log_prob, recorded, tail = outcomes_of(centering, logits=logits, log_normalizer=log_normalizer, rows=rows, mask=mask)
-        return centering_term(objective, log_prob, jax.lax.stop_gradient(recorded | per_token), tail=tail)
+        found = centering_term(objective, log_prob, jax.lax.stop_gradient(recorded | per_token), tail=tail)
+        return found if tail else rows.shard.total(found)
 
     per_token = {"advantages": advantages, "divergence": divergence, "mask": mask}
     return term(logits, log_normalizer, jax.lax.stop_gradient((centering, rows, per_token)))  # type: ignore[no-any-return]

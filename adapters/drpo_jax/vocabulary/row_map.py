@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from drpo_core._checks import check_number
 from drpo_jax._checks import check_float, check_shape
+from drpo_jax.vocabulary.shards import WHOLE, Shard
 from drpo_jax.vocabulary.softmax import inside_vocabulary, outside_vocabulary
 from drpo_jax.vocabulary.support import Support, check_support, is_member, members, membership, some_bit
 
@@ -32,7 +33,9 @@ def usable(temperature: jax.Array) -> jax.Array:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=[*_PER_TOKEN, "ids"], meta_fields=["temperature", "vocabulary", "width"]
+    jax.tree_util.register_dataclass,
+    data_fields=[*_PER_TOKEN, "ids"],
+    meta_fields=["temperature", "vocabulary", "width", "shard"],
 )
 @dataclass(frozen=True, slots=True, eq=False)
 class RowMap:
@@ -51,6 +54,7 @@ class RowMap:
     end: jax.Array | None = None
     bits: jax.Array | None = None
     ids: jax.Array | None = None
+    shard: Shard = WHOLE
 
     @classmethod
     def of(
@@ -62,9 +66,10 @@ class RowMap:
         leading: tuple[int, ...],
         of: str,
         width: int,
+        shard: Shard = WHOLE,
     ) -> RowMap:
-        """Of arguments, which are checked. The arrays are constants."""
-        size = width
+        """Of arguments, which are checked; `width` is that of a device's part. The arrays are constants."""
+        size = width = shard.vocabulary(width)
         if vocabulary_size is not None:
             size = int(check_number("vocabulary_size", vocabulary_size, at_least=1, at_most=width, whole=True))
         arrays: dict[str, Any] = {}
@@ -80,7 +85,7 @@ class RowMap:
             if support.offsets is not None:
                 offsets = support.offsets.astype(jnp.int64 if support.offsets.dtype.itemsize > 4 else jnp.int32)
                 arrays |= {"first": offsets[:-1].reshape(leading), "end": offsets[1:].reshape(leading)}
-        return cls(number, size, width, **arrays)
+        return cls(number, size, width, **arrays, shard=shard)
 
     def kept(self, mask: jax.Array | None) -> RowMap:
         """With 0 at masked tokens, whatever was there: no support, and a temperature of 1."""
@@ -111,20 +116,20 @@ class RowMap:
             empty = self.end <= self.first
         elif rows is not None:
             empty = ~some_bit(rows, self.vocabulary)
-        return Rows(self.temperature, self.vocabulary, self.width, self.temperatures, rows, empty, wrong)
+        return Rows(self.temperature, self.vocabulary, self.width, self.temperatures, rows, empty, wrong, self.shard)
 
     def of_head(self, array: jax.Array) -> jax.Array:
         """A head's weight (V, H) or bias (V,), with 0 at the padding: what that holds enters no product."""
         if self.vocabulary == self.width:
             return array
-        real = jax.lax.broadcasted_iota(jnp.int32, array.shape, 0) < self.vocabulary
+        real = jax.lax.broadcasted_iota(jnp.int32, array.shape, 0) + self.shard.start(len(array)) < self.vocabulary
         return jnp.where(real, array, jnp.zeros((), array.dtype))
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["temperatures", "rows", "empty", "wrong"],
-    meta_fields=["temperature", "vocabulary", "width"],
+    meta_fields=["temperature", "vocabulary", "width", "shard"],
 )
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
@@ -140,6 +145,7 @@ class Rows:
     rows: jax.Array | None
     empty: jax.Array | None
     wrong: jax.Array | None
+    shard: Shard
 
     def ready(self) -> Rows:
         """Itself."""
@@ -202,8 +208,8 @@ class Rows:
         """True in the support and the vocabulary, in rows (…, V) of this shape; None if that is everything."""
         inside = None
         if self.rows is not None and self.empty is not None:
-            inside = membership(self.rows, self.width) | self.empty[..., None]
+            inside = self.shard.part(membership(self.rows, self.width), shape[-1]) | self.empty[..., None]
         if self.vocabulary == self.width:
             return inside
-        real = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < self.vocabulary
+        real = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) + self.shard.start(shape[-1]) < self.vocabulary
         return real if inside is None else inside & real

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from drpo_jax.vocabulary.shards import WHOLE, Shard
+
 __all__ = [
     "Normalized",
     "at_entries",
@@ -30,24 +32,25 @@ class Normalized(NamedTuple):
     top: jax.Array
     log_total: jax.Array
     probability: jax.Array
+    shard: Shard
 
     @classmethod
-    def of(cls, z: jax.Array) -> Normalized:
-        """Of rows (…, V)."""
+    def of(cls, z: jax.Array, shard: Shard = WHOLE) -> Normalized:
+        """Of rows (…, V), or of a device's part of them."""
         # the maximum of a row of −inf would make NaN of every entry; what is subtracted has no derivative of its own
-        top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+        top = shard.largest(jnp.max(z, axis=-1, keepdims=True))
         top = jnp.where(top == -jnp.inf, 0.0, top)
         shifted = z - top
         e = jnp.exp(shifted)
-        total = jnp.sum(e, axis=-1, keepdims=True)
-        return cls(shifted, top[..., 0], jnp.log(total)[..., 0], e / total)
+        total = shard.total(jnp.sum(e, axis=-1, keepdims=True))
+        return cls(shifted, top[..., 0], jnp.log(total)[..., 0], e / total, shard)
 
     @property
     def entropy(self) -> jax.Array:
         """−Σ π log π, where an entry of probability 0 counts nothing."""
         # selected before multiplying: 0 · −inf is a NaN, which jax_debug_nans would raise for
         expected = jnp.sum(self.probability * jnp.where(self.probability > 0.0, self.shifted, 0.0), axis=-1)
-        return self.log_total - expected
+        return self.log_total - self.shard.total(expected)
 
     def log_prob(self, chosen: jax.Array) -> jax.Array:
         """log π of entries z (…, C) of the rows."""  # noqa: D403 -- a formula
@@ -68,14 +71,16 @@ def inside_vocabulary(ids: jax.Array, vocabulary: int) -> jax.Array:
     return jnp.where(outside_vocabulary(ids, vocabulary), 0, ids.astype(jnp.int32))
 
 
-def entries(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def entries(rows: jax.Array, ids: jax.Array, mask: jax.Array | None = None, shard: Shard = WHOLE) -> jax.Array:
     """The entries (…, K) of rows (…, V) at ids (…, K): 0 in rows that the mask leaves out, and anything for other ids."""
-    inside = inside_vocabulary(ids, rows.shape[-1])
-    if mask is None:
+    width = rows.shape[-1]
+    inside = shard.local(inside_vocabulary(ids, shard.vocabulary(width)), width)
+    if mask is None and shard.axis is None:
         return jnp.take_along_axis(rows, inside, axis=-1, mode="promise_in_bounds")
     # by an index beyond the row: of rows that are replaced beforehand, a gather would have all written to memory
-    inside = jnp.where(mask[..., None], inside, rows.shape[-1])
-    return jnp.take_along_axis(rows, inside, axis=-1, mode="fill", fill_value=0.0)
+    here = (inside >= 0) if mask is None else (inside >= 0) & mask[..., None]
+    found = jnp.take_along_axis(rows, jnp.where(here, inside, width), axis=-1, mode="fill", fill_value=0.0)
+    return shard.total(found)
 
 
 def one_hot(ids: jax.Array, like: jax.Array) -> jax.Array:
@@ -83,11 +88,15 @@ def one_hot(ids: jax.Array, like: jax.Array) -> jax.Array:
     return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, like.shape, like.ndim - 1)
 
 
-def at_entries(values: jax.Array, ids: jax.Array, like: jax.Array) -> jax.Array:
+def at_entries(values: jax.Array, ids: jax.Array, like: jax.Array, shard: Shard = WHOLE) -> jax.Array:
     """Rows (…, V) of zeros with the values (…, K) added at ids (…, K), what `entries` is transposed."""
-    inside = inside_vocabulary(ids, like.shape[-1])
+    width = like.shape[-1]
+    inside = shard.local(inside_vocabulary(ids, shard.vocabulary(width)), width)
     if ids.shape[-1] == 1:
         return jnp.where(one_hot(inside[..., 0], like), values, 0.0)
+    if shard.axis is not None:
+        here = (inside >= 0) & (inside < width)
+        inside, values = jnp.where(here, inside, 0), jnp.where(here, values, 0.0)
     (rows,) = jax.linear_transpose(lambda rows: entries(rows, inside), like)(values)
     return rows  # type: ignore[no-any-return]
 

@@ -30,7 +30,7 @@ from drpo_torch.vocabulary.recorded import (
     product_dtype,
     products_like,
 )
-from drpo_torch.vocabulary.row_map import check_row_temperature, check_vocabulary_size, row_map
+from drpo_torch.vocabulary.row_map import check_row_temperature, row_map
 from drpo_torch.vocabulary.softmax import Places, Pull, working_dtype
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from drpo_core.loss import Engine, PolicyLoss
     from drpo_core.reduction import Reduction
     from drpo_torch.vocabulary.recorded import Centering, Divergence
+    from drpo_torch.vocabulary.shards import Shard
     from drpo_torch.vocabulary.softmax import Tempering
     from drpo_torch.vocabulary.support import Support
 
@@ -84,12 +85,11 @@ class Arguments:
     entropy: bool
     engine: Engine
 
-    def check(self, leading: Sequence[int], columns: int, beside: torch.Tensor, softcap: float | None = None) -> Tempering:
+    def check(self, leading: Sequence[int], shard: Shard, beside: torch.Tensor, softcap: float | None = None) -> Tempering:
         """The step to the policy's logits.
 
-        Raises unless everything fits tokens of this shape, with so many logits each, on the device of `beside`.
+        Raises unless everything fits tokens of this shape, over this vocabulary, on the device of `beside`.
         """
-        vocabulary = check_vocabulary_size(self.vocabulary_size, columns)
         check_objective(self.objective)
         kinds = {"tokens": "integral", "mask": "bool", "segment_ids": "integral"}
         optional = ("token_weights", "segment_ids", "proximal_log_prob", "reference_log_prob")
@@ -99,7 +99,7 @@ class Arguments:
                 continue
             check_untransformed(name, check_tensor(name, tensor, kinds.get(name, "real floating"), beside=beside))
             check_shape(name, tensor, leading, "the tokens")
-        check_ids("tokens", self.tokens, vocabulary, valid=self.mask)
+        check_ids("tokens", self.tokens, shard.vocabulary, valid=self.mask)
         divergence: object = self.divergence
         if isinstance(divergence, torch.Tensor):
             check_untransformed("divergence", check_tensor("divergence", divergence, beside=beside))
@@ -112,13 +112,13 @@ class Arguments:
             if isinstance(record, (TopKDivergence, TopKCentering)):
                 ids = check_tensor(f"{name}.ids", record.ids, "integral", beside=beside)
                 check_top_k_ids(f"{name}.ids", ids, leading)
-                check_ids(f"{name}.ids", ids, vocabulary, valid=self.mask)
+                check_ids(f"{name}.ids", ids, shard.vocabulary, valid=self.mask)
             elif isinstance(record, (FullDivergence, FullCentering)):
-                self._check_full(f"{name}.behavior", record.behavior, leading, columns, beside)
+                self._check_full(f"{name}.behavior", record.behavior, leading, shard.columns, beside)
                 check_row_temperature(f"{name}.temperature", record.temperature, leading, beside, self.mask)
         self._check_centering()
-        known: dict[str, Any] = {"size": vocabulary, "leading": leading, "beside": beside, "columns": columns}
-        return row_map(self.temperature, self.support, self.tokens, self.mask, softcap=softcap, **known)
+        known: dict[str, Any] = {"size": shard.vocabulary, "leading": leading, "beside": beside, "columns": shard.all_columns}
+        return shard.narrowed(row_map(self.temperature, self.support, self.tokens, self.mask, softcap=softcap, **known))
 
     def _check_centering(self) -> None:
         """Raise for what is no centring, or none of this mode."""
@@ -181,9 +181,9 @@ class Found(NamedTuple):
 class TokenBatch:
     """Flat tokens of one call. `step` takes what is known of a chunk and gives the final gradient in its logits."""
 
-    def __init__(self, arguments: Arguments, dtype: torch.dtype, tempering: Tempering) -> None:
+    def __init__(self, arguments: Arguments, dtype: torch.dtype, tempering: Tempering, shard: Shard) -> None:
         given, mask = arguments, arguments.mask
-        self.tempering = tempering
+        self.tempering, self.shard = tempering, shard
         measured = given.divergence if isinstance(given.divergence, torch.Tensor) else None
         others = (given.behavior_log_prob, given.advantages, *(() if measured is None else (measured,)))
         self.given, self.row_dtype = given, working_dtype(dtype)
@@ -200,7 +200,7 @@ class TokenBatch:
         self.full_term = None
         if isinstance(given.centering, FullCentering):
             behavior = BehaviorLogits(given.centering, tempering)
-            self.full_term = FullTerm(given.objective, behavior, self.advantages, given.engine, self.row_dtype)
+            self.full_term = FullTerm(given.objective, behavior, self.advantages, given.engine, self.row_dtype, shard)
         self.valid = Places.where(mask.reshape(-1))
         self.log_prob = self._zeros()
         self.entropy = self._zeros() if given.entropy else None
@@ -223,9 +223,10 @@ class TokenBatch:
         tempering = self.tempering.at(rows.key)
         if self.behavior is not None and isinstance(self.given.divergence, FullDivergence):
             parts = []
-            for part, recorded, at in self.behavior.chunks(rows, logits.shape[-1], self.row_dtype):
+            for part, recorded, at in self.behavior.chunks(rows, self.shard.widest, self.row_dtype):
                 policy, behavior = tempering.at(part), self.behavior.tempering.at(rows[part].key)
-                found = full_divergence_rows(module, logits, places[part], policy, recorded, at, behavior)
+                pair = (logits, places[part], policy), (recorded, at, behavior)
+                found = full_divergence_rows(module, *pair[0], *pair[1], self.shard)
                 parts.append(getattr(found, self.given.divergence.kind))
             divergence = torch.cat(parts)
         if self.full_term is not None:

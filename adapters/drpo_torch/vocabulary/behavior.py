@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from drpo_torch.vocabulary.graph import rows_of
 from drpo_torch.vocabulary.recorded import LinearHead, head_logits, product_dtype
 from drpo_torch.vocabulary.softmax import Places, working_dtype
 
@@ -34,7 +35,7 @@ class BehaviorLogits:
         self._matrix: torch.Tensor | None = None
         self._head: LinearHead | None = None
         if not isinstance(recorded.behavior, LinearHead):
-            self._matrix = recorded.behavior.detach().reshape(-1, recorded.behavior.shape[-1])[:, :size]
+            self._matrix = rows_of(recorded.behavior.detach())[:, :size]
             return
         head = recorded.behavior
         dtype = product_dtype(head.hidden, head.weight)
@@ -43,7 +44,10 @@ class BehaviorLogits:
         self._head = LinearHead(hidden, head.weight.detach()[:size].to(dtype), bias)
 
     def chunks(self, rows: Places, vocabulary: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor, Places]]:
-        """Parts of these rows, each with a matrix that holds their logits, and their places in it."""
+        """Parts of these rows, each with a matrix that holds their logits, and their places in it.
+
+        `vocabulary`: the most columns that a rank holds, so that all have the same parts.
+        """
         size = max(1, len(rows))
         if self._head is not None:
             size = max(1, _HEAD_BYTES // (vocabulary * dtype.itemsize))
@@ -66,7 +70,7 @@ class BehaviorLogits:
                 return self.tempering.at(index[step])(self._matrix[index[step]])
             assert self._head is not None
             if step.start < first or step.stop > last:
-                row = len(self._head.weight) * working_dtype(self._head.weight.dtype).itemsize
+                row = max(1, len(self._head.weight)) * working_dtype(self._head.weight.dtype).itemsize
                 first, last = step.start, max(step.stop, min(step.start + _HEAD_BYTES // row, len(index)))
                 logits = self._of_head(index[first:last])
             return self.tempering.at(index[step])(logits[step.start - first : step.stop - first])

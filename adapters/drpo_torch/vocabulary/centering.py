@@ -11,13 +11,14 @@ from drpo_core.modes.mode import Mode, is_whole_mode
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.divergences import repeated
-from drpo_torch.vocabulary.softmax import Workspace
+from drpo_torch.vocabulary.softmax import Statistics, Workspace
 
 if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.loss import Engine
     from drpo_torch.vocabulary.behavior import BehaviorLogits
     from drpo_torch.vocabulary.recorded import TopKCentering
+    from drpo_torch.vocabulary.shards import Shard
     from drpo_torch.vocabulary.softmax import Places, Tempering
 
 __all__ = ["CenteredRows", "FullTerm", "Measured", "top_k_terms"]
@@ -75,9 +76,15 @@ class FullTerm:
         advantages: torch.Tensor,
         engine: Engine,
         dtype: torch.dtype,
+        shard: Shard,
     ) -> None:
         self.objective, self.behavior, self.advantages = objective, behavior, advantages
-        self.engine, self.dtype = engine, dtype
+        self.engine, self.dtype, self.shard = engine, dtype, shard
+        # of μ at each token, where this rank doesn't see all of its logits
+        self._normalizers: Statistics | None = None
+        if shard.group is not None:
+            nothing = torch.zeros(advantages.shape, dtype=dtype, device=advantages.device)
+            self._normalizers = Statistics(nothing, nothing.clone(), None, nothing)
 
     def measure(
         self, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering, divergence: torch.Tensor | None
@@ -85,13 +92,31 @@ class FullTerm:
         """What is known of rows whose logits are at these places, before their gradient is formed."""
         work = Workspace(logits.shape[-1], self.dtype, logits.device)
         measured = torch.empty((3, len(rows)), dtype=self.dtype, device=logits.device)
+        whole = self._normalize(rows, logits, places, tempering)
         of_rows = CenteredRows(self, rows.index, divergence, torch.ones_like(measured[0]), measured[2])
         for step, buffer, _ in work.steps(len(rows)):
-            log_prob = log_softmax(tempering.at(step)(work.take(logits, places[step].key), buffer))
+            x = tempering.at(step)(work.take(logits, places[step].key), buffer)
+            log_prob = log_softmax(x) if whole is None else whole.at(step).log_prob(x)
             coefficients = of_rows.of(step, log_prob)
             measured[1, step], measured[2, step] = coefficients.sum(-1), coefficients.abs().sum(-1)
             measured[0, step] = coefficients.mul_(log_prob.masked_fill_(log_prob == -torch.inf, 0.0)).sum(-1)
-        return Measured(*measured)
+        return Measured(*self.shard.total(measured))
+
+    def behavior_log_prob(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Log μ of a few tokens from their logits."""
+        logits = logits.to(self.dtype)
+        return log_softmax(logits) if self._normalizers is None else self._normalizers.at(index).log_prob(logits)
+
+    def _normalize(self, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering) -> Statistics | None:
+        """Learn the normalisers of both policies from all ranks; returns those of π, or None where this rank sees all."""
+        if self._normalizers is None:
+            return None
+        for part, recorded, at in self.behavior.chunks(rows, self.shard.widest, self.dtype):
+            tempering_of_part = self.behavior.tempering.at(rows[part].key)
+            found = self.shard.normalizers(None, recorded, at, tempering_of_part)
+            self._normalizers.maximum[rows[part].index] = found.maximum.to(self.dtype)
+            self._normalizers.log_sum[rows[part].index] = found.log_sum.to(self.dtype)
+        return self.shard.normalizers(None, logits, places, tempering)
 
     def coefficients(
         self, log_prob: torch.Tensor, behavior: torch.Tensor, advantages: torch.Tensor, divergence: torch.Tensor | None
@@ -142,9 +167,10 @@ class CenteredRows:
 
     def of(self, step: slice, log_prob: torch.Tensor) -> torch.Tensor:
         """Factor times C_v."""
-        term, behavior = self._term, log_softmax(self._behavior(step).to(self._term.dtype))
+        term, index = self._term, self._index[step]
+        behavior = term.behavior_log_prob(self._behavior(step), index)
         divergence = None if self._divergence is None else self._divergence[step]
-        found = term.coefficients(log_prob, behavior, term.advantages[self._index[step]], divergence)
+        found = term.coefficients(log_prob, behavior, term.advantages[index], divergence)
         return found.mul_(self._factor[step, None])
 
     def at_rows(self, rows: torch.Tensor) -> CenteredRows:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from drpo_torch.vocabulary.engines import row_kernels
+from drpo_torch.vocabulary.shards import merged, part_pull, within
 from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
 
 if TYPE_CHECKING:
@@ -23,11 +24,14 @@ _ROWS_MOVED = 16
 
 
 class Kept(NamedTuple):
-    """A chunk's results that its gradient needs: for each part of the vocabulary, statistics and share of the probability."""
+    """A chunk's results that its gradient needs: for each part of the vocabulary, statistics and share of the probability.
+
+    `whole`: the statistics of all parts, on all ranks.
+    """
 
     rows: Places
     columns: torch.Tensor
-    maximum: torch.Tensor
+    whole: Statistics
     statistics: list[Statistics]
     shares: torch.Tensor
 
@@ -35,7 +39,7 @@ class Kept(NamedTuple):
         """The same of some of the tokens."""
         statistics = [of_part.at(alive) for of_part in self.statistics]
         rows = Places(self.rows.index[alive])
-        return Kept(rows, self.columns[alive], self.maximum[alive], statistics, self.shares[:, alive])
+        return Kept(rows, self.columns[alive], self.whole.at(alive), statistics, self.shares[:, alive])
 
 
 class Chunks:
@@ -45,7 +49,8 @@ class Chunks:
         """For up to so many tokens, and so many of their logits at a time."""
         vocabulary, device = head.weight.shape[0], head.weight.device
         self.head, self.tempering, self.module = head, tempering, module
-        self.parts = [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+        starts = range(0, max(1, vocabulary), max(1, width))
+        self.parts = [slice(start, min(start + width, vocabulary)) for start in starts]
         self._storage = torch.empty(rows * width, dtype=head.dtype, device=device)
         self._every = Places.first(rows, device)
         widths = {part.stop - part.start for part in self.parts}
@@ -70,20 +75,22 @@ class Chunks:
 
         `look` is shown each part's logits and their places. `keep`: softmaxes are left in the logits' place.
         """
-        head, every, statistics = self.head, self._every[: len(rows)], []
+        head, shard, every, statistics = self.head, self.head.shard, self._every[: len(rows)], []
         hidden, tempering = head.rows(rows), self.tempering.at(rows.key)
         picked = torch.zeros(columns.shape, dtype=head.row_dtype, device=hidden.device)
         for part in self.parts:
             z = self._view(len(rows), part)
             head.logits(hidden, part, z)
-            index, inside = _within(columns, part)
-            picked = torch.where(inside, tempering.of_columns(z.gather(-1, index), columns), picked)
+            index, inside = within(columns - shard.start, part)
+            if z.shape[1]:
+                picked = torch.where(inside, tempering.of_columns(z.gather(-1, index), columns), picked)
             if look is not None:
                 look(z, every)
-            kernels = self._kernels[z.shape[1]]
-            statistics.append(kernels.statistics(z, every, tempering.part(part), entropy=entropy, keep=z if keep else None))
-        whole, shares = merged(statistics)
-        return whole.log_prob(picked), whole, Kept(rows, columns, whole.maximum, statistics, shares)
+            kernels, of_part = self._kernels[z.shape[1]], tempering.part(shard.of_whole(part))
+            statistics.append(kernels.statistics(z, every, of_part, entropy=entropy, keep=z if keep else None))
+        of_rank, shares = merged(statistics)
+        whole, share, picked = shard.merged(of_rank, picked, columns)
+        return whole.log_prob(picked), whole, Kept(rows, columns, whole, statistics, shares * share)
 
     def backward(self, kept: Kept, pull: Pull, *, recompute: bool, softmax: bool = False) -> None:
         """Add the gradients of a chunk's tokens to the head's; `pull`: of the whole rows, by the columns of `forward`.
@@ -94,20 +101,18 @@ class Chunks:
         hidden, every = head.rows(kept.rows), self._every[: len(kept.rows)]
         tempering = self.tempering.at(kept.rows.key)
         pull, chunk = head.begin(hidden, pull, tempering.temperature)
+        pull = pull._replace(columns=pull.columns - head.shard.start)
         for part, share, statistics in zip(self.parts, kept.shares, kept.statistics, strict=True):
             gradient = self._view(len(kept.rows), part)
             if recompute:
                 head.logits(hidden, part, gradient)
-            index, inside = _within(pull.columns, part)
-            scale, slope = pull.scale, pull.slope
-            if slope is not None:
-                # a part's logits are counted from its own maximum
-                scale, slope = scale - slope * (statistics.maximum - kept.maximum).nan_to_num(), slope * share
-            of_part = Pull(index, torch.where(inside, pull.at, 0.0), scale * share, slope, pull.everywhere)
+            of_part = part_pull(pull, part, share, statistics, kept.whole.maximum)
             kernels = self._kernels[gradient.shape[1]]
-            of_columns = tempering.part(part)
-            kernels.gradients(gradient, every, of_columns, of_part, statistics=statistics, out=gradient, kept=softmax)
-            if recompute:
+            of_columns = tempering.part(head.shard.of_whole(part))
+            # what is derived at all columns needs their log-probs
+            of_rows = statistics if pull.everywhere is None else kept.whole
+            kernels.gradients(gradient, every, of_columns, of_part, statistics=of_rows, out=gradient, kept=softmax)
+            if recompute or head.shard.group is not None:
                 # in a part where every logit is −inf, softmax is NaN
                 gradient.masked_fill_((statistics.maximum == -torch.inf)[:, None], 0.0)
             head.add(gradient, part, chunk)
@@ -127,29 +132,3 @@ class Chunks:
         """The first elements of the buffer, as logits of some rows over a part of the vocabulary."""
         width = part.stop - part.start
         return self._storage[: rows * width].view(rows, width)
-
-
-def merged(parts: list[Statistics]) -> tuple[Statistics, torch.Tensor]:
-    """The statistics of rows from those of parts of them, and each part's share of the probability, (parts, rows)."""
-    if len(parts) == 1:
-        return parts[0], torch.ones_like(parts[0].maximum)[None]
-    maxima = torch.stack([part.maximum for part in parts])
-    nothing = maxima == -torch.inf
-    log_sums = torch.stack([part.log_sum for part in parts]).masked_fill_(nothing, 0.0)
-    maximum = maxima.amax(0)
-    log_sum = torch.logsumexp(maxima - maximum + log_sums, 0)
-    log_shares = maxima - maximum + log_sums - log_sum
-    shares = log_shares.exp()
-    entropy = None
-    if parts[0].entropy is not None:
-        # chain rule: of the part, then within it
-        entropies = torch.stack([part.entropy for part in parts])  # type: ignore[misc]
-        entropy = (entropies - log_shares).mul_(shares).masked_fill_(nothing, 0.0).sum(0)
-    return Statistics(maximum, log_sum, entropy, torch.ones_like(maximum)), shares
-
-
-def _within(columns: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids counted from the start of a part of the vocabulary, clamped to it, and whether they are in it."""
-    size = part.stop - part.start
-    index = columns - part.start
-    return index.clamp(0, size - 1), (index >= 0) & (index < size)

@@ -9,19 +9,24 @@ import torch
 
 from drpo_core import sampled_in_top_k
 from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
-from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_top_k_ids, check_untransformed
+from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.autograd import has_memory, refuse_second_derivative
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.engines import loops
-from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents
-from drpo_torch.vocabulary.row_map import check_row_temperature, check_temperature, check_vocabulary_size, row_map
+from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents, rows_of
+from drpo_torch.vocabulary.row_map import check_row_temperature, check_temperature, row_map
+from drpo_torch.vocabulary.shards import local_part, shard_of_logits
 from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Workspace, working_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
+    import torch.distributed as dist
+
     from drpo_core.loss import Engine
-    from drpo_torch.vocabulary.softmax import Tempering
+    from drpo_torch.vocabulary.shards import Shard
+    from drpo_torch.vocabulary.softmax import Statistics, Tempering
     from drpo_torch.vocabulary.support import Support
 
 __all__ = ["Divergences", "TopK", "full_divergence_rows", "full_divergences", "top_k_divergences", "top_k_rows"]
@@ -43,6 +48,7 @@ def full_divergences(
     behavior_temperature: float | torch.Tensor | None = None,
     support: Support | None = None,
     vocabulary_size: int | None = None,
+    vocabulary_group: dist.ProcessGroup | None = None,
     engine: Engine = "auto",
 ) -> Divergences:
     """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ φ(ℓ) of two policies, φ(t) = e^t − 1 − t, without a log-softmax.
@@ -63,6 +69,8 @@ def full_divergences(
         Restricts both policies to a `Support` a token.
     vocabulary_size
         Logits of both policies from this id on are padding. None: none are.
+    vocabulary_group
+        See `drpo_torch.token_log_prob`; both policies' logits are divided.
     engine
         Of the forward pass. ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds,
         once a process; on the CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they
@@ -99,21 +107,24 @@ def full_divergences(
     >>> round(tv.item(), 5), round(kl.item(), 5)
     (0.1, 0.03238)
     """
-    check_untransformed("logits", check_logits(logits))
+    behavior_logits, vocabulary_group = local_part("behavior_logits", behavior_logits, vocabulary_group, -1)
+    logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
+    check_untransformed("logits", logits)
     check_untransformed("behavior_logits", check_tensor("behavior_logits", behavior_logits, beside=logits))
     check_shape("behavior_logits", behavior_logits, logits.shape, "logits")
     shape = logits.shape
-    known: dict[str, Any] = {"size": check_vocabulary_size(vocabulary_size, shape[-1]), "columns": shape[-1]}
+    known: dict[str, Any] = {"size": shard.vocabulary, "columns": shard.all_columns}
     tempering = row_map(temperature, support, None, None, leading=shape[:-1], beside=logits, **known)
+    tempering = shard.narrowed(tempering)
     behavior = tempering
     if behavior_temperature is not None:
         found = check_temperature("behavior_temperature", behavior_temperature)
         found = check_row_temperature("behavior_temperature", found, shape[:-1], logits)
         behavior = tempering._replace(temperature=found)
     temperings = tempering, behavior
-    flat, behavior_flat = logits.reshape(-1, shape[-1]), behavior_logits.detach().reshape(-1, shape[-1])
+    flat, behavior_flat = rows_of(logits), rows_of(behavior_logits.detach())
     module = loops(engine, logits=flat, behavior_logits=behavior_flat)
-    tv, kl = _FullDivergences.apply(flat, behavior_flat, temperings, module, shape[:-1])  # type: ignore[no-untyped-call]
+    tv, kl = _FullDivergences.apply(flat, behavior_flat, temperings, module, shape[:-1], shard)  # type: ignore[no-untyped-call]
     return Divergences(tv, kl)
 
 
@@ -128,6 +139,7 @@ def top_k_divergences(
     temperature: float | torch.Tensor = 1.0,
     support: Support | None = None,
     vocabulary_size: int | None = None,
+    vocabulary_group: dist.ProcessGroup | None = None,
 ) -> Divergences:
     """Top-K TV and KL(μ‖π) against recorded log μ of K tokens: reads K + 1 logits a token, once the normaliser is known.
 
@@ -150,6 +162,8 @@ def top_k_divergences(
         outside it are 0, whatever is recorded. The sampled token has to be in it.
     vocabulary_size
         Logits from this id on are padding. None: none are.
+    vocabulary_group
+        See `drpo_torch.token_log_prob`.
 
     Returns
     -------
@@ -184,8 +198,8 @@ def top_k_divergences(
     >>> round(tv.item(), 5), round(kl.item(), 5)
     (0.1, 0.03238)
     """
-    check_logits(logits)
-    leading, vocabulary = logits.shape[:-1], check_vocabulary_size(vocabulary_size, logits.shape[-1])
+    logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
+    leading, vocabulary = logits.shape[:-1], shard.vocabulary
     per_token = {"log_normalizer": log_normalizer, "behavior_log_prob": behavior_log_prob}
     for name, tensor in per_token.items():
         check_shape(name, check_tensor(name, tensor, beside=logits), leading, "logits without V")
@@ -196,13 +210,13 @@ def top_k_divergences(
     check_shape("top_k_behavior_log_prob", top_k, top_k_ids.shape, "top_k_ids")
     check_ids("tokens", tokens, vocabulary)
     check_ids("top_k_ids", top_k_ids, vocabulary)
-    known: dict[str, Any] = {"size": vocabulary, "leading": leading, "beside": logits, "columns": logits.shape[-1]}
+    known: dict[str, Any] = {"size": vocabulary, "leading": leading, "beside": logits, "columns": shard.all_columns}
     tempering = row_map(temperature, support, tokens, None, **known)
     divisor = temperature[..., None].detach() if isinstance(temperature, torch.Tensor) else tempering.temperature
     dtype = working_dtype(logits.dtype, log_normalizer.dtype)
 
     def log_prob(ids: torch.Tensor) -> torch.Tensor:
-        return logits.gather(-1, ids).to(dtype) / divisor - log_normalizer[..., None]
+        return shard.gather(logits, ids).to(dtype) / divisor - log_normalizer[..., None]
 
     tokens, top_k_ids = tokens.to(torch.int64), top_k_ids.to(torch.int64)
     policy = TopK(log_prob(tokens[..., None])[..., 0], log_prob(top_k_ids))
@@ -245,6 +259,7 @@ def full_divergence_rows(
     behavior_logits: torch.Tensor,
     behavior_places: Places,
     behavior: Tempering,
+    shard: Shard,
 ) -> Divergences:
     """Full TV and KL of rows of logits (…, V), without a backward pass.
 
@@ -252,6 +267,10 @@ def full_divergence_rows(
     π's own softmax is not needed. Both policies have the same support; each step is of these rows.
     """
     dtype = working_dtype(logits.dtype, behavior_logits.dtype)
+    if shard.group is not None:
+        mine, recorded = (logits, places, tempering), (behavior_logits, behavior_places, behavior)
+        policy, of_behavior = (_Side(*side, shard.normalizers(module, *side)) for side in (mine, recorded))
+        return _of_ranks(policy, of_behavior, shard)
     if module is not None:
         tv, kl, near = module.row_divergences(logits, places, tempering, behavior_logits, behavior_places, behavior)
         for row in (~near).nonzero():
@@ -287,6 +306,48 @@ def full_divergence_rows(
     return Divergences(tv, kl)
 
 
+class _Side(NamedTuple):
+    """One of the two policies: this rank's part of its logits, and the statistics over all ranks."""
+
+    logits: torch.Tensor
+    places: Places
+    tempering: Tempering
+    whole: Statistics
+
+    def take(self, work: Workspace, step: slice, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and probabilities of a few rows."""
+        x = self.tempering.at(step)(work.take(self.logits, self.places[step].key), buffer)
+        return x, self.whole.at(step).log_prob(x).exp_()
+
+
+def _of_ranks(policy: _Side, behavior: _Side, shard: Shard) -> Divergences:
+    """Full TV and KL where ranks hold parts of the vocabulary, from both policies' normalisers: sums over columns.
+
+    ℓ = x − y less the difference of the normalisers. What that is wrong by, KL has the square of only, as Σ μ (e^ℓ − 1) = 0.
+    """
+    logits, count = policy.logits, len(policy.places)
+    dtype = working_dtype(logits.dtype, behavior.logits.dtype)
+    work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
+    sums = torch.empty((2, count), dtype=dtype, device=logits.device)
+    pi, mu = policy.whole, behavior.whole
+    shift = (pi.maximum - mu.maximum) + (pi.log_sum - mu.log_sum)
+    for (step, x_buffer, _), (_, y_buffer, _) in zip(work.steps(count), behavior_work.steps(count), strict=True):
+        (x, p), (y, q) = policy.take(work, step, x_buffer), behavior.take(behavior_work, step, y_buffer)
+        ell = torch.sub(x, y, out=x_buffer).sub_(shift[step, None])
+        sums[0, step], sums[1, step] = _sums(ell, p, q)
+    return Divergences(*shard.total(sums))
+
+
+def _sums(ell: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """TV and KL of rows or parts of them from ℓ = log π − log μ, π and μ, whatever they are; ℓ is overwritten."""
+    # a token that neither policy can take has ell = −inf + inf; of a NaN, p or q is one
+    ell.clamp_(max=LARGEST_LOG_RATIO).nan_to_num_(nan=0.0, neginf=-torch.inf)
+    # flooring μ at π e^−60 keeps every product finite
+    floored = torch.maximum(q, p * torch.e**-LARGEST_LOG_RATIO)
+    excess = torch.expm1(ell)
+    return (excess.abs() * floored).sum(-1).mul_(0.5), excess.sub_(ell).mul_(floored).sum(-1)
+
+
 class _FullDivergences(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -296,13 +357,14 @@ class _FullDivergences(torch.autograd.Function):
         temperings: tuple[Tempering, Tempering],
         module: ModuleType | None,
         shape: torch.Size,
+        shard: Shard,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(logits, behavior_logits)
-        ctx.temperings = temperings
+        ctx.temperings, ctx.shard = temperings, shard
         size = temperings[0].size
         logits, behavior_logits = logits[:, :size], behavior_logits[:, :size]
         every = Places.first(len(logits), logits.device)
-        tv, kl = full_divergence_rows(module, logits, every, temperings[0], behavior_logits, every, temperings[1])
+        tv, kl = full_divergence_rows(module, logits, every, temperings[0], behavior_logits, every, temperings[1], shard)
         # no views: they could not be changed in place
         return tv.reshape(shape).clone(), kl.reshape(shape).clone()
 
@@ -320,18 +382,36 @@ class _FullDivergences(torch.autograd.Function):
         rows = Places.where((of_tv != 0.0) | (of_kl != 0.0))
         of_tv, of_kl = of_tv[rows.index], of_kl[rows.index]
         dtype = of_kl.dtype
+        shard: Shard = ctx.shard
+        whole = behavior_whole = None
+        if shard.group is not None:
+            whole = shard.normalizers(None, logits, rows, tempering.at(rows.key))
+            behavior_whole = shard.normalizers(None, behavior_logits, rows, behavior.at(rows.key))
         work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
-        for (step, x_buffer, p), (_, y_buffer, q) in zip(work.steps(len(rows)), behavior_work.steps(len(rows)), strict=True):
-            key = rows[step].key
-            stored, of_step = work.take(logits, key), tempering.at(key)
-            torch.softmax(of_step(stored, x_buffer), -1, out=p)
-            torch.softmax(behavior.at(key)(behavior_work.take(behavior_logits, key), y_buffer), -1, out=q)
-            shift = torch.sub(p, q, out=q)
-            sign = torch.sign(shift, out=x_buffer)
-            sign.sub_(torch.mul(p, sign, out=y_buffer).sum(-1, keepdim=True)).mul_(p).mul_(0.5 * of_tv[step, None])
+
+        def steps() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+            """Neighbouring rows: their stored logits, π, π − μ and its sign."""
+            pairs = zip(work.steps(len(rows)), behavior_work.steps(len(rows)), strict=True)
+            for (step, x_buffer, p), (_, y_buffer, q) in pairs:
+                key = rows[step].key
+                stored, recorded = (of.take(z, key) for of, z in ((work, logits), (behavior_work, behavior_logits)))
+                shard.softmax(tempering.at(key)(stored, x_buffer), whole, step, out=p)
+                shard.softmax(behavior.at(key)(recorded, y_buffer), behavior_whole, step, out=q)
+                shift = torch.sub(p, q, out=q)
+                yield step, stored, p, shift, torch.sign(shift, out=x_buffer)
+
+        mean = None
+        if shard.group is not None:
+            mean = torch.zeros_like(of_tv)
+            for step, _, p, _, sign in steps():
+                mean[step] = (p * sign).sum(-1)
+            mean = shard.total(mean)
+        for step, stored, p, shift, sign in steps():
+            of_step, key = (p * sign).sum(-1) if mean is None else mean[step], rows[step].key
+            sign.sub_(of_step[:, None]).mul_(p).mul_(0.5 * of_tv[step, None])
             sign.addcmul_(shift, of_kl[step, None])
-            into[key] = of_step.pull_back_(sign, stored).to(gradient.dtype)
-        return gradient, None, None, None, None
+            into[key] = tempering.at(key).pull_back_(sign, stored).to(gradient.dtype)
+        return gradient, None, None, None, None, None
 
 
 def _distant(x: torch.Tensor, y: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

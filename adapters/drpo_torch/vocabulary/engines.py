@@ -8,7 +8,7 @@ import torch
 
 from drpo_core.loss import check_engine, may_compile
 from drpo_torch.autograd import has_memory
-from drpo_torch.vocabulary.softmax import ArrayRows
+from drpo_torch.vocabulary.softmax import ArrayRows, EmptyRows
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -41,6 +41,8 @@ def loops(engine: Engine, **matrices: torch.Tensor) -> ModuleType | None:
 
 def row_kernels(module: ModuleType | None, vocabulary: int, dtype: torch.dtype, device: torch.device) -> RowKernels:
     """Kernels over rows of `vocabulary` logits of this dtype, by the loops if there are any."""
+    if vocabulary == 0:
+        return EmptyRows()
     if module is None:
         return ArrayRows(vocabulary, dtype, device)
     kernels: RowKernels = module.LoopRows(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     R = TypeVar("R")
 
-__all__ = ["depends_on_values", "gradient_like", "may_be_overwritten", "refuse_transformed_cotangents"]
+__all__ = ["depends_on_values", "gradient_like", "may_be_overwritten", "refuse_transformed_cotangents", "rows_of"]
 
 
 def depends_on_values(function: Callable[P, R]) -> Callable[P, R]:
@@ -56,3 +57,8 @@ def may_be_overwritten(matrix: torch.Tensor) -> bool:
     if columns == 1:
         return down > 0
     return (right > 0 and down > (columns - 1) * right) or (down > 0 and right > (rows - 1) * down)
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor (…, n) as (rows, n), n being 0 too."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -13,6 +13,7 @@ from drpo_torch.vocabulary.softmax import power_of_two_below, working_dtype
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from drpo_torch.vocabulary.shards import Shard
     from drpo_torch.vocabulary.softmax import Places, Pull
 
 __all__ = ["Chunk", "Head", "HeadInputs"]
@@ -51,15 +52,15 @@ class Chunk(NamedTuple):
 class Head:
     """An LM head in the dtype of its products, and the gradients that accumulate for it."""
 
-    def __init__(self, inputs: HeadInputs, dtype: torch.dtype, *, needed: bool, size: int | None = None) -> None:
-        """Of the first `size` ids; those from there on are padding."""
+    def __init__(self, inputs: HeadInputs, dtype: torch.dtype, shard: Shard, *, needed: bool) -> None:
+        """Of the ids of a rank's part of the vocabulary; rows of the weight after them are padding."""
         hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in inputs)
         assert hidden is not None
         assert weight is not None
-        self.dtype, self.row_dtype = dtype, working_dtype(dtype)
-        self.hidden, self.weight = hidden.reshape(-1, hidden.shape[-1]), weight[:size].to(dtype)
-        self.bias = None if bias is None else bias[:size]
-        self.needed, self.shape, self.size = needed, hidden.shape, len(self.weight)
+        self.dtype, self.row_dtype, self.shard = dtype, working_dtype(dtype), shard
+        self.hidden, self.weight = hidden.reshape(-1, hidden.shape[-1]), weight[: shard.width].to(dtype)
+        self.bias = None if bias is None else bias[: shard.width]
+        self.needed, self.shape, self.size = needed, hidden.shape, shard.width
         wanted = [needed and tensor is not None and tensor.requires_grad for tensor in inputs]
         self.of_hidden = torch.zeros_like(self.hidden, dtype=_kept(hidden.dtype)) if wanted[0] else None
         self.of_weight = torch.empty_like(weight, dtype=_kept(weight.dtype)) if wanted[1] else None
@@ -86,7 +87,7 @@ class Head:
         if self.dtype != torch.float16:
             return pull, Chunk(hidden, total, None, None)
         # ∂logits of a row are at most this large, and add up to at most twice as much
-        size = pull.size(len(self.weight)) / temperature
+        size = pull.size(self.shard.vocabulary) / temperature
         shift = power_of_two_below(_FLOAT16_BITS, size * self._reach)
         weight_shift = power_of_two_below(_FLOAT16_BITS, size.sum() * hidden.abs().amax().to(size.dtype))
         factor = (hidden * (weight_shift / shift)[:, None]).to(self.dtype)
@@ -107,9 +108,9 @@ class Head:
         self.started.add(part.start)
 
     def end(self, key: slice | torch.Tensor, chunk: Chunk) -> None:
-        """Keep ∂hidden of a chunk's tokens, which have these places."""
+        """Keep ∂hidden of a chunk's tokens, which have these places: of all ranks, before it is rounded to its dtype."""
         if self.of_hidden is not None:
-            self.of_hidden[key] = chunk.total.to(self.of_hidden.dtype)
+            self.of_hidden[key] = self.shard.reduced_(chunk.total).to(self.of_hidden.dtype)
 
     def finish(self) -> None:
         """Fill in what no token has reached, and padding."""
@@ -134,6 +135,8 @@ class Head:
     @cached_property
     def _reach(self) -> torch.Tensor:
         """The larger of 1 and twice the largest weight: a bound of ∂hidden, and of ∂logits, of which each row adds up to 2."""
+        if not len(self.weight):
+            return torch.ones((), dtype=self.row_dtype, device=self.weight.device)
         low, high = self.weight.aminmax()
         return (2.0 * torch.maximum(high, -low).to(self.row_dtype)).clamp(min=1.0)
 

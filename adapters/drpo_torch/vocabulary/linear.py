@@ -13,12 +13,14 @@ from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, Vocabulary
 from drpo_torch.vocabulary.chunks import Chunks
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values
-from drpo_torch.vocabulary.head import Head, HeadInputs
-from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence, check_head, product_dtype, products_like
-from drpo_torch.vocabulary.row_map import check_vocabulary_size
+from drpo_torch.vocabulary.head import Head
+from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence, product_dtype, products_like
+from drpo_torch.vocabulary.shards import shard_of_head
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    import torch.distributed as dist
 
     from drpo_core import Objective
     from drpo_core.loss import Engine
@@ -58,6 +60,7 @@ def linear_policy_loss(
     entropy: bool = False,
     chunk_tokens: int = 256,
     chunk_vocabulary: int | None = None,
+    vocabulary_group: dist.ProcessGroup | None = None,
     diagnostics: bool = True,
     engine: Engine = "auto",
 ) -> VocabularyLoss:
@@ -80,8 +83,8 @@ def linear_policy_loss(
     hidden
         Last hidden states, (…, H); anything where the mask is False.
     weight, bias
-        W and b of the LM head, (V, H) and (V,): plain tensors, gathered if they are sharded. The weight has the dtype of
-        `hidden`, except under autocast.
+        W and b of the LM head, (V, H) and (V,): plain tensors, or DTensors that are divided along the vocabulary. The
+        weight has the dtype of `hidden`, except under autocast.
     tokens
         Ids of the sampled tokens, (…), of any integral dtype; anything where the mask is False.
     behavior_log_prob, advantages
@@ -113,6 +116,12 @@ def linear_policy_loss(
     chunk_vocabulary
         How many of the vocabulary's logits exist at once: None for all; a number recomputes them for the gradient, with a
         fourth matrix product. ``chunk_tokens=1024, chunk_vocabulary=6144`` needs the least memory.
+    vocabulary_group
+        Vocabulary-parallel: the ranks that hold the rows of the weight and the bias in parts, in their order. Each calls this
+        with its own rows and the same of everything else, and gets the same results to the bit, the gradients of its
+        rows and all of ∂hidden. DTensors that are Shard(0) on a mesh of one dimension need no group. See
+        `docs/how-to/tensor-parallelism.md`.
+        Logits or a `LinearHead` in a record are divided too.
     diagnostics
         Whether to compute them, in the same pass over the tokens.
     engine
@@ -166,8 +175,7 @@ def linear_policy_loss(
     >>> weight.grad[:, 0]
     tensor([-0.5000,  0.3000,  0.2000])
     """
-    check_head(hidden, weight, bias)
-    inputs = HeadInputs(hidden, weight, bias)
+    inputs, shard = shard_of_head(hidden, weight, bias, vocabulary_group, vocabulary_size)
     for name, tensor in inputs.named():
         check_untransformed(name, tensor)
     arguments = Arguments(
@@ -192,9 +200,8 @@ def linear_policy_loss(
         engine=engine,
     )
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
-    tempering = arguments.check(hidden.shape[:-1], len(weight), hidden, cap)
-    chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
-    width = check_vocabulary_size(vocabulary_size, len(weight))
+    tempering = arguments.check(hidden.shape[:-1], shard, hidden, cap)
+    chunk_tokens, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), shard.width
     if chunk_vocabulary is not None:
         width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
         for record in (divergence, centering):
@@ -202,13 +209,13 @@ def linear_policy_loss(
                 kind = type(record).__name__
                 msg = f"chunk_vocabulary: expected None with a {kind}, which needs whole rows of logits, got {width}"
                 raise ValueError(msg)  # noqa: TRY004 -- both types are right, but not together
-    dtype = product_dtype(hidden, weight)
+    dtype = product_dtype(hidden, inputs.weight)
     module = loops(engine, products=products_like(hidden, dtype), **arguments.matrices())
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in inputs.named())
     with torch.no_grad():
-        batch = TokenBatch(arguments, dtype, tempering)
+        batch = TokenBatch(arguments, dtype, tempering, shard)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = Head(inputs, dtype, needed=needed, size=tempering.size)
+        head = Head(inputs, dtype, shard, needed=needed)
         _Sweep(batch, head, module, (chunk_tokens, width)).run()
         result = batch.result()
     if not needed:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from drpo_core._checks import check_number
-from drpo_torch._checks import check_ids, check_logits, check_shape, check_tensor, check_top_k_ids, check_untransformed
+from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch.autograd import refuse_second_derivative
 from drpo_torch.vocabulary.chunks import Chunks, Kept
 from drpo_torch.vocabulary.engines import loops, row_kernels
@@ -16,15 +16,19 @@ from drpo_torch.vocabulary.graph import (
     gradient_like,
     may_be_overwritten,
     refuse_transformed_cotangents,
+    rows_of,
 )
 from drpo_torch.vocabulary.head import Head, HeadInputs
-from drpo_torch.vocabulary.recorded import check_head, product_dtype, products_like
-from drpo_torch.vocabulary.row_map import check_vocabulary_size, row_map
+from drpo_torch.vocabulary.recorded import product_dtype, products_like
+from drpo_torch.vocabulary.row_map import row_map
+from drpo_torch.vocabulary.shards import Shard, shard_of_head, shard_of_logits
 from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
+
+    import torch.distributed as dist
 
     from drpo_core.loss import Engine
     from drpo_torch.vocabulary.softmax import Tempering
@@ -58,6 +62,7 @@ def token_log_prob(
     vocabulary_size: int | None = None,
     entropy: bool = False,
     overwrite_logits: bool = False,
+    vocabulary_group: dist.ProcessGroup | None = None,
     engine: Engine = "auto",
 ) -> TokenLogProb:
     """Log-prob log π of each sampled token, π = softmax(logits / T), differentiable, without a log-softmax.
@@ -88,6 +93,10 @@ def token_log_prob(
         Let the backward pass put ∂/∂logits in the storage of the logits instead of one of its own. Nothing else may need the
         logits then: autograd raises if something did. Logits that share memory with each other (expanded ones) are left
         as they are, and all logits in a checkpoint, which computes from them twice.
+    vocabulary_group
+        Vocabulary-parallel: the ranks that hold the columns of the logits in parts, in their order. Each calls this with its
+        own columns and the same of everything else, and gets the same results to the bit, and the gradient of its columns. A
+        DTensor that is Shard(-1) on a mesh of one dimension needs no group. See `docs/how-to/tensor-parallelism.md`.
     engine
         ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds, once a process; on the
         CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they exist, otherwise torch's
@@ -124,15 +133,16 @@ def token_log_prob(
     >>> logits.grad
     tensor([[ 0.5000, -0.3000, -0.2000]])
     """
-    check_untransformed("logits", check_logits(logits))
-    leading, width = logits.shape[:-1], logits.shape[-1]
-    size = check_vocabulary_size(vocabulary_size, width)
-    columns, rows = _checked(tokens, mask, top_k_ids, leading, size, logits)
-    tempering = row_map(temperature, support, tokens, mask, size=size, leading=leading, beside=logits, columns=width)
-    flat = logits.reshape(-1, logits.shape[-1])
+    logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
+    check_untransformed("logits", logits)
+    leading = logits.shape[:-1]
+    columns, rows = _checked(tokens, mask, top_k_ids, leading, shard.vocabulary, logits)
+    known: dict[str, Any] = {"size": shard.vocabulary, "leading": leading, "beside": logits, "columns": shard.all_columns}
+    tempering = shard.narrowed(row_map(temperature, support, tokens, mask, **known))
+    flat = rows_of(logits)
     overwrite = overwrite_logits and may_be_overwritten(flat)
     module = loops(engine, logits=flat)
-    found = _TokenLogProb.apply(flat, columns, rows, tempering, entropy, overwrite, module)  # type: ignore[no-untyped-call]
+    found = _TokenLogProb.apply(flat, columns, rows, tempering, entropy, overwrite, module, shard)  # type: ignore[no-untyped-call]
     return _shaped(found, tokens.shape, top_k_ids)
 
 
@@ -152,6 +162,7 @@ def linear_log_prob(
     entropy: bool = False,
     chunk_tokens: int = 256,
     chunk_vocabulary: int | None = None,
+    vocabulary_group: dist.ProcessGroup | None = None,
     engine: Engine = "auto",
 ) -> TokenLogProb:
     """Log-prob log π of each sampled token from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
@@ -166,8 +177,8 @@ def linear_log_prob(
     hidden
         Last hidden states, (…, H); anything where the mask is False.
     weight, bias
-        W and b of the LM head, (V, H) and (V,): plain tensors, gathered if they are sharded. The weight has the dtype of
-        `hidden`, except under autocast.
+        W and b of the LM head, (V, H) and (V,): plain tensors, or DTensors that are divided along the vocabulary. The
+        weight has the dtype of `hidden`, except under autocast.
     tokens, mask, top_k_ids
         See `drpo_torch.token_log_prob`.
     temperature, support
@@ -182,7 +193,7 @@ def linear_log_prob(
         How many tokens' logits exist at once.
     chunk_vocabulary
         How many of the vocabulary's logits exist at once; None for all.
-    engine
+    vocabulary_group, engine
         See `drpo_torch.linear_policy_loss`.
 
     Returns
@@ -224,21 +235,20 @@ def linear_log_prob(
     >>> weight.grad[:, 0]
     tensor([ 0.5168, -0.3052, -0.2116])
     """
-    check_head(hidden, weight, bias)
-    inputs = HeadInputs(hidden, weight, bias)
+    inputs, shard = shard_of_head(hidden, weight, bias, vocabulary_group, vocabulary_size)
     for name, tensor in inputs.named():
         check_untransformed(name, tensor)
-    leading, width = hidden.shape[:-1], check_vocabulary_size(vocabulary_size, len(weight))
-    columns, rows = _checked(tokens, mask, top_k_ids, leading, width, hidden)
+    leading = hidden.shape[:-1]
+    columns, rows = _checked(tokens, mask, top_k_ids, leading, shard.vocabulary, hidden)
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
-    known: dict[str, Any] = {"size": width, "leading": leading, "beside": hidden, "columns": len(weight), "softcap": cap}
-    tempering = row_map(temperature, support, tokens, mask, **known)
-    size = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
+    known: dict[str, Any] = {"leading": leading, "beside": hidden, "columns": shard.all_columns, "softcap": cap}
+    tempering = shard.narrowed(row_map(temperature, support, tokens, mask, size=shard.vocabulary, **known))
+    size, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), shard.width
     if chunk_vocabulary is not None:
         width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
-    dtype = product_dtype(hidden, weight)
+    dtype = product_dtype(hidden, inputs.weight)
     module = loops(engine, products=products_like(hidden, dtype))
-    sweep = _HeadSweep(rows, columns, tempering, module, dtype, (size, width), entropy=entropy)
+    sweep = _HeadSweep(rows, columns, tempering, module, dtype, (size, width), shard, entropy=entropy)
     found = _LinearLogProb.apply(*inputs, sweep)  # type: ignore[no-untyped-call]
     return _shaped(found, tokens.shape, top_k_ids)
 
@@ -335,13 +345,17 @@ class _TokenLogProb(torch.autograd.Function):
         entropy: bool,  # noqa: FBT001 -- Function.apply takes no keywords
         overwrite: bool,  # noqa: FBT001
         module: ModuleType | None,
+        shard: Shard,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        of_rows, z, some = tempering.at(rows.key), logits[:, : tempering.size], columns[rows.key]
+        of_rows, z, ids = tempering.at(rows.key), logits[:, : tempering.size], columns[rows.key]
         kernels = row_kernels(module, z.shape[-1], z.dtype, z.device)
-        found = kernels.statistics(z, rows, of_rows, entropy=entropy)
-        log_probs = found.log_prob(of_rows.of_columns(z[rows.index[:, None], some], some))
-        ctx.save_for_backward(logits, columns, *(field for field in found if field is not None))
-        ctx.rows, ctx.tempering, ctx.entropy, ctx.overwrite, ctx.module = rows, tempering, entropy, overwrite, module
+        mine = kernels.statistics(z, rows, of_rows, entropy=entropy)
+        found, share, picked = shard.merged(mine, shard.picked(z, rows, ids, of_rows), ids)
+        log_probs = found.log_prob(picked)
+        fields = [field for statistics in (found, mine) for field in statistics if field is not None]
+        ctx.save_for_backward(logits, columns, share, *fields)
+        ctx.rows, ctx.tempering, ctx.entropy, ctx.overwrite = rows, tempering, entropy, overwrite
+        ctx.module, ctx.shard = module, shard
         n = len(logits)
         entropies = None if found.entropy is None else _spread(found.entropy, rows, n)
         return _spread(log_probs, rows, n), entropies, _spread(found.log_normalizer, rows, n)
@@ -356,20 +370,22 @@ class _TokenLogProb(torch.autograd.Function):
         cotangents = of_log_probs, of_entropy, of_normalizer
         refuse_second_derivative()
         refuse_transformed_cotangents(*cotangents)
-        logits, columns, *fields = ctx.saved_tensors
-        statistics = Statistics.of(fields, entropy=ctx.entropy)
-        alive = _reached(ctx.rows, *cotangents)
-        rows, statistics = Places(ctx.rows.index[alive]), statistics.at(alive)
+        logits, columns, share, *fields = ctx.saved_tensors
+        half, alive = len(fields) // 2, _reached(ctx.rows, *cotangents)
+        whole, mine = (Statistics.of(some, entropy=ctx.entropy).at(alive) for some in (fields[:half], fields[half:]))
+        rows = Places(ctx.rows.index[alive])
         tempering, size = ctx.tempering.at(rows.key), ctx.tempering.size
-        pull = _pull(columns[rows.index], statistics, tempering, *_picked(cotangents, rows))
+        pull = _pull(columns[rows.index], whole, tempering, *_picked(cotangents, rows))
+        pull = ctx.shard.pull(pull, mine, whole, share[alive])
         gradient = logits.detach() if ctx.overwrite else gradient_like(logits)
         z = logits[:, :size]
         kernels = row_kernels(ctx.module, z.shape[-1], z.dtype, z.device)
-        kernels.gradients(z, rows, tempering, pull, statistics=statistics, out=gradient[:, :size])
+        kernels.gradients(z, rows, tempering, pull, statistics=mine, out=gradient[:, :size])
         gradient[:, size:].zero_()
-        untouched = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, rows.index, 0)
+        untouched = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        untouched[rows.index] = ctx.shard.without(mine)
         gradient.index_fill_(0, Places.where(untouched).index, 0.0)
-        return gradient, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None
 
 
 class _HeadSweep:
@@ -383,10 +399,11 @@ class _HeadSweep:
         module: ModuleType | None,
         dtype: torch.dtype,
         chunk: tuple[int, int],
+        shard: Shard,
         *,
         entropy: bool,
     ) -> None:
-        self.rows, self.columns, self.entropy = rows, columns, entropy
+        self.rows, self.columns, self.entropy, self._shard = rows, columns, entropy, shard
         self.tempering, self._module, self._dtype, (self._size, self._width) = tempering, module, dtype, chunk
 
     def chunks(self, head: Head, rows: Places) -> Chunks:
@@ -394,7 +411,7 @@ class _HeadSweep:
 
     def head(self, inputs: HeadInputs, *, needed: bool) -> Head:
         with torch.autocast(inputs.hidden.device.type, enabled=False):
-            return Head(inputs, self._dtype, needed=needed, size=self.tempering.size)
+            return Head(inputs, self._dtype, self._shard, needed=needed)
 
     def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
         """Log-probs of the columns; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
@@ -455,7 +472,7 @@ class _LinearLogProb(torch.autograd.Function):
         *parts, whole = (statistics.at(alive) for statistics in every)
         found = Places(rows.index[alive])
         columns = sweep.columns[found.index]
-        kept = Kept(found, columns, whole.maximum, parts, shares[:, alive])
+        kept = Kept(found, columns, whole, parts, shares[:, alive])
         pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found))
         with torch.autocast(hidden.device.type, enabled=False):
             head = sweep.head(HeadInputs(hidden, weight, bias), needed=True)

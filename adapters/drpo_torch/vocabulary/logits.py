@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drpo_torch._checks import check_logits, check_untransformed
+from drpo_torch._checks import check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss
 from drpo_torch.vocabulary.engines import loops, row_kernels
-from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten
+from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten, rows_of
+from drpo_torch.vocabulary.shards import shard_of_logits
 from drpo_torch.vocabulary.softmax import Places, power_of_two_below
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    import torch.distributed as dist
 
     from drpo_core import Objective
     from drpo_core.loss import Engine
@@ -50,6 +53,7 @@ def logits_policy_loss(
     vocabulary_size: int | None = None,
     entropy: bool = False,
     overwrite_logits: bool = False,
+    vocabulary_group: dist.ProcessGroup | None = None,
     diagnostics: bool = True,
     engine: Engine = "auto",
 ) -> VocabularyLoss:
@@ -93,6 +97,8 @@ def logits_policy_loss(
         Put the gradient in the storage of the logits, at once. Nothing else may need the logits then: autograd raises if
         something did. Logits that share memory with each other (expanded ones) are left as they are, and all logits in a
         checkpoint, which computes from them twice.
+    vocabulary_group
+        See `drpo_torch.token_log_prob`. Logits in a record are divided as these are.
     diagnostics
         Whether to compute them, in the same pass over the tokens.
     engine
@@ -139,7 +145,8 @@ def logits_policy_loss(
     >>> logits.grad
     tensor([[-0.5000,  0.3000,  0.2000]])
     """
-    check_untransformed("logits", check_logits(logits))
+    logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
+    check_untransformed("logits", logits)
     arguments = Arguments(
         objective=objective,
         tokens=tokens,
@@ -161,11 +168,11 @@ def logits_policy_loss(
         entropy=entropy,
         engine=engine,
     )
-    tempering = arguments.check(logits.shape[:-1], logits.shape[-1], logits)
-    flat = logits.reshape(-1, logits.shape[-1])
+    tempering = arguments.check(logits.shape[:-1], shard, logits)
+    flat = rows_of(logits)
     module = loops(engine, logits=flat, **arguments.matrices())
     with torch.no_grad():
-        sweep = _Sweep(TokenBatch(arguments, logits.dtype, tempering), module)
+        sweep = _Sweep(TokenBatch(arguments, logits.dtype, tempering, shard), module)
     if not (flat.requires_grad and torch.is_grad_enabled()):
         with torch.no_grad():
             sweep.run(flat.detach(), None)
@@ -183,30 +190,34 @@ class _Sweep:
 
     def run(self, logits: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """∂loss/∂logits to `gradient`, which may be the logits; of float16, times powers of two whose inverses it returns."""
-        batch, rows, size = self.batch, self.batch.valid, self.batch.tempering.size
+        batch, rows, shard, size = self.batch, self.batch.valid, self.batch.shard, self.batch.tempering.size
         tempering, z = batch.tempering.at(rows.key), logits[:, :size]
         into = None if gradient is None else gradient[:, :size]
         kernels = row_kernels(self.module, z.shape[-1], z.dtype, z.device)
         # a softmax that is in the working dtype already waits in the gradient's place for its coefficient
         kept = into is not None and kernels.keeps and logits.dtype == batch.row_dtype and batch.full_term is None
         columns = batch.columns(rows)
-        picked = tempering.of_columns(z[rows.index[:, None], columns], columns)
+        picked = shard.picked(z, rows, columns, tempering)
         # before a softmax takes the place of the logits
         full = batch.look(self.module, rows, z, rows)
-        found = kernels.statistics(z, rows, tempering, entropy=batch.given.entropy, keep=into if kept else None)
+        mine = kernels.statistics(z, rows, tempering, entropy=batch.given.entropy, keep=into if kept else None)
+        found, share, picked = shard.merged(mine, picked, columns)
         pull = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, *full))
         self.result = batch.result()
         if gradient is None or into is None:
             return None
         # a dropped token's row may hold a NaN, which 0 does not silence
         without = (~batch.given.mask).reshape(-1)
-        without[rows.key] |= ~pull.moves
+        without[rows.key] |= ~pull.moves | shard.without(mine)
+        pull = shard.pull(pull, mine, found, share)
         unit = None
         if logits.dtype == torch.float16:
             unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device)
             shift = power_of_two_below(_FLOAT16_BITS, pull.size(z.shape[-1]) / tempering.temperature)
             pull, unit[rows.key] = pull.scaled(shift), 1.0 / shift
-        kernels.gradients(z, rows, tempering, pull, statistics=found, out=into, kept=kept)
+        # what is derived at all columns needs their log-probs
+        of_rows = mine if pull.everywhere is None else found
+        kernels.gradients(z, rows, tempering, pull, statistics=of_rows, out=into, kept=kept)
         gradient[:, size:].zero_()
         gradient.index_fill_(0, Places.where(without).index, 0.0)
         return unit

@@ -65,7 +65,7 @@ class LinearHead:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the tokens."""
-        check_head(self.hidden, self.weight, self.bias)
+        check_head(self.hidden, self.weight, self.bias, may_be_empty=True)
         if self.logit_softcap is not None:
             object.__setattr__(self, "logit_softcap", check_number("logit_softcap", self.logit_softcap, above=0.0))
 
@@ -268,14 +268,17 @@ def _tempering(record: FullDivergence | FullCentering) -> Tempering:
     return Tempering(temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else temperature, cap)
 
 
-def check_head(hidden: object, weight: object, bias: object | None) -> None:
-    """Raise unless these are hidden states (…, H), a weight (V, H) and a bias (V,), none of them of size 0 in H or V."""
+def check_head(hidden: object, weight: object, bias: object | None, *, may_be_empty: bool = False) -> None:
+    """Raise unless these are hidden states (…, H), a weight (V, H) and a bias (V,), none of them of size 0 in H or V.
+
+    V may be 0 where other ranks hold the rest of the vocabulary.
+    """
     hidden = check_tensor("hidden", hidden)
     weight = check_tensor("weight", weight, beside=hidden)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
         msg = f"hidden: expected shape (…, H) with H of 1 or more, got {tuple(hidden.shape)}"
         raise ValueError(msg)
-    if weight.ndim != 2 or weight.shape[0] == 0:
+    if weight.ndim != 2 or (weight.shape[0] == 0 and not may_be_empty):
         msg = f"weight: expected shape (V, H) with V of 1 or more, got {tuple(weight.shape)}"
         raise ValueError(msg)
     check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]), "the vocabulary and hidden, (V, H)")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LARGEST_LOG_RATIO",
     "ArrayRows",
+    "EmptyRows",
     "Everywhere",
     "Places",
     "Pull",
@@ -188,7 +189,9 @@ class Pull(NamedTuple):
     def size(self, vocabulary: int) -> torch.Tensor:
         """A bound of the largest of a row's derivatives, and of half of what they add up to."""
         # half of what those at columns and of the softmax add up to; Σ p (max x − x) is an entropy less a log-sum
-        of_softmax = self.scale.abs() if self.slope is None else self.scale.abs() + self.slope.abs() * math.log(vocabulary)
+        of_softmax = (
+            self.scale.abs() if self.slope is None else self.scale.abs() + self.slope.abs() * math.log(max(1, vocabulary))
+        )
         if self.columns.shape[1] == 1 and self.slope is None and self.everywhere is None:
             return torch.maximum(self.at.abs()[:, 0], of_softmax)
         size = self.at.abs().sum(-1) + of_softmax
@@ -396,6 +399,41 @@ class ArrayRows:
         mean = terms.sum(-1)
         # on the CPU it costs less to look; a row that holds a NaN has one in its log_sum too
         return terms.nan_to_num_(nan=0.0).sum(-1) if mean.isnan().any() else mean
+
+
+class EmptyRows:
+    """`RowKernels` of rows without a column: the part of a vocabulary that a rank without any holds."""
+
+    keeps = False
+
+    def statistics(
+        self,
+        z: torch.Tensor,
+        places: Places,
+        tempering: Tempering,
+        *,
+        entropy: bool = False,
+        keep: torch.Tensor | None = None,
+    ) -> Statistics:
+        """See `RowKernels`."""
+        del tempering, keep
+        maximum = torch.full((len(places),), -torch.inf, dtype=working_dtype(z.dtype), device=z.device)
+        zeros = torch.zeros_like(maximum)
+        return Statistics(maximum, zeros, zeros if entropy else None, torch.ones_like(maximum))
+
+    def gradients(
+        self,
+        z: torch.Tensor,
+        places: Places,
+        tempering: Tempering,
+        pull: Pull,
+        *,
+        statistics: Statistics,
+        out: torch.Tensor,
+        kept: bool = False,
+    ) -> None:
+        """See `RowKernels`."""
+        del z, places, tempering, pull, statistics, out, kept
 
 
 def power_of_two_below(limit: int, bound: torch.Tensor) -> torch.Tensor:

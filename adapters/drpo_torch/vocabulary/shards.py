@@ -1,0 +1,254 @@
+"""A vocabulary in parts: those that a buffer holds one after the other, and those of the ranks that divide it.
+
+Every rank of a vocabulary-parallel group runs the same functions on its own columns. What a token needs of all columns
+(a maximum, a sum of exponentials, an entropy, the logits of a few ids) is gathered: a few numbers a token and rank, merged by
+each rank in the order of the ranks, so that all have the same bits. What follows from them alone, such as which tokens
+have a gradient, is then the same everywhere, and so are the collectives.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from drpo_torch._checks import check_logits
+from drpo_torch.vocabulary.engines import row_kernels
+from drpo_torch.vocabulary.head import HeadInputs
+from drpo_torch.vocabulary.recorded import check_head
+from drpo_torch.vocabulary.row_map import check_vocabulary_size
+from drpo_torch.vocabulary.softmax import Pull, Statistics
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from drpo_torch.vocabulary.softmax import Places, Tempering
+
+__all__ = ["Merged", "Shard", "local_part", "merged", "part_pull", "shard_of_head", "shard_of_logits", "within"]
+
+
+class Merged(NamedTuple):
+    """Of rows over all ranks: their statistics, this rank's share of the probability, and the logits of the ids asked for."""
+
+    whole: Statistics
+    share: torch.Tensor
+    picked: torch.Tensor
+
+
+class Shard:
+    """The columns [start, start + width) of a vocabulary that this rank holds; all of them where there is no group."""
+
+    def __init__(
+        self,
+        columns: int,
+        group: dist.ProcessGroup | None,
+        size: int | None,
+        tokens: int,
+        device: torch.device,
+        name: str,
+    ) -> None:
+        """Where this rank's columns start: one collective of two numbers a rank. Ids from `size` on are padding.
+
+        `name` is that of the argument with the tokens. Of the rank's `columns`, the first `width` are no padding.
+        """
+        self.group, self.rank, self.columns = group, 0, columns
+        widths = [columns]
+        if group is not None:
+            self.rank = dist.get_rank(group)
+            every = self.gathered(torch.tensor([columns, tokens], device=device)).tolist()
+            widths, counts = ([numbers[i] for numbers in every] for i in range(2))
+            if len(set(counts)) > 1:
+                msg = f"{name}: expected the same tokens on each rank of vocabulary_group, got {counts} tokens"
+                raise ValueError(msg)
+        self.start, self.all_columns, self.widest = sum(widths[: self.rank]), sum(widths), max(widths)
+        if self.all_columns == 0:
+            msg = f"{name}: expected a vocabulary of 1 or more over the ranks of vocabulary_group, got none"
+            raise ValueError(msg)
+        self.vocabulary = check_vocabulary_size(size, self.all_columns)
+        self.width = min(max(0, self.vocabulary - self.start), columns)
+
+    def of_whole(self, part: slice) -> slice:
+        """The ids of some of this rank's columns."""
+        return slice(self.start + part.start, self.start + part.stop)
+
+    def narrowed(self, tempering: Tempering) -> Tempering:
+        """The step of all columns as that of this rank's."""
+        return tempering.part(self.of_whole(slice(0, self.width)))._replace(size=self.width)
+
+    def gathered(self, mine: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks, (ranks, …)."""
+        every = torch.empty((dist.get_world_size(self.group), *mine.shape), dtype=mine.dtype, device=mine.device)
+        # as many on each rank: none waits
+        if mine.numel():
+            dist.all_gather(list(every.unbind()), mine.contiguous(), group=self.group)
+        return every
+
+    def total(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, of a few numbers a token, in their order; without a group the tensor itself."""
+        return mine if self.group is None else self.gathered(mine).sum(0)
+
+    def reduced_(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place."""
+        if self.group is not None and mine.numel():
+            dist.all_reduce(mine, group=self.group)
+        return mine
+
+    def picked(self, z: torch.Tensor, places: Places, columns: torch.Tensor, tempering: Tempering) -> torch.Tensor:
+        """Logits x of ids (rows, C), 0 where another rank holds them."""
+        if self.group is None:
+            return tempering.of_columns(z[places.index[:, None], columns], columns)
+        index, inside = within(columns - self.start, slice(0, self.width))
+        stored = z[places.index[:, None], index] if self.width else torch.zeros_like(index, dtype=z.dtype)
+        return torch.where(inside, tempering.of_columns(stored, columns.clamp(0, self.vocabulary - 1)), 0.0)
+
+    def merged(self, mine: Statistics, picked: torch.Tensor, columns: torch.Tensor) -> Merged:
+        """From the statistics of this rank's columns and its part of the logits of ids (rows, C): one collective.
+
+        Of 2 + C numbers a token and rank, or 3 + C with entropies.
+        """
+        if self.group is None:
+            return Merged(mine, torch.ones_like(mine.maximum), picked)
+        fields = [mine.maximum, mine.log_sum, *(() if mine.entropy is None else (mine.entropy,))]
+        every = self.gathered(torch.cat((torch.stack(fields, -1), picked), -1))
+        of_ranks = [
+            Statistics.of([*part.unbind(-1), torch.ones_like(mine.total)], entropy=mine.entropy is not None)
+            for part in every[..., : len(fields)]
+        ]
+        whole, shares = merged(of_ranks)
+        # an id that no rank holds
+        nowhere = (columns < 0) | (columns >= self.vocabulary)
+        return Merged(whole, shares[self.rank], every[..., len(fields) :].sum(0).masked_fill_(nowhere, torch.nan))
+
+    def softmax(self, x: torch.Tensor, whole: Statistics | None, step: slice, *, out: torch.Tensor) -> None:
+        """The rank's part of the softmax of a few rows, from the normalisers of all of them."""
+        if whole is None:
+            torch.softmax(x, -1, out=out)
+        else:
+            out.copy_(whole.at(step).log_prob(x)).exp_()
+
+    def gather(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The logits (…, K) of ids, from the ranks that hold them; differentiable."""
+        if self.group is None:
+            return logits.gather(-1, ids)
+        index, inside = within(ids - self.start, slice(0, self.width))
+        # of no columns a sum, so that the result has a graph on each rank
+        mine = logits.gather(-1, index) if self.width else logits.sum(-1, keepdim=True).expand(ids.shape)
+        found: torch.Tensor = _Total.apply(torch.where(inside, mine, 0.0), self)  # type: ignore[no-untyped-call]
+        return found.masked_fill((ids < 0) | (ids >= self.vocabulary), torch.nan)
+
+    def normalizers(self, module: ModuleType | None, z: torch.Tensor, places: Places, tempering: Tempering) -> Statistics:
+        """Statistics of rows over all ranks, by the loops of a module if there is one."""
+        mine = row_kernels(module, z.shape[-1], z.dtype, z.device).statistics(z, places, tempering)
+        none = torch.zeros((len(places), 0), dtype=mine.maximum.dtype, device=z.device)
+        return self.merged(mine, none, none).whole
+
+    def pull(self, pull: Pull, mine: Statistics, whole: Statistics, share: torch.Tensor) -> Pull:
+        """The pull on this rank's columns, counted from its own start and maximum."""
+        if self.group is None:
+            return pull
+        return part_pull(pull, slice(self.start, self.start + self.width), share, mine, whole.maximum)
+
+    def without(self, mine: Statistics) -> torch.Tensor:
+        """Rows in which this rank has no finite logit: their softmax is NaN, their gradient 0."""
+        nothing = mine.maximum == -torch.inf
+        return nothing if self.group is not None else torch.zeros_like(nothing)
+
+
+class _Total(torch.autograd.Function):
+    """The sum over the ranks, each of which has the same cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: torch.Tensor, shard: Shard) -> torch.Tensor:  # noqa: ANN401, ARG004
+        return shard.total(mine)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401, ARG004
+        return cotangent, None
+
+
+def merged(parts: list[Statistics]) -> tuple[Statistics, torch.Tensor]:
+    """The statistics of rows from those of parts of them, and each part's share of the probability, (parts, rows)."""
+    if len(parts) == 1:
+        return parts[0], torch.ones_like(parts[0].maximum)[None]
+    maxima = torch.stack([part.maximum for part in parts])
+    nothing = maxima == -torch.inf
+    log_sums = torch.stack([part.log_sum for part in parts]).masked_fill_(nothing, 0.0)
+    maximum = maxima.amax(0)
+    log_sum = torch.logsumexp(maxima - maximum + log_sums, 0)
+    log_shares = maxima - maximum + log_sums - log_sum
+    shares = log_shares.exp()
+    entropy = None
+    if parts[0].entropy is not None:
+        # chain rule: of the part, then within it
+        entropies = torch.stack([part.entropy for part in parts])  # type: ignore[misc]
+        entropy = (entropies - log_shares).mul_(shares).masked_fill_(nothing, 0.0).sum(0)
+    return Statistics(maximum, log_sum, entropy, torch.ones_like(maximum)), shares
+
+
+def part_pull(pull: Pull, part: slice, share: torch.Tensor, statistics: Statistics, maximum: torch.Tensor) -> Pull:
+    """The pull on a part of the vocabulary, whose share of the probability and statistics are these."""
+    index, inside = within(pull.columns, part)
+    scale, slope = pull.scale, pull.slope
+    if slope is not None:
+        # a part's logits are counted from its own maximum
+        scale, slope = scale - slope * (statistics.maximum - maximum).nan_to_num(), slope * share
+    return Pull(index, torch.where(inside, pull.at, 0.0), scale * share, slope, pull.everywhere)
+
+
+def within(columns: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids counted from the start of a part of the vocabulary, clamped to it, and whether they are in it."""
+    size = part.stop - part.start
+    index = columns - part.start
+    return index.clamp(0, max(0, size - 1)), (index >= 0) & (index < size)
+
+
+def shard_of_logits(logits: Any, group: object, size: int | None) -> tuple[torch.Tensor, Shard]:  # noqa: ANN401
+    """The logits (…, V) of this rank's part of the vocabulary, checked, and which part it is."""
+    logits, ranks = local_part("logits", logits, group, -1)
+    check_logits(logits, may_be_empty=ranks is not None)
+    return logits, Shard(logits.shape[-1], ranks, size, math.prod(logits.shape[:-1]), logits.device, "logits")
+
+
+def shard_of_head(
+    hidden: torch.Tensor,
+    weight: Any,  # noqa: ANN401
+    bias: Any,  # noqa: ANN401
+    group: object,
+    size: int | None,
+) -> tuple[HeadInputs, Shard]:
+    """Hidden states, and this rank's rows of the weight and the bias, checked, and which part of the vocabulary it is."""
+    weight, ranks = local_part("weight", weight, group, 0)
+    if bias is not None:
+        bias, ranks = local_part("bias", bias, ranks, 0)
+    check_head(hidden, weight, bias, may_be_empty=ranks is not None)
+    shard = Shard(len(weight), ranks, size, math.prod(hidden.shape[:-1]), hidden.device, "hidden")
+    return HeadInputs(hidden, weight, bias), shard
+
+
+def local_part(name: str, tensor: Any, group: object, dim: int) -> tuple[Any, dist.ProcessGroup | None]:  # noqa: ANN401
+    """The rank's part of a tensor that is divided along `dim`, and the ranks it is divided over, None for one.
+
+    A DTensor knows its ranks; a plain tensor is such a part where a group is given.
+    """
+    if group is not None and group is dist.GroupMember.NON_GROUP_MEMBER:
+        msg = f"vocabulary_group: expected a group that this process, rank {dist.get_rank()}, belongs to, got one it does not"
+        raise ValueError(msg)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        msg = f"vocabulary_group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
+        raise TypeError(msg)
+    if not hasattr(tensor, "device_mesh"):
+        return tensor, group
+    placements, mesh = tensor.placements, tensor.device_mesh
+    if len(placements) != 1 or not placements[0].is_shard(dim % tensor.ndim):
+        msg = (
+            f"{name}: expected a DTensor on a mesh of one dimension with the placement Shard({dim}), got {placements} on a "
+            f"mesh of shape {tuple(mesh.shape)}"
+        )
+        raise ValueError(msg)
+    of_mesh: dist.ProcessGroup = mesh.get_group()
+    if group is not None and group is not of_mesh:
+        msg = f"vocabulary_group: expected None or the mesh's own group with {name} a DTensor, got another group"
+        raise ValueError(msg)
+    return tensor.to_local(), of_mesh
