@@ -56,6 +56,9 @@ def batch():
         "mask": mask,
         "tokens": np.where(mask, tokens, -100),
         "inside": tokens,
+        "few": np.minimum(tokens, V - 3),
+        "temperature": 0.5 + rng.random((N, T)),
+        "support": (rng.random((N, T, V)) < 0.5) | (np.arange(V) == np.minimum(tokens, V - 3)[..., None]),
         "top_k_ids": ids,
     }
 
@@ -64,6 +67,14 @@ def log_prob(inputs, module, d, **options):
     """Those of K + 1 tokens."""
     function = module.token_log_prob if inputs == ("logits",) else module.linear_log_prob
     return function(**{name: d[name] for name in (*inputs, "tokens", "mask", "top_k_ids")}, entropy=True, **options)
+
+
+def with_row_map(module, d, **options):
+    """Those over a support, with a temperature a token and two ids of padding."""
+    arrays = {"tokens": d["few"], "mask": d["mask"], "temperature": d["temperature"]}
+    head = {name: d[name] for name in HEAD}
+    support = module.Support.from_mask(d["support"])
+    return module.linear_log_prob(**head, **arrays, support=support, vocabulary_size=V - 2, entropy=True, **options)
 
 
 def loss(inputs, objective, records, module, d, **options):
@@ -102,6 +113,7 @@ LOGITS, HEAD = ("logits",), ("hidden", "weight", "bias")
 CASES = {
     "token_log_prob": (partial(log_prob, LOGITS), LOGITS),
     "linear_log_prob": (partial(log_prob, HEAD, chunk_tokens=4), HEAD),
+    "linear_log_prob row map": (with_row_map, HEAD),
     "logits_policy_loss full": (partial(loss, LOGITS, PER_TOKEN, "full"), LOGITS),
     "logits_policy_loss top-k": (partial(loss, LOGITS, PER_TOKEN, "top-k"), LOGITS),
     "linear_policy_loss full": (partial(loss, HEAD, PER_TOKEN, "full", chunk_tokens=4), HEAD),
