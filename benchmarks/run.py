@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from measure import Case
 
@@ -30,11 +30,13 @@ GROUPS = {
     "linear-float32": 2,
     "linear-bfloat16": 2,
     "linear-peers": 2,
+    "log-prob": 2,
     "growth": 2,
     "memory": 2,
     "smoke": 1,
 }
 VOCABULARY = 151_936
+DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
@@ -78,7 +80,9 @@ def _measure(name: str, results: Path, share: float) -> None:
         shown = {"name": case.name, "about": case.about, "units": case.units}
         measured.append(shown | {"others": round(load[0], 2), "seconds": seconds})
         print(f"{name}: {case.about}", flush=True)
-    result = {"group": name, "machine": machine(), "cases": measured, "memory": _memory() if name == "memory" else {}}
+    memory = _memory("linear") if name == "memory" else _memory("log_prob") if name == "log-prob" else {}
+    errors = _errors() if name == "log-prob" else {}
+    result = {"group": name, "machine": machine(), "cases": measured, "memory": memory, "errors": errors}
     (results / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -86,6 +90,7 @@ def _cases(name: str) -> Iterator[Case]:  # noqa: C901 -- a case a group
     import torch  # noqa: PLC0415
 
     import linear  # noqa: PLC0415
+    import log_prob  # noqa: PLC0415
     import tokens  # noqa: PLC0415
     import vocabulary  # noqa: PLC0415
 
@@ -107,6 +112,9 @@ def _cases(name: str) -> Iterator[Case]:  # noqa: C901 -- a case a group
             yield from linear.cases(1024, VOCABULARY, torch.bfloat16, 20, with_peers=False)
         case "linear-peers":
             yield from linear.cases(512, 32_768, torch.float32, 25, with_peers=True)
+        case "log-prob":
+            yield from log_prob.cases(512, 32_768, torch.float32, 40)
+            yield from log_prob.cases(512, 32_768, torch.bfloat16, 40)
         case "growth":
             yield from tokens.growth()
             yield from vocabulary.growth()
@@ -114,12 +122,27 @@ def _cases(name: str) -> Iterator[Case]:  # noqa: C901 -- a case a group
             yield from tokens.smoke()
 
 
-def _memory() -> dict[str, Any]:
+def _errors() -> dict[str, Any]:
+    """Of log π, ∂hidden and ∂weight, by primitive and dtype."""
+    import torch  # noqa: PLC0415
+
+    from log_prob import errors  # noqa: PLC0415
+
+    shape = 4096, 4096
+    return {f"{label}, {name}": e for name in DTYPES for label, e in errors(*shape, getattr(torch, name)).items()}
+
+
+def _memory(module: str) -> dict[str, Any]:
     """Extra bytes of one call, each in a process of its own."""
-    script = "import sys, json; from linear import peak; print(json.dumps(peak(sys.argv[1], sys.argv[2])))"
+    script = f"import sys, json; from {module} import peak; print(json.dumps(peak(sys.argv[1], sys.argv[2])))"
+    labels: Iterable[str] = ("unfused", "ours, arrays", "ours, compiled", "ours, compiled, low memory")
+    if module == "log_prob":
+        from log_prob import primitives  # noqa: PLC0415
+
+        labels = primitives()
     found: dict[str, Any] = {}
-    for dtype in ("float32", "bfloat16"):
-        for label in ("unfused", "ours, arrays", "ours, compiled", "ours, compiled, low memory"):
+    for dtype in DTYPES:
+        for label in labels:
             command = [sys.executable, "-c", script, label, dtype]
             # 4 KiB pages: a huge page counts as resident before it is used
             environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}

@@ -57,6 +57,15 @@ def _group(result: dict[str, Any]) -> str:
         ]
         lines += ["| | MiB |", "|---|--:|"]
         lines += [f"| {label} | {size / 2**20:.0f} |" for label, size in result["memory"].items()]
+    if result.get("errors"):
+        lines += [
+            "",
+            "Largest errors beside float64, N = 4,096, V = 4,096: log π in nats, gradients beside their largest element:",
+            "",
+            "| | log π | ∂hidden | ∂weight |",
+            "|---|--:|--:|--:|",
+            *(f"| {label} | {' | '.join(f'{e:.1e}' for e in errors)} |" for label, errors in result["errors"].items()),
+        ]
     return "\n".join(lines)
 
 

@@ -52,8 +52,11 @@ class Chunk(NamedTuple):
 class Head:
     """An LM head in the dtype of its products, and the gradients that accumulate for it."""
 
-    def __init__(self, inputs: HeadInputs, dtype: torch.dtype, shard: Shard, *, needed: bool) -> None:
-        """Of the ids of a rank's part of the vocabulary; rows of the weight after them are padding."""
+    def __init__(self, inputs: HeadInputs, dtype: torch.dtype, shard: Shard, *, needed: bool, several: bool = False) -> None:
+        """Of the ids of a rank's part of the vocabulary; rows of the weight after them are padding.
+
+        ∂weight adds up in float32 at least if it is of `several` chunks: bfloat16 would round every sum.
+        """
         hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in inputs)
         assert hidden is not None
         assert weight is not None
@@ -63,7 +66,9 @@ class Head:
         self.needed, self.shape, self.size = needed, hidden.shape, shard.width
         wanted = [needed and tensor is not None and tensor.requires_grad for tensor in inputs]
         self.of_hidden = torch.zeros_like(self.hidden, dtype=_kept(hidden.dtype)) if wanted[0] else None
-        self.of_weight = torch.empty_like(weight, dtype=_kept(weight.dtype)) if wanted[1] else None
+        self._weight_dtype = _kept(weight.dtype)
+        adding = working_dtype(weight.dtype) if several else self._weight_dtype
+        self.of_weight = torch.empty_like(weight, dtype=adding) if wanted[1] else None
         self.of_bias = torch.zeros_like(bias, dtype=self.row_dtype) if wanted[2] and bias is not None else None
         self.started: set[int] = set()
 
@@ -113,9 +118,10 @@ class Head:
             self.of_hidden[key] = self.shard.reduced_(chunk.total).to(self.of_hidden.dtype)
 
     def finish(self) -> None:
-        """Fill in what no token has reached, and padding."""
+        """Fill in what no token has reached, and padding; and round once what has added up."""
         if self.of_weight is not None:
             self.of_weight[self.size if self.started else 0 :].zero_()
+            self.of_weight = self.of_weight.to(self._weight_dtype)
 
     def _add_weight(self, total: torch.Tensor, gradient: torch.Tensor, chunk: Chunk, *, again: bool) -> None:
         rounded = total.dtype != gradient.dtype

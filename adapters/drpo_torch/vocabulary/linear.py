@@ -71,9 +71,9 @@ def linear_policy_loss(
     (dropped by DPPO, say) before the other two. No gradient is formed for a tensor that doesn't require it, such as a
     frozen head.
 
-    Under autocast the products are taken in its dtype. ∂weight is accumulated in the dtype of `weight`: a bfloat16 one is
-    rounded once a chunk. float16 factors are scaled by powers of two so that nothing underflows or overflows in a product,
-    and gradients of float16 inputs are kept in float32 until the cotangent (a loss scaler's factor, say) is known.
+    Under autocast the products are taken in its dtype. ∂weight of several chunks of tokens adds up in float32 at least.
+    float16 factors are scaled by powers of two so that nothing underflows or overflows in a product, and gradients of
+    float16 inputs are kept in float32 until the cotangent (a loss scaler's factor, say) is known.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def linear_policy_loss(
     with torch.no_grad():
         batch = TokenBatch(arguments, dtype, tempering, shard)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = Head(inputs, dtype, shard, needed=needed)
+        head = Head(inputs, dtype, shard, needed=needed, several=len(batch.valid) > chunk_tokens)
         _Sweep(batch, head, module, (chunk_tokens, width)).run()
         result = batch.result()
     if not needed:

@@ -220,7 +220,8 @@ def linear_log_prob(
     Notes
     -----
     `torch.compile` of a model that calls it breaks the graph here: what is computed depends on the mask's values. Under
-    autocast the products are taken in its dtype, in both passes. ∂weight is accumulated in the dtype of `weight`.
+    autocast the products are taken in its dtype, in both passes. ∂weight of several chunks of tokens adds up in float32 at
+    least; one chunk of all tokens, with a `chunk_vocabulary`, needs no such sum.
 
     Examples
     --------
@@ -409,13 +410,13 @@ class _HeadSweep:
     def chunks(self, head: Head, rows: Places) -> Chunks:
         return Chunks(head, self.tempering, self._module, rows=min(self._size, len(rows)), width=self._width)
 
-    def head(self, inputs: HeadInputs, *, needed: bool) -> Head:
+    def head(self, inputs: HeadInputs, rows: Places, *, needed: bool) -> Head:
         with torch.autocast(inputs.hidden.device.type, enabled=False):
-            return Head(inputs, self._dtype, self._shard, needed=needed)
+            return Head(inputs, self._dtype, self._shard, needed=needed, several=len(rows) > self._size)
 
     def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
         """Log-probs of the columns; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
-        head = self.head(inputs, needed=False)
+        head = self.head(inputs, self.rows, needed=False)
         chunks = self.chunks(head, self.rows)
         found = [
             chunks.forward(rows, self.columns[rows.key], entropy=self.entropy)
@@ -475,7 +476,7 @@ class _LinearLogProb(torch.autograd.Function):
         kept = Kept(found, columns, whole, parts, shares[:, alive])
         pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found))
         with torch.autocast(hidden.device.type, enabled=False):
-            head = sweep.head(HeadInputs(hidden, weight, bias), needed=True)
+            head = sweep.head(HeadInputs(hidden, weight, bias), found, needed=True)
             sweep.backward(head, kept, pull)
         gradients = zip(head.gradients, (hidden, weight, bias), strict=True)
         return *(None if g is None else g.to(tensor.dtype) for g, tensor in gradients), None
