@@ -784,12 +784,13 @@ def logits_policy_loss(
     divergence: Any = None,
     temperature: float = 1.0,
     entropy: bool = False,
+    entropy_coefficient: float = 0.0,
     recorded: dict[str, Any] | None = None,
     diagnostics: bool = True,
     **options: Any,
 ) -> Outputs:
     ids = torch.where(mask, tokens, 0)
-    known = token_log_prob(logits=logits, tokens=ids, mask=mask, temperature=temperature, entropy=entropy)
+    known = token_log_prob(logits=logits, tokens=ids, mask=mask, temperature=temperature, entropy=True)
     measured = _measure(divergence, logits, temperature, ids, behavior_log_prob, recorded or {})
     outputs = policy_loss(
         objective,
@@ -804,6 +805,10 @@ def logits_policy_loss(
         **_reduction_options(options),
         **{name: options[name] for name in ("proximal_log_prob", "reference_log_prob") if name in options},
     )
+    if entropy_coefficient:
+        c = coefficients(reduction_of(objective, reduction), mask, **_reduction_options(options))
+        bonus = reduced(-entropy_coefficient * known["entropy"], c, "loss")
+        outputs |= {path: outputs[path] + bonus[path] for path in bonus}
     figures = ("log_prob", "entropy") if entropy else ("log_prob",)
     return outputs | {name: known[name].detach() for name in figures}
 

@@ -168,7 +168,7 @@ CASES = [
         ("logits",),
         lambda r, _: r.loss,
         DRPO(delta=0.15),
-        ("temperature", "vocabulary_size", "normalizer"),
+        ("temperature", "vocabulary_size", "normalizer", "entropy_coefficient"),
         (("entropy", True),),
     ),
     Case(
@@ -177,7 +177,7 @@ CASES = [
         ("hidden", "weight", "bias"),
         lambda r, _: r.loss,
         DRPO(delta=0.15),
-        ("temperature", "vocabulary_size", "normalizer", "logit_softcap", "chunk_tokens"),
+        ("temperature", "vocabulary_size", "normalizer", "entropy_coefficient", "logit_softcap", "chunk_tokens"),
         (("chunk_tokens", 5), ("entropy", True)),
     ),
     Case(

@@ -73,6 +73,7 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
     vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
+    entropy_coefficient: float = 0.0,
     diagnostics: bool = True,
     chunk_tokens: int = 256,
     vocabulary_axis: Axis | None = None,
@@ -126,7 +127,9 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
     logit_softcap
         cap > 0, a number in units of a logit; None for none.
     entropy
-        Also return the entropies.
+        Also return the entropies H, constants.
+    entropy_coefficient
+        c of an entropy bonus: the loss has −c H of each valid token, reduced as the others, with its gradient. A number.
     diagnostics
         Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
     chunk_tokens
@@ -172,6 +175,7 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
     """
     if logit_softcap is not None:
         logit_softcap = check_number("logit_softcap", logit_softcap, above=0.0)
+    entropy_coefficient = check_number("entropy_coefficient", entropy_coefficient)
     chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
     check_objective(objective)
     check_head(hidden, weight, bias)
@@ -210,11 +214,13 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
         sequences: dict[str, Any] = {"mask": mask, "segment_ids": segment_ids}
         mode = resolve(objective, **log_probs, advantages=a, **sequences, diagnostics=diagnostics, dtype=dtype, xp=xp)
     coefficients = reduction_coefficients(reduction, mode.counted, dtype=dtype, **options, xp=xp)
-    factors = None if centering is None else coefficients
+    factors = None
+    if centering is not None or entropy_coefficient:
+        factors = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     penalty = None if mode.penalty is None else [jnp.where(mode.counted, coefficients * part, 0.0) for part in mode.penalty]
     batch["anchor_log_prob"], coefficients = mode.anchor_log_prob, mode.scaled(coefficients)
     chunk = min(chunk_tokens, max(1, mask.size))
-    step = _Step(objective, mode.objective, dtype, logit_softcap, entropy, diagnostics, chunk, shard)
+    step = _Step(objective, mode.objective, dtype, logit_softcap, entropy, entropy_coefficient, diagnostics, chunk, shard)
 
     def run(
         hidden: jax.Array,
@@ -303,6 +309,7 @@ class _Step(NamedTuple):
     dtype: Any
     logit_softcap: float | None
     entropy: bool
+    entropy_coefficient: float
     diagnostics: bool
     chunk: int
     shard: Shard
@@ -343,6 +350,12 @@ class _Step(NamedTuple):
                 # an index from the end is not meant
                 column = jnp.where(column < 0, width, column)
                 everywhere = jnp.zeros_like(logits).at[row, column].add(everywhere.astype(logits.dtype), mode="drop")
+        if self.entropy_coefficient:
+            bonus = self.entropy_coefficient * jnp.where(valid, rows["factors"], 0.0).astype(logits.dtype)
+            found = found._replace(loss=found.loss - jnp.sum(bonus * policy.entropy).astype(found.loss.dtype))
+            # ∂(−H)/∂log π, up to what is the same for all tokens
+            of_entropy = bonus[:, None] * policy.weighted_log_prob
+            everywhere = of_entropy if everywhere is None else everywhere + of_entropy
         # a NaN whatever the objective makes of the token
         poison = jnp.where(broken, jnp.nan, 0.0).astype(self.dtype)
         found = found._replace(loss=found.loss + jnp.sum(poison), gradient=found.gradient + poison)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from drpo_core._checks import check_number
 from drpo_core.loss import reduction_of
 from drpo_core.modes.mode import check_others
 from drpo_core.objectives.protocol import check_objective
@@ -73,6 +74,7 @@ def logits_policy_loss(
     support: Support | None = None,
     vocabulary_size: int | None = None,
     entropy: bool = False,
+    entropy_coefficient: float = 0.0,
     vocabulary_axis: Axis | None = None,
     diagnostics: bool = True,
 ) -> VocabularyLoss:
@@ -112,7 +114,9 @@ def logits_policy_loss(
     vocabulary_size
         Logits from this id on are padding, which has no probability and a gradient of exactly 0. None: there is none.
     entropy
-        Also return the entropies.
+        Also return the entropies H, constants.
+    entropy_coefficient
+        c of an entropy bonus: the loss has −c H of each valid token, reduced as the others, with its gradient. A number.
     vocabulary_axis
         See `drpo_jax.token_log_prob`. Logits in a record are divided as these are.
     diagnostics
@@ -155,6 +159,7 @@ def logits_policy_loss(
     [-0.5, 0.3, 0.2]
     """
     check_objective(objective)
+    entropy_coefficient = check_number("entropy_coefficient", entropy_coefficient)
     check_logits("logits", logits)
     leading, vocabulary, of = logits.shape[:-1], logits.shape[-1], "logits without its last axis"
     batch = {"tokens": tokens, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
@@ -184,7 +189,7 @@ def logits_policy_loss(
     ) -> tuple[tuple[jax.Array, Diagnostics | None], tuple[jax.Array, jax.Array | None]]:
         mask, behavior_log_prob = batch["mask"], batch["behavior_log_prob"]
         ids, divergence, centering = keep_valid(mask, (batch["tokens"], divergence, centering))
-        result = selected_log_prob(row_map, entropy, logits, ids, None, mask)
+        result = selected_log_prob(row_map, entropy or entropy_coefficient != 0.0, logits, ids, None, mask)
         rows = row_map.kept(mask).ready()
         measured = measure(
             divergence,
@@ -211,13 +216,17 @@ def logits_policy_loss(
             dtype=dtype,
             diagnostics=diagnostics,
         )
+        terms = []
         if centering is not None:
-            term = _centering_term(
-                objective, centering, logits, result.log_normalizer, batch["advantages"], measured, mask, rows
+            terms.append(
+                _centering_term(objective, centering, logits, result.log_normalizer, batch["advantages"], measured, mask, rows)
             )
-            factors = reduction_coefficients(reduction, mask, dtype=dtype, **options | arrays, xp=xp)
-            loss = loss + jnp.sum(jnp.where(mask, jax.lax.stop_gradient(factors) * term, 0.0)).astype(loss.dtype)
-        per_token = jax.lax.stop_gradient((result.log_prob, result.entropy))
+        if result.entropy is not None and entropy_coefficient:
+            terms.append(-entropy_coefficient * result.entropy)
+        if terms:
+            factors = jax.lax.stop_gradient(reduction_coefficients(reduction, mask, dtype=dtype, **options | arrays, xp=xp))
+            loss = loss + jnp.sum(jnp.where(mask, factors * sum(terms), 0.0)).astype(loss.dtype)
+        per_token = jax.lax.stop_gradient((result.log_prob, result.entropy if entropy else None))
         return (loss + jnp.sum(poison).astype(loss.dtype), statistics), per_token
 
     arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}

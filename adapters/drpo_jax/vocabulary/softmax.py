@@ -52,6 +52,13 @@ class Normalized(NamedTuple):
         expected = jnp.sum(self.probability * jnp.where(self.probability > 0.0, self.shifted, 0.0), axis=-1)
         return self.log_total - self.shard.total(expected)
 
+    @property
+    def weighted_log_prob(self) -> jax.Array:
+        """π log π of the rows, 0 where π is."""
+        # selected before multiplying, as in the entropy
+        log_prob = jnp.where(self.probability > 0.0, self.shifted - self.log_total[..., None], 0.0)
+        return self.probability * log_prob
+
     def log_prob(self, chosen: jax.Array) -> jax.Array:
         """log π of entries z (…, C) of the rows."""  # noqa: D403 -- a formula
         return (chosen - self.top[..., None]) - self.log_total[..., None]

@@ -83,6 +83,7 @@ class Arguments:
     vocabulary_size: int | None
     diagnostics: bool
     entropy: bool
+    entropy_coefficient: float
     engine: Engine
 
     def check(self, leading: Sequence[int], shard: Shard, beside: torch.Tensor, softcap: float | None = None) -> Tempering:
@@ -159,11 +160,12 @@ class Arguments:
 
 
 class Found(NamedTuple):
-    """A chunk of tokens as their logits show them: log-probs of `columns`, entropy, and what was measured over all logits."""
+    """A chunk of tokens as their logits show them: log-probs of `columns`, statistics, and what was measured over all."""
 
     rows: Places
     columns: torch.Tensor
     log_prob: torch.Tensor
+    log_sum: torch.Tensor
     entropy: torch.Tensor | None
     divergence: torch.Tensor | None
     centering: Measured | None
@@ -172,10 +174,10 @@ class Found(NamedTuple):
     def joined(cls, parts: Sequence[Found]) -> Found:
         """Several chunks, in their order, as one."""
         rows = Places(torch.cat([part.rows.index for part in parts]))
-        columns, log_prob, *optional, centering = zip(*(part[1:] for part in parts), strict=True)
+        columns, log_prob, log_sum, *optional, centering = zip(*(part[1:] for part in parts), strict=True)
         entropy, divergence = (None if field[0] is None else torch.cat(field) for field in optional)
         measured = None if centering[0] is None else Measured(*(torch.cat(field) for field in zip(*centering, strict=True)))
-        return cls(rows, torch.cat(columns), torch.cat(log_prob), entropy, divergence, measured)
+        return cls(rows, torch.cat(columns), torch.cat(log_prob), torch.cat(log_sum), entropy, divergence, measured)
 
 
 class TokenBatch:
@@ -205,6 +207,16 @@ class TokenBatch:
         self.log_prob = self._zeros()
         self.entropy = self._zeros() if given.entropy else None
         self.passes: list[PolicyLoss] = []
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of each row is needed."""
+        return self.given.entropy or self.given.entropy_coefficient != 0.0
+
+    @property
+    def pulls_as_softmax(self) -> bool:
+        """Whether the gradient in the logits is, but for some columns, a multiple of the softmax."""
+        return self.full_term is None and self.given.entropy_coefficient == 0.0
 
     def columns(self, rows: Places) -> torch.Tensor:
         """Ids whose log-prob `step` needs: the sampled token, then recorded ones; (rows, C)."""
@@ -270,6 +282,10 @@ class TokenBatch:
         pull = Pull(found.columns[:, :1], slope[:, None], -slope)
         # the gradient is as large as a chunk: not for longer than it takes
         result = result._replace(gradient=None)
+        if self.given.entropy_coefficient and found.entropy is not None:
+            bonus = -self.given.entropy_coefficient * self.coefficients[key].to(self.row_dtype)
+            result = result._replace(loss=result.loss + (bonus * found.entropy).sum())
+            pull = pull.with_entropy(bonus, found.log_sum, found.entropy)
         if self.given.centering is not None:
             value, pull = self._centred(pull, found, coefficients, measured)
             result = result._replace(loss=result.loss + value)
@@ -283,7 +299,7 @@ class TokenBatch:
             columns = self.columns(none)
             empty = torch.empty(columns.shape, dtype=self.row_dtype, device=columns.device)
             none_of = empty[:, 0]
-            self.step(Found(none, columns, empty, none_of, none_of, Measured(none_of, none_of, none_of)))
+            self.step(Found(none, columns, empty, none_of, none_of, none_of, Measured(none_of, none_of, none_of)))
         loss, _, diagnostics = self.passes[0]
         if len(self.passes) > 1:
             losses, _, every = zip(*self.passes, strict=True)
@@ -304,7 +320,8 @@ class TokenBatch:
             value, at = top_k_terms(self.given.objective, centering, found.rows.key, log_prob, advantages, divergence, outside)
             at = at.to(self.row_dtype) * coefficients[:, None]
             columns = found.columns[:, : 1 + k]
-            return (coefficients * value).sum(), Pull(columns, torch.cat((pull.at, at), -1), pull.scale - at.sum(-1))
+            pull = pull._replace(columns=columns, at=torch.cat((pull.at, at), -1), scale=pull.scale - at.sum(-1))
+            return (coefficients * value).sum(), pull
         assert self.full_term is not None
         assert found.centering is not None
         value, total, size = found.centering

@@ -58,6 +58,7 @@ def linear_policy_loss(
     vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
+    entropy_coefficient: float = 0.0,
     chunk_tokens: int = 256,
     chunk_vocabulary: int | None = None,
     vocabulary_group: dist.ProcessGroup | None = None,
@@ -111,6 +112,8 @@ def linear_policy_loss(
         cap > 0; None for none.
     entropy
         Whether to return the entropies too.
+    entropy_coefficient
+        c of an entropy bonus: the loss has −c H of each valid token, reduced as the others, with its gradient.
     chunk_tokens
         How many tokens' logits exist at once.
     chunk_vocabulary
@@ -197,6 +200,7 @@ def linear_policy_loss(
         vocabulary_size=vocabulary_size,
         diagnostics=diagnostics,
         entropy=entropy,
+        entropy_coefficient=check_number("entropy_coefficient", entropy_coefficient),
         engine=engine,
     )
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
@@ -240,7 +244,7 @@ class _Sweep:
         self.at_once = rows == len(batch.valid) or looks_at_one_token(batch.given.objective)
         # whether logits are gone when the gradient in them is known
         self.recompute = len(self.chunks.parts) > 1 or not self.at_once
-        self.softmax = self.chunks.keeps and head.needed and not self.recompute and batch.full_term is None
+        self.softmax = self.chunks.keeps and head.needed and not self.recompute and batch.pulls_as_softmax
 
     def run(self) -> None:
         chunks = self.batch.valid.chunks(self.chunk_tokens)
@@ -267,8 +271,8 @@ class _Sweep:
             full = batch.look(self.chunks.module, rows, z, places)
 
         columns = batch.columns(rows)
-        log_prob, whole, kept = self.chunks.forward(rows, columns, entropy=batch.given.entropy, keep=self.softmax, look=look)
-        return Found(rows, columns, log_prob, whole.entropy, *full), kept
+        log_prob, whole, kept = self.chunks.forward(rows, columns, entropy=batch.needs_entropy, keep=self.softmax, look=look)
+        return Found(rows, columns, log_prob, whole.log_sum, whole.entropy, *full), kept
 
     def _backward(self, kept: Kept, pull: Pull) -> None:
         """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂logits."""

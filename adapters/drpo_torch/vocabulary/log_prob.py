@@ -330,7 +330,7 @@ def _pull(
     pull = Pull(columns, of_log_probs, of_normalizer - of_log_probs.sum(-1))
     if of_entropy is None or statistics.entropy is None:
         return pull
-    return pull._replace(scale=pull.scale + of_entropy * (statistics.log_sum - statistics.entropy), slope=of_entropy)
+    return pull.with_entropy(of_entropy, statistics.log_sum, statistics.entropy)
 
 
 class _TokenLogProb(torch.autograd.Function):

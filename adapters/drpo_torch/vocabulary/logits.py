@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from drpo_core._checks import check_number
 from drpo_torch._checks import check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss
@@ -52,6 +53,7 @@ def logits_policy_loss(
     support: Support | None = None,
     vocabulary_size: int | None = None,
     entropy: bool = False,
+    entropy_coefficient: float = 0.0,
     overwrite_logits: bool = False,
     vocabulary_group: dist.ProcessGroup | None = None,
     diagnostics: bool = True,
@@ -93,6 +95,8 @@ def logits_policy_loss(
         Logits from this id on are padding, with a probability and a gradient of 0, in the records too. None: none are.
     entropy
         Whether to return the entropies too.
+    entropy_coefficient
+        c of an entropy bonus: the loss has −c H of each valid token, reduced as the others, with its gradient.
     overwrite_logits
         Put the gradient in the storage of the logits, at once. Nothing else may need the logits then: autograd raises if
         something did. Logits that share memory with each other (expanded ones) are left as they are, and all logits in a
@@ -166,6 +170,7 @@ def logits_policy_loss(
         vocabulary_size=vocabulary_size,
         diagnostics=diagnostics,
         entropy=entropy,
+        entropy_coefficient=check_number("entropy_coefficient", entropy_coefficient),
         engine=engine,
     )
     tempering = arguments.check(logits.shape[:-1], shard, logits)
@@ -195,14 +200,14 @@ class _Sweep:
         into = None if gradient is None else gradient[:, :size]
         kernels = row_kernels(self.module, z.shape[-1], z.dtype, z.device)
         # a softmax that is in the working dtype already waits in the gradient's place for its coefficient
-        kept = into is not None and kernels.keeps and logits.dtype == batch.row_dtype and batch.full_term is None
+        kept = into is not None and kernels.keeps and logits.dtype == batch.row_dtype and batch.pulls_as_softmax
         columns = batch.columns(rows)
         picked = shard.picked(z, rows, columns, tempering)
         # before a softmax takes the place of the logits
         full = batch.look(self.module, rows, z, rows)
-        mine = kernels.statistics(z, rows, tempering, entropy=batch.given.entropy, keep=into if kept else None)
+        mine = kernels.statistics(z, rows, tempering, entropy=batch.needs_entropy, keep=into if kept else None)
         found, share, picked = shard.merged(mine, picked, columns)
-        pull = batch.step(Found(rows, columns, found.log_prob(picked), found.entropy, *full))
+        pull = batch.step(Found(rows, columns, found.log_prob(picked), found.log_sum, found.entropy, *full))
         self.result = batch.result()
         if gradient is None or into is None:
             return None

@@ -197,6 +197,10 @@ class Pull(NamedTuple):
         size = self.at.abs().sum(-1) + of_softmax
         return size if self.everywhere is None else size + self.everywhere.size
 
+    def with_entropy(self, cotangent: torch.Tensor, log_sum: torch.Tensor, entropy: torch.Tensor) -> Pull:
+        """The pull with that of the entropies, ∂H/∂x = −π (log π + H), times a cotangent a row."""
+        return self._replace(scale=self.scale + cotangent * (log_sum - entropy), slope=cotangent)
+
     def at_rows(self, rows: torch.Tensor) -> Pull:
         """The pull of some of the rows."""
         slope = None if self.slope is None else self.slope[rows]
