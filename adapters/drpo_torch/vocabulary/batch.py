@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_torch.vocabulary.recorded import Centering, Divergence
     from drpo_torch.vocabulary.shards import Shard
-    from drpo_torch.vocabulary.softmax import Tempering
+    from drpo_torch.vocabulary.softmax import Statistics, Tempering
     from drpo_torch.vocabulary.support import Support
 
 __all__ = ["Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
@@ -160,7 +160,7 @@ class Arguments:
 
 
 class Found(NamedTuple):
-    """A chunk of tokens as their logits show them: log-probs of `columns`, statistics, and what was measured over all."""
+    """A chunk of tokens as their logits show them: log-probs of `columns`, statistics, divergence and full centring."""
 
     rows: Places
     columns: torch.Tensor
@@ -227,24 +227,39 @@ class TokenBatch:
         ids = [ids.reshape(-1, ids.shape[-1])[key].to(torch.int64) for ids in recorded]
         return torch.cat((self.tokens[key, None], *ids), dim=-1)
 
-    def look(
+    def full_divergence(
         self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places
-    ) -> tuple[torch.Tensor | None, Measured | None]:
-        """What is measured over all logits, of rows whose logits are at these places: divergence and centring, or None."""
-        divergence, centering = None, None
-        tempering = self.tempering.at(rows.key)
-        if self.behavior is not None and isinstance(self.given.divergence, FullDivergence):
-            parts = []
-            for part, recorded, at in self.behavior.chunks(rows, self.shard.widest, self.row_dtype):
-                policy, behavior = tempering.at(part), self.behavior.tempering.at(rows[part].key)
-                pair = (logits, places[part], policy), (recorded, at, behavior)
-                found = full_divergence_rows(module, *pair[0], *pair[1], self.shard)
-                parts.append(getattr(found, self.given.divergence.kind))
-            divergence = torch.cat(parts)
+    ) -> torch.Tensor | None:
+        """The `FullDivergence` of rows whose logits are at these places, None without one; before softmaxes replace them."""
+        if self.behavior is None or not isinstance(self.given.divergence, FullDivergence):
+            return None
+        tempering, parts = self.tempering.at(rows.key), []
+        for part, recorded, at in self.behavior.chunks(rows, self.shard.widest, self.row_dtype):
+            policy, behavior = tempering.at(part), self.behavior.tempering.at(rows[part].key)
+            pair = (logits, places[part], policy), (recorded, at, behavior)
+            found = full_divergence_rows(module, *pair[0], *pair[1], self.shard)
+            parts.append(getattr(found, self.given.divergence.kind))
+        return torch.cat(parts)
+
+    def find(
+        self,
+        rows: Places,
+        columns: torch.Tensor,
+        log_prob: torch.Tensor,
+        whole: Statistics,
+        full_divergence: torch.Tensor | None,
+        logits: torch.Tensor,
+        places: Places,
+    ) -> Found:
+        """What `step` needs of rows, from their statistics; their logits, at these places, are for a `FullCentering` only.
+
+        The divergence comes first: C_v depends on it.
+        """
+        divergence, centering = self._divergence(rows.key, columns, log_prob, full_divergence), None
         if self.full_term is not None:
-            measured = divergence if self.measured is None else self.measured[rows.key]
-            centering = self.full_term.measure(rows, logits, places, tempering, measured)
-        return divergence, centering
+            tempering = self.tempering.at(rows.key)
+            centering = self.full_term.measure(rows, logits, places, tempering, whole, divergence)
+        return Found(rows, columns, log_prob, whole.log_sum, whole.entropy, divergence, centering)
 
     def step(self, found: Found) -> Pull:
         """∂(reduced loss)/∂logits of these tokens; keeps what `result` needs."""
@@ -252,23 +267,10 @@ class TokenBatch:
         self.log_prob[key] = sampled
         if self.entropy is not None and found.entropy is not None:
             self.entropy[key] = found.entropy
-        measured = found.divergence if self.measured is None else self.measured[key]
-        if isinstance(self.given.divergence, TopKDivergence):
-            top_k = self.given.divergence.behavior_log_prob.detach()
-            top_k = top_k.reshape(-1, top_k.shape[-1])[key]
-            behavior = TopK(self.behavior_log_prob[key], top_k)
-            k = top_k.shape[-1]
-            tokens, ids = found.columns[:, 0], found.columns[:, found.columns.shape[-1] - k :]
-            policy = TopK(sampled, found.log_prob[:, found.log_prob.shape[-1] - k :])
-            outside = self._outside(key, ids)
-            if outside is not None:
-                policy, behavior = policy.without(outside), behavior.without(outside)
-            both = top_k_rows(tokens, ids, policy, behavior)
-            measured = getattr(both, self.given.divergence.kind)
         valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
         mode, coefficients = self._resolved(key)
         scaled = mode.scaled(coefficients)
-        batch = Batch(sampled, mode.anchor_log_prob, self.advantages[key], valid, scaled, measured)
+        batch = Batch(sampled, mode.anchor_log_prob, self.advantages[key], valid, scaled, found.divergence)
         result = run_pass(
             mode.objective,
             batch,
@@ -287,7 +289,7 @@ class TokenBatch:
             result = result._replace(loss=result.loss + (bonus * found.entropy).sum())
             pull = pull.with_entropy(bonus, found.log_sum, found.entropy)
         if self.given.centering is not None:
-            value, pull = self._centred(pull, found, coefficients, measured)
+            value, pull = self._centred(pull, found, coefficients)
             result = result._replace(loss=result.loss + value)
         self.passes.append(result)
         return pull
@@ -308,24 +310,39 @@ class TokenBatch:
         entropy = None if self.entropy is None else self.entropy.reshape(shape)
         return VocabularyLoss(loss, diagnostics, self.log_prob.reshape(shape), entropy)
 
-    def _centred(
-        self, pull: Pull, found: Found, coefficients: torch.Tensor, divergence: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Pull]:
+    def _divergence(
+        self, key: torch.Tensor | slice, columns: torch.Tensor, log_prob: torch.Tensor, full: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The divergence of tokens, of whichever kind was given, from the log-probs of their columns or over all logits."""
+        given = self.given.divergence
+        if not isinstance(given, TopKDivergence):
+            return full if self.measured is None else self.measured[key]
+        top_k = given.behavior_log_prob.detach()
+        top_k = top_k.reshape(-1, top_k.shape[-1])[key]
+        # the last columns
+        start = columns.shape[-1] - top_k.shape[-1]
+        ids, policy = columns[:, start:], TopK(log_prob[:, 0], log_prob[:, start:])
+        behavior, outside = TopK(self.behavior_log_prob[key], top_k), self._outside(key, ids)
+        if outside is not None:
+            policy, behavior = policy.without(outside), behavior.without(outside)
+        found: torch.Tensor = getattr(top_k_rows(columns[:, 0], ids, policy, behavior), given.kind)
+        return found
+
+    def _centred(self, pull: Pull, found: Found, coefficients: torch.Tensor) -> tuple[torch.Tensor, Pull]:
         """Σ c times the score-centring term of these tokens, and the pull with its gradient."""
         centering, coefficients = self.given.centering, coefficients.to(self.row_dtype)
         if isinstance(centering, TopKCentering):
-            k = centering.ids.shape[-1]
-            advantages = self.advantages[found.rows.key]
-            log_prob, outside = found.log_prob[:, 1 : 1 + k], self._outside(found.rows.key, found.columns[:, 1 : 1 + k])
-            value, at = top_k_terms(self.given.objective, centering, found.rows.key, log_prob, advantages, divergence, outside)
+            k, key = centering.ids.shape[-1], found.rows.key
+            columns, log_prob = found.columns[:, : 1 + k], found.log_prob[:, 1 : 1 + k]
+            of_tokens = self.advantages[key], found.divergence, self._outside(key, columns[:, 1:])
+            value, at = top_k_terms(self.given.objective, centering, key, log_prob, *of_tokens)
             at = at.to(self.row_dtype) * coefficients[:, None]
-            columns = found.columns[:, : 1 + k]
             pull = pull._replace(columns=columns, at=torch.cat((pull.at, at), -1), scale=pull.scale - at.sum(-1))
             return (coefficients * value).sum(), pull
         assert self.full_term is not None
         assert found.centering is not None
         value, total, size = found.centering
-        everywhere = CenteredRows(self.full_term, found.rows.index, divergence, coefficients, size)
+        everywhere = CenteredRows(self.full_term, found.rows.index, found.divergence, coefficients, size)
         return (coefficients * value).sum(), pull._replace(scale=pull.scale - coefficients * total, everywhere=everywhere)
 
     def _outside(self, key: torch.Tensor | slice, ids: torch.Tensor) -> torch.Tensor | None:

@@ -87,16 +87,22 @@ class FullTerm:
             self._normalizers = Statistics(nothing, nothing.clone(), None, nothing)
 
     def measure(
-        self, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering, divergence: torch.Tensor | None
+        self,
+        rows: Places,
+        logits: torch.Tensor,
+        places: Places,
+        tempering: Tempering,
+        whole: Statistics,
+        divergence: torch.Tensor | None,
     ) -> Measured:
-        """What is known of rows whose logits are at these places, before their gradient is formed."""
+        """What is known of rows whose logits are at these places, and whose statistics over all ranks are `whole`."""
         work = Workspace(logits.shape[-1], self.dtype, logits.device)
         measured = torch.empty((3, len(rows)), dtype=self.dtype, device=logits.device)
-        whole = self._normalize(rows, logits, places, tempering)
+        self._normalize_behavior(rows)
         of_rows = CenteredRows(self, rows.index, divergence, torch.ones_like(measured[0]), measured[2])
         for step, buffer, _ in work.steps(len(rows)):
             x = tempering.at(step)(work.take(logits, places[step].key), buffer)
-            log_prob = log_softmax(x) if whole is None else whole.at(step).log_prob(x)
+            log_prob = whole.at(step).log_prob(x)
             coefficients = of_rows.of(step, log_prob)
             measured[1, step], measured[2, step] = coefficients.sum(-1), coefficients.abs().sum(-1)
             measured[0, step] = coefficients.mul_(log_prob.masked_fill_(log_prob == -torch.inf, 0.0)).sum(-1)
@@ -107,16 +113,15 @@ class FullTerm:
         logits = logits.to(self.dtype)
         return log_softmax(logits) if self._normalizers is None else self._normalizers.at(index).log_prob(logits)
 
-    def _normalize(self, rows: Places, logits: torch.Tensor, places: Places, tempering: Tempering) -> Statistics | None:
-        """Learn the normalisers of both policies from all ranks; returns those of π, or None where this rank sees all."""
+    def _normalize_behavior(self, rows: Places) -> None:
+        """Learn the normalisers of μ from all ranks, unless this rank sees all of its logits."""
         if self._normalizers is None:
-            return None
+            return
         for part, recorded, at in self.behavior.chunks(rows, self.shard.widest, self.dtype):
             tempering_of_part = self.behavior.tempering.at(rows[part].key)
             found = self.shard.normalizers(None, recorded, at, tempering_of_part)
             self._normalizers.maximum[rows[part].index] = found.maximum.to(self.dtype)
             self._normalizers.log_sum[rows[part].index] = found.log_sum.to(self.dtype)
-        return self.shard.normalizers(None, logits, places, tempering)
 
     def coefficients(
         self, log_prob: torch.Tensor, behavior: torch.Tensor, advantages: torch.Tensor, divergence: torch.Tensor | None

@@ -118,6 +118,10 @@ class Chunks:
             head.add(gradient, part, chunk)
         head.end(kept.rows.key, chunk)
 
+    def held(self, rows: int) -> tuple[torch.Tensor, Places]:
+        """What the buffer holds of so many rows after `forward`: logits of the last part, or their softmaxes; their places."""
+        return self._view(rows, self.parts[-1]), self._every[:rows]
+
     def close_up(self, alive: torch.Tensor, rows: int) -> None:
         """Move the rows of logits that are alive to the first places, in this order."""
         z = self._view(rows, self.parts[0])

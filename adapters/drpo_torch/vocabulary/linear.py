@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.loss import Engine
     from drpo_core.reduction import Reduction
-    from drpo_torch.vocabulary.centering import Measured
     from drpo_torch.vocabulary.chunks import Kept
     from drpo_torch.vocabulary.recorded import Centering, Divergence
     from drpo_torch.vocabulary.softmax import Places, Pull
@@ -264,15 +263,15 @@ class _Sweep:
     def _forward(self, rows: Places) -> tuple[Found, Kept]:
         """Take a chunk through its logits: results for the objective, and results for the gradient."""
         batch: TokenBatch = self.batch
-        full: tuple[torch.Tensor | None, Measured | None] = (None, None)
+        divergence: torch.Tensor | None = None
 
         def look(z: torch.Tensor, places: Places) -> None:
-            nonlocal full
-            full = batch.look(self.chunks.module, rows, z, places)
+            nonlocal divergence
+            divergence = batch.full_divergence(self.chunks.module, rows, z, places)
 
         columns = batch.columns(rows)
         log_prob, whole, kept = self.chunks.forward(rows, columns, entropy=batch.needs_entropy, keep=self.softmax, look=look)
-        return Found(rows, columns, log_prob, whole.log_sum, whole.entropy, *full), kept
+        return batch.find(rows, columns, log_prob, whole, divergence, *self.chunks.held(len(rows))), kept
 
     def _backward(self, kept: Kept, pull: Pull) -> None:
         """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂logits."""

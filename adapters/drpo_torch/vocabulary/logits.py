@@ -9,7 +9,7 @@ import torch
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
-from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss
+from drpo_torch.vocabulary.batch import Arguments, TokenBatch, VocabularyLoss
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten, rows_of
 from drpo_torch.vocabulary.shards import shard_of_logits
@@ -204,10 +204,10 @@ class _Sweep:
         columns = batch.columns(rows)
         picked = shard.picked(z, rows, columns, tempering)
         # before a softmax takes the place of the logits
-        full = batch.look(self.module, rows, z, rows)
+        divergence = batch.full_divergence(self.module, rows, z, rows)
         mine = kernels.statistics(z, rows, tempering, entropy=batch.needs_entropy, keep=into if kept else None)
         found, share, picked = shard.merged(mine, picked, columns)
-        pull = batch.step(Found(rows, columns, found.log_prob(picked), found.log_sum, found.entropy, *full))
+        pull = batch.step(batch.find(rows, columns, found.log_prob(picked), found, divergence, z, rows))
         self.result = batch.result()
         if gradient is None or into is None:
             return None

@@ -11,11 +11,10 @@ from drpo_torch import (
     logits_policy_loss,
     policy_loss,
     score_centering,
-    top_k_divergences,
 )
 from vocabulary_batches import Largest, assert_close, budget, small_steps
 
-from drpo_core import CISPO, DPPO, DRPO, sequence_mean_token_mean
+from drpo_core import CISPO, DPPO, DRPO, sequence_mean_token_mean, top_k_tv
 from drpo_core.anchors import Proximal
 from drpo_core.corrections import ImportanceWeight, OutwardMask, RatioMask, Veto
 from drpo_core.modes import Mode
@@ -105,7 +104,7 @@ def fused(function, objective, kind, dtype=torch.float64, *, head=False, diverge
     data, hidden, weight, behavior_weight, ids, recorded, old = every()
 
     def cast(tensors):
-        return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+        return {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in tensors.items()}
 
     of_tokens, of_outcomes = options_of(objective, recorded, old, divergence)
     if kind == "top_k":
@@ -175,26 +174,30 @@ def test_gradients_in_other_dtypes(function, kind, dtype, tolerance):
         assert_close(one, other, tolerance)
 
 
-def test_beside_a_measured_divergence():
-    """The columns of a `TopKDivergence` and those of the centring are not confused."""
-    data, hidden, weight, behavior_weight, ids, recorded, _ = every()
-    logits = torch.where(data["mask"][..., None], hidden @ weight.T, 0.0)
-    behavior = torch.where(data["mask"][..., None], hidden @ behavior_weight.T, 0.0).log_softmax(-1)
-    others = behavior.topk(3, -1)
-    divergence = TopKDivergence(kind="tv", ids=others.indices, behavior_log_prob=others.values)
-    centering = TopKCentering(ids=ids, behavior_log_prob=recorded["behavior_log_prob"])
-    found = logits_policy_loss(PER_TOKEN, logits=logits, **data, divergence=divergence, centering=centering, engine="arrays")
-    measured = top_k_divergences(
-        logits=logits,
-        log_normalizer=logits.logsumexp(-1),
-        tokens=data["tokens"].clamp(min=0),
-        behavior_log_prob=data["behavior_log_prob"],
-        top_k_ids=others.indices,
-        top_k_behavior_log_prob=others.values,
-    ).tv
-    measured = torch.where(data["mask"], measured, 0.0)
-    expected = logits_policy_loss(PER_TOKEN, logits=logits, **data, divergence=measured, centering=centering, engine="arrays")
-    assert_close(found.loss, expected.loss, 1e-14)
+@each_function
+@each_kind
+def test_beside_a_measured_divergence(function, kind, monkeypatch):
+    """A `TopKDivergence` of other ids than the centring's; a mode, which is given all chunks at once, is the same."""
+    small_steps(monkeypatch)
+    data, hidden, weight, behavior_weight, *_ = every()
+    tokens, valid = data["tokens"].clamp(min=0), data["mask"][..., None]
+    policy = (torch.where(valid, hidden, 0.0) @ weight.T / T).log_softmax(-1)
+    behavior = (torch.where(valid, hidden, 0.0) @ behavior_weight.T).log_softmax(-1)
+    log_mu, ids = behavior.topk(3, -1)
+    measured = top_k_tv(
+        at(policy, tokens),
+        at(behavior, tokens),
+        top_k_log_prob=policy.gather(-1, ids),
+        top_k_behavior_log_prob=log_mu,
+        sampled_in_top_k=(ids == tokens[..., None]).any(-1),
+    )
+    divergence = TopKDivergence(kind="tv", ids=ids, behavior_log_prob=log_mu)
+    # a threshold between the tokens' divergences
+    per_token = DPPO(delta=0.17, divergence="per_token")
+    expected = plain(per_token, kind, divergence=measured)
+    for objective in (per_token, Mode(per_token)):
+        for one, other in zip(fused(function, objective, kind, divergence=divergence), expected, strict=True):
+            assert_close(one, other, 1e-12)
 
 
 def test_the_expected_gradient_is_zero():
