@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from drpo_jax._sharding import varying_axes
 
-__all__ = ["WHOLE", "Axis", "Shard"]
+__all__ = ["WHOLE", "Shard"]
 
 if TYPE_CHECKING:
     from typing import TypeAlias
