@@ -160,6 +160,8 @@ def test_what_can_t_be_compiled_is_found_out_once(monkeypatch):
     made = []
     make = numba_loop._made  # noqa: SLF001 -- to count its calls
     monkeypatch.setattr(numba_loop, "_made", lambda *arguments, **options: made.append(1) or make(*arguments, **options))
+    # other tests may have made a loop of the same objective
+    monkeypatch.setattr(numba_loop, "_programs", {})
     mode = Mode(PPOClip(eps=0.3), anchor=Prefix(Proximal()))
     for _ in range(3):
         evaluated(mode, batch(seed=1), "auto")
