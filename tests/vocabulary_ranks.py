@@ -93,6 +93,7 @@ def _loss_cases(kind, every, engine):
         return Case(call, tensors, leaves, options | ({"chunk_tokens": 4} if kind == "linear" else {}))
 
     yield "entropy", case()
+    yield "entropy bonus", case(entropy_coefficient=0.2)
     yield "poison", case(_poisoned(basic))
     yield "mode", case(objective=Mode(UNMEASURED, anchor=Sequence(Behavior()), reduction="sequence_mean_token_mean"))
     if kind == "linear":
@@ -107,7 +108,7 @@ def _loss_cases(kind, every, engine):
         yield recorded, case(tensors, recorded, objective)
         if "full" in recorded:
             mapped, step = _row_map(tensors, bits=kind == "linear")
-            yield f"{recorded}, row map", case(mapped, recorded, objective, **step)
+            yield f"{recorded}, row map", case(mapped, recorded, objective, entropy_coefficient=0.2, **step)
 
 
 def _row_map(tensors, *, bits):

@@ -93,7 +93,7 @@ def loss(inputs, objective, records, module, d, **options):
             module.FullCentering(behavior=behavior, temperature=0.9),
         ),
     }[records]()
-    options |= {"normalizer": 13.0, "entropy": True, "diagnostics": False, "temperature": 1.3}
+    options |= {"normalizer": 13.0, "entropy": True, "entropy_coefficient": 0.2, "diagnostics": False, "temperature": 1.3}
     return function(objective, **named, divergence=divergence, centering=centering, **options)
 
 

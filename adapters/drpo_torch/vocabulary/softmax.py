@@ -378,6 +378,8 @@ class ArrayRows:
             else:
                 stored = self.work.take(z, key)
                 x = of_step(stored, buffer)
+                # before x gives way to what the slope makes of it
+                everywhere = None if pull.everywhere is None else pull.everywhere.of(step, statistics.at(step).log_prob(x))
                 p = torch.softmax(x, -1, out=p_buffer)
                 total = p.sum(-1, keepdim=True)
                 if pull.slope is None:
@@ -385,8 +387,8 @@ class ArrayRows:
                 else:
                     x = torch.sub(x, x.amax(-1, keepdim=True), out=buffer).clamp_(min=_NEGLIGIBLE)
                     p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
-            if pull.everywhere is not None:
-                p.add_(pull.everywhere.of(step, statistics.at(step).log_prob(x)))
+                if everywhere is not None:
+                    p.add_(everywhere)
             p.scatter_add_(-1, pull.columns[step], pull.at[step])
             of_step.pull_back_(p, p if kept else stored)
             if not isinstance(key, slice):
