@@ -55,7 +55,7 @@ def interpreted_loops(monkeypatch):
     """Compiled loops that are made in the test are run by Python: the same source, without a second of compilation each."""
     from interpreted_loops import interpreted  # noqa: PLC0415 -- numba takes a second to import
 
-    from drpo_core.engines import numba_loop  # noqa: PLC0415
+    from drpo_core.engines import numba_loop, recording  # noqa: PLC0415
 
     monkeypatch.setattr(numba_loop, "_compile", interpreted)
-    monkeypatch.setattr(numba_loop, "_programs", {})
+    monkeypatch.setattr(recording, "_programs", {})

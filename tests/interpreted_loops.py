@@ -1,25 +1,27 @@
 """A compiled loop run by Python instead."""
 
 import functools
+import operator
 
 import numpy as np
 
-from drpo_core.engines import numba_loop
+from drpo_core.engines import ordering
 
 
 @functools.cache
 def interpreted(source, _, constants, dtype):
     """For `drpo_core.engines.numba_loop._compile`: the loop as a Python function of NumPy scalars."""
-    number, integer = dtype.type, numba_loop._integer(dtype)  # noqa: SLF001 -- it stands in for a function there
+    number, integer = dtype.type, ordering.integer(dtype)
     functions = {
         **{name: getattr(np, name) for name in ("empty", "exp", "expm1", "log", "log1p", "sqrt", "tanh")},
         "decay": np.exp,
         "add": lambda total, x: total + x,
         "largest": max,
-        "ordered": lambda x: int(numba_loop._flipped(number(x if x == x else np.nan).view(integer))),  # noqa: SLF001
-        "unordered": lambda bits: numba_loop._flipped(np.asarray(bits, integer)).view(dtype)[()],  # noqa: SLF001
+        "ordered": lambda x: int(ordering.flipped(number(x if x == x else np.nan).view(integer))),
+        "unordered": lambda bits: ordering.flipped(np.asarray(bits, integer)).view(dtype)[()],
         "select": lambda condition, x, y: x if condition else y,
-        "lowest": numba_loop._lowest(dtype),  # noqa: SLF001
+        "lowest": ordering.lowest(dtype),
+        "negated": operator.not_,
         "wide_vectors": lambda: None,
         "number": number,
         "dtype": dtype,

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Functions", "functions", "wide_vectors"]
+__all__ = ["Functions", "functions", "negated", "wide_vectors"]
 
 
 class Functions(NamedTuple):
@@ -156,6 +156,8 @@ def _select(typing: Any, condition: Any, x: Any, y: Any) -> Any:  # noqa: ARG001
 
 
 select: Any = intrinsic(_select)
+
+negated: Any = numba.njit(lambda condition: not condition)
 
 
 def _wide_vectors(typing: Any) -> Any:  # noqa: ARG001

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 
 from drpo_core.diagnostics import map_diagnostics
-from drpo_core.engines.elementary import functions, wide_vectors
+from drpo_core.engines.elementary import functions, negated, wide_vectors
+from drpo_core.engines.ordering import flipped, integer, lowest
+from drpo_core.engines.recording import ARRAYS, MOST_PROGRAMS, program_of
 from drpo_core.engines.threads import in_threads
-from drpo_core.engines.trace import BOOL, FLOAT, Trace, UntraceableError, floats_of, parametrised, statics_of
-from drpo_core.modes.mode import Mode, is_known, parts_of
-from drpo_core.objectives.protocol import inside_of, loss_of, ratio_weight_of, weight_of
-from drpo_core.tokens import Tokens
+from drpo_core.engines.trace import BOOL, UntraceableError, floats_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,15 +29,11 @@ if TYPE_CHECKING:
 
     from drpo_core._arrays import Spread
     from drpo_core.diagnostics import Diagnostics
-    from drpo_core.engines.trace import RowStage, Statements, Symbol
+    from drpo_core.engines.recording import Pass
+    from drpo_core.engines.trace import RowStage, Statements, Symbol, Trace
     from drpo_core.objectives import Objective
 
-    Pass = Callable[..., Any]
-    """`drpo_core.loss.policy_pass`."""
-
 __all__ = ["compilations", "run"]
-
-Result = TypeVar("Result")
 
 BLOCK = 4096
 """Tokens summed in the dtype of the arithmetic, before float64 takes over."""
@@ -49,20 +43,6 @@ SEGMENTS = 64
 
 TOKENS_PER_THREAD = 1 << 16
 """Below so many, starting a thread takes longer than it saves."""
-
-MOST_PROGRAMS = 256
-"""Compiled loops that a process keeps."""
-
-ARRAYS = (
-    "log_prob",
-    "behavior_log_prob",
-    "advantages",
-    "mask",
-    "coefficients",
-    "divergence",
-    "proximal_log_prob",
-    "reference_log_prob",
-)
 
 
 def run(
@@ -85,7 +65,7 @@ def run(
     given = dict(zip(ARRAYS, arrays, strict=False))
     _check_sizes(given, gradient.size, width)
     names = tuple(name for name, array in given.items() if array is not None)
-    program = program_of(policy_pass, objective, gradient.dtype, diagnostics=diagnostics, names=names)
+    program = program_of(Program, policy_pass, objective, gradient.dtype, diagnostics=diagnostics, names=names)
     return program.run(given, gradient, tuple(floats_of(objective)), width, threads or _cpus(), spread)
 
 
@@ -127,7 +107,7 @@ class Program:
         self._sums, self._maxima = [symbol.name for symbol in sums], [symbol.name for symbol in maxima]
         self._loss, self._dtype = result.loss.name, dtype
         self._statistics = None if result.diagnostics is None else map_diagnostics(lambda s: s.name, result.diagnostics)
-        self._lowest = _lowest(dtype)
+        self._lowest = lowest(dtype)
         # a training run has one threshold, or a new one at each step
         self._known = lru_cache(maxsize=4)(self._prepare)
 
@@ -147,7 +127,7 @@ class Program:
         rows, width = self._parts(n, width)
         parts = -(-n // (rows * width))
         totals = np.zeros((parts, len(self._sums)))
-        most = np.full((parts, len(self._maxima)), self._lowest, _integer(dtype))
+        most = np.full((parts, len(self._maxima)), self._lowest, integer(dtype))
         known, uniforms = self._known(thresholds)
         flat = [array.view(np.uint8) if array.dtype == np.bool_ else array for array in map(arrays.__getitem__, self._inputs)]  # type: ignore[union-attr]
 
@@ -157,7 +137,7 @@ class Program:
         spread(run, parts, min(threads, max(1, n // TOKENS_PER_THREAD)))
         values = known | dict(zip(self._sums, totals.sum(axis=0).tolist(), strict=True))
         if self._maxima:
-            largest = _flipped(np.max(most, axis=0, initial=self._lowest)).view(dtype)
+            largest = flipped(np.max(most, axis=0, initial=self._lowest)).view(dtype)
             values |= dict(zip(self._maxima, largest.tolist(), strict=True))
         exec(self._after, values)  # noqa: S102
         number = dtype.type
@@ -177,92 +157,6 @@ class Program:
         """All values that are known before the tokens, and those that the loop needs."""
         known = self._trace.on_host(self._before, {f"p{i}": value for i, value in enumerate(thresholds)})
         return known, np.array([known[name] for name in self._uniforms], self._dtype)
-
-
-_programs: dict[tuple[Any, ...], Program | UntraceableError] = {}
-_programs_lock = Lock()
-
-
-def program_of(
-    policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, names: tuple[str, ...]
-) -> Program:
-    """The objective's program: one that was made before, if the objective is known to be the same but for its thresholds."""
-    key = (policy_pass, *_identity(policy_pass, objective, diagnostics=diagnostics, names=names), dtype, diagnostics, names)
-    program = _programs.get(key)
-    if program is None:
-        try:
-            program = _made(policy_pass, objective, dtype, diagnostics=diagnostics, names=names)
-        except UntraceableError as error:
-            # remembered too: to find out takes some milliseconds
-            program = error
-        with _programs_lock:
-            while len(_programs) >= MOST_PROGRAMS:
-                # the oldest: objectives whose methods need the values of their numbers have a program for each value
-                del _programs[next(iter(_programs))]
-            _programs[key] = program
-    if isinstance(program, UntraceableError):
-        raise program
-    return program
-
-
-_METHODS = ("loss", "weight", "ratio_weight", "inside", "log_prob", "factor", "value_and_gradient")
-"""Of objectives, anchors, corrections and penalties."""
-
-
-def _identity(policy_pass: Pass, objective: Objective, *, diagnostics: bool, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """What tells an objective from all others, apart from its thresholds.
-
-    The library's are known by their class and what is not a threshold. Any other is run on symbols at every call, because
-    nothing else tells what it does now: it may read attributes and globals that have changed.
-    """
-    if is_known(objective):
-        kinds = [type(part) for part in parts_of(objective)]
-        return (*kinds, *(getattr(kind, name, None) for kind in kinds for name in _METHODS), statics_of(objective))
-
-    def recorded(trace: Trace, traced: Objective) -> tuple[Any, ...]:
-        if isinstance(objective, Mode):
-            result = _recorded(policy_pass, trace, traced, diagnostics=diagnostics, names=names)
-            return (result.loss.name, result.gradient.name, *trace.signature())
-        numbers = {name: trace.input(name) for name in Tokens._fields if name not in ("divergence", "xp")}
-        divergence = trace.input("divergence") if "divergence" in names else None
-        tokens = Tokens(**numbers, divergence=divergence, xp=trace.namespace)
-        results = [function(traced, tokens) for function in (loss_of, weight_of, ratio_weight_of, inside_of)]
-        return (*(None if result is None else result.name for result in results), *trace.signature())
-
-    try:
-        return _with_or_without_thresholds(recorded, objective, np.dtype(np.float64))
-    except (AttributeError, TypeError, ValueError) as error:
-        # what does not work on symbols may on arrays; if not, array operations say so
-        msg = f"an objective that raises {error!r}"
-        raise UntraceableError(msg) from error
-
-
-def _recorded(policy_pass: Pass, trace: Trace, traced: Objective, *, diagnostics: bool, names: tuple[str, ...]) -> Any:
-    """What the pass does, on symbols."""
-    inputs = {name: trace.input(name, BOOL if name == "mask" else FLOAT) for name in names}
-    given = [inputs.get(name) for name in ARRAYS[: ARRAYS.index(names[-1]) + 1]]
-    return policy_pass(traced, *given, dtype=FLOAT, diagnostics=diagnostics, select=False, xp=trace.namespace)
-
-
-def _made(
-    policy_pass: Pass, objective: Objective, dtype: np.dtype[Any], *, diagnostics: bool, names: tuple[str, ...]
-) -> Program:
-    def recorded(trace: Trace, traced: Objective) -> Program:
-        return Program(trace, _recorded(policy_pass, trace, traced, diagnostics=diagnostics, names=names), dtype)
-
-    return _with_or_without_thresholds(recorded, objective, dtype)
-
-
-def _with_or_without_thresholds(record: Callable[[Trace, Any], Result], objective: Objective, dtype: np.dtype[Any]) -> Result:
-    """What is recorded of an objective whose thresholds are symbols; or numbers, where its methods need their values."""
-    epsilon = float(np.finfo(dtype).eps)
-    if floats_of(objective):
-        trace = Trace(epsilon)
-        try:
-            return record(trace, parametrised(objective, trace))
-        except Exception:  # noqa: BLE001, S110 -- it can't be copied, or needs the value of a number
-            pass
-    return record(Trace(epsilon), objective)
 
 
 def _source(
@@ -358,37 +252,23 @@ def _compile(
         "infinity": dtype.type(np.inf),
         "dtype": dtype,
         "number": dtype.type,
-        "lowest": _integer(dtype).type(_lowest(dtype)),
+        "lowest": integer(dtype).type(lowest(dtype)),
         "empty": np.empty,
         "sqrt": np.sqrt,
         "tanh": np.tanh,
+        "negated": negated,
         "wide_vectors": wide_vectors,
     }
     exec(source, namespace)  # noqa: S102
     number, index = numba.from_dtype(dtype), numba.types.intp
     readable, flags = (numba.types.Array(kind, 1, "C", readonly=True) for kind in (number, numba.types.uint8))
-    totals, most = (numba.types.Array(numba.from_dtype(kind), 2, "C") for kind in (np.dtype(np.float64), _integer(dtype)))
+    totals, most = (numba.types.Array(numba.from_dtype(kind), 2, "C") for kind in (np.dtype(np.float64), integer(dtype)))
     arrays = [*(flags if name == "mask" else readable for name in inputs), readable]
     # NaN, inf and division by zero as in NumPy, and no other freedom: the formulas are accurate as they are written
     counts = (index,) * 5
     compiled = numba.njit((*arrays, number[::1], *counts, totals, most), nogil=True, error_model="numpy")
     loop: Callable[..., None] = compiled(namespace["loop"])
     return loop
-
-
-def _integer(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The integers of a float's width, in which maxima are taken."""
-    return np.dtype(f"i{dtype.itemsize}")
-
-
-def _lowest(dtype: np.dtype[Any]) -> int:
-    """−inf among those integers."""
-    return int(_flipped(np.asarray(-np.inf, dtype).view(_integer(dtype))))
-
-
-def _flipped(bits: NDArray[Any]) -> NDArray[Any]:
-    """From the bits of floats to integers in the order of the floats, or back."""
-    return np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
 
 
 def _cpus() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import operator
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,7 +50,7 @@ _BOOL_TEMPLATES = {
     "less": "{} < {}",
     "less_equal": "{} <= {}",
     "logical_and": "{} & {}",
-    "logical_not": "not {}",
+    "logical_not": "negated({})",
     "logical_or": "{} | {}",
     "not_equal": "{} != {}",
 }
@@ -67,6 +68,7 @@ ROW_REDUCTIONS = ("row_sum", "row_max")
 _ON_HOST: dict[str, Any] = {
     **{name: getattr(math, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "tanh")},
     "abs": abs,
+    "negated": operator.not_,
     "zero": 0.0,
     "one": 1.0,
     "infinity": math.inf,

@@ -25,7 +25,7 @@ from drpo_core import (
     token_diagnostics,
     token_loss_and_gradient,
 )
-from drpo_core.engines import numba_loop
+from drpo_core.engines import numba_loop, recording
 from drpo_core.loss import policy_pass
 from drpo_core.objectives import OBJECTIVES, VacuousTrustRegionWarning
 from drpo_core.tokens import Tokens
@@ -643,16 +643,16 @@ def test_an_object_that_cannot_be_copied_without_its_constructor():
 
 
 def test_more_programs_than_are_kept(monkeypatch):
-    monkeypatch.setattr(numba_loop, "MOST_PROGRAMS", 2)
-    numba_loop._programs.clear()  # noqa: SLF001 -- those of other tests
+    monkeypatch.setattr(recording, "MOST_PROGRAMS", 2)
+    recording._programs.clear()  # noqa: SLF001 -- those of other tests
     for objective in (DELTA, Plain(rate=1.0), Plain(rate=1), Mutable(1.0), DELTA, Plain(rate=2.0)):
         assert_current(objective)
-        assert len(numba_loop._programs) <= 2  # noqa: SLF001
+        assert len(recording._programs) <= 2  # noqa: SLF001
 
 
 def test_many_objectives_in_many_threads(monkeypatch):
     """With room for three programs only, so that threads drop each other's."""
-    monkeypatch.setattr(numba_loop, "MOST_PROGRAMS", 3)
+    monkeypatch.setattr(recording, "MOST_PROGRAMS", 3)
     objectives = [quietly(lambda f=f: f.make(f.typical[0] if f.typical else None)) for f in OBJECTIVES[::3]] + [Mutable(0.5)]
     expected = [assert_current(objective) for objective in objectives]
     with ThreadPoolExecutor(8) as pool:
@@ -750,7 +750,7 @@ def test_vectors_are_as_wide_as_the_processor_has_them(monkeypatch):
     loops = []
     compile_loop = numba_loop._compile.__wrapped__  # noqa: SLF001 -- to look at the code that it makes
     monkeypatch.setattr(numba_loop, "_compile", lambda *arguments: loops.append(compile_loop(*arguments)) or loops[0])
-    monkeypatch.setattr(numba_loop, "_programs", {})
+    monkeypatch.setattr(recording, "_programs", {})
     run(DRPO(delta=0.123), tokens(64, np.float32))
     (assembly,) = loops[0].inspect_asm().values()
     assert re.search(r"vdivps\t.*%zmm", assembly)

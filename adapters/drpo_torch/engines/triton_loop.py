@@ -1,0 +1,167 @@
+"""Any objective's loss, final gradient and diagnostics as two Triton kernels over the memory of a GPU (extra `triton`).
+
+They are made of the same recording as the loop for CPUs (`drpo_core.engines.triton_source`). Tensors are read where they lie,
+in their own dtype, with the strides that they have. Which kernels run, and over how much, depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import linecache
+from functools import cache, lru_cache
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from drpo_core.diagnostics import map_diagnostics
+from drpo_core.engines.recording import ARRAYS, program_of
+from drpo_core.engines.trace import floats_of
+from drpo_core.engines.triton_source import kernels
+from drpo_core.loss import PolicyLoss
+
+if TYPE_CHECKING:
+    from drpo_core import Objective
+    from drpo_core.engines.recording import Pass
+    from drpo_core.engines.trace import Trace
+
+__all__ = ["run"]
+
+BLOCK = 128
+"""Tokens of a step: one a thread, so that a program's sums, some twenty, stay in registers."""
+
+MOST_PROGRAMS = 1024
+"""Of the first kernel; the second one reads what they leave at once."""
+
+
+def run(
+    policy_pass: Pass,
+    objective: Objective,
+    *tensors: torch.Tensor | None,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    diagnostics: bool,
+) -> PolicyLoss:
+    """A pass over checked, detached tensors, those of `ARRAYS`; the coefficients broadcast to the shape of the others.
+
+    Raises `UntraceableError` if the objective does something that can't be compiled.
+    """
+    given = {name: tensor for name, tensor in zip(ARRAYS, tensors, strict=False) if tensor is not None}
+    number = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+    program = program_of(Program, policy_pass, objective, number, diagnostics=diagnostics, names=tuple(given))
+    return program.run(given, tuple(floats_of(objective)), dtype, gradient_dtype)
+
+
+class Grid(NamedTuple):
+    """Rows of tokens, in parts of at most `span`; each program takes as many parts, one after the other."""
+
+    rows: int
+    width: int
+    span: int
+
+    @property
+    def parts(self) -> int:
+        """Of a row."""
+        return -(-self.width // self.span)
+
+    @property
+    def items(self) -> int:
+        """Parts that a program takes."""
+        return max(1, -(-self.rows * self.parts // MOST_PROGRAMS))
+
+    @property
+    def programs(self) -> int:
+        """So many that each has something to do."""
+        return -(-self.rows * self.parts // self.items)
+
+
+class Program:
+    """The kernels of an objective without its thresholds."""
+
+    def __init__(self, trace: Trace, result: Any, dtype: np.dtype[Any]) -> None:  # noqa: ANN401
+        outputs: dict[str, Any] = {result.loss.name: result.loss}
+        self._statistics = None
+        if result.diagnostics is not None:
+
+            def noted(symbol: Any) -> str:  # noqa: ANN401
+                outputs[symbol.name] = symbol
+                return symbol.name  # type: ignore[no-any-return]
+
+            self._statistics = map_diagnostics(noted, result.diagnostics)
+        self._loss = result.loss.name
+        self._made = kernels(trace, result.gradient, tuple(outputs.values()), dtype)
+        self._kernels = _compile(self._made.source)
+        self._trace, self._before = trace, trace.statements(result.gradient).uniform
+        # a training run has one threshold, or a new one at each step
+        self._known = lru_cache(maxsize=4)(self._prepare)
+
+    def run(
+        self,
+        given: dict[str, torch.Tensor],
+        thresholds: tuple[float, ...],
+        dtype: torch.dtype,
+        gradient_dtype: torch.dtype,
+    ) -> PolicyLoss:
+        """See the module's `run`."""
+        made, like = self._made, given["log_prob"]
+        grid, matrices = _laid_out([given[name] for name in made.inputs], like.shape, whole_rows=made.rows)
+        gradient = torch.empty(like.shape, dtype=gradient_dtype, device=like.device)
+        sums = torch.empty((made.sums, grid.programs), dtype=torch.float64, device=like.device)
+        maxima = torch.empty((made.maxima, grid.programs), dtype=_integer(dtype), device=like.device)
+        results = torch.empty(len(made.outputs), dtype=dtype, device=like.device)
+        uniforms = self._known(thresholds)
+        strided = [each for matrix in matrices for each in (matrix, *matrix.stride())]
+        sizes = (grid.rows, grid.width, grid.parts, grid.span, grid.items, grid.programs)
+        tokens, finish = self._kernels
+        tokens[(grid.programs,)](*strided, gradient, grid.width, sums, maxima, *uniforms, *sizes, BLOCK=BLOCK)
+        finish[(1,)](sums, maxima, results, *uniforms, grid.programs, BLOCK=MOST_PROGRAMS)
+        found = dict(zip(made.outputs, results.unbind(), strict=True))
+        statistics = self._statistics
+        return PolicyLoss(
+            found[self._loss], gradient, None if statistics is None else map_diagnostics(found.__getitem__, statistics)
+        )
+
+    def _prepare(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+        """The values that the kernels need of those that are known before the tokens."""
+        known = self._trace.on_host(self._before, {f"p{i}": value for i, value in enumerate(thresholds)})
+        return tuple(float(known[name]) for name in self._made.uniforms)
+
+
+def _laid_out(tensors: list[torch.Tensor], shape: torch.Size, *, whole_rows: bool) -> tuple[Grid, list[torch.Tensor]]:
+    """The tensors as matrices of rows of tokens: all tokens in one row where they lie so and no row is looked at."""
+    full = [tensor.expand(shape) for tensor in tensors]
+    width = shape[-1] if shape else 1
+    one_row = not whole_rows and (width < BLOCK or all(_is_flat(tensor) for tensor in tensors))
+    if one_row:
+        # a tensor of one element is read where it is
+        rows = [
+            t.reshape(1, 1).expand(1, f.numel()) if t.numel() == 1 else f.reshape(1, -1)
+            for t, f in zip(tensors, full, strict=True)
+        ]
+        return Grid(1, shape.numel(), BLOCK), [_bytes(row) for row in rows]
+    matrices = [_bytes(tensor.reshape(-1, width)) for tensor in full]
+    return Grid(shape.numel() // width, width, width if whole_rows else BLOCK), matrices
+
+
+def _is_flat(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.numel() == 1
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A mask as bytes; others as they are."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if dtype == torch.float64 else torch.int32
+
+
+@lru_cache(maxsize=256)
+def _compile(source: str) -> tuple[Any, Any]:
+    """The kernels of a source, which Triton compiles at their first launch and keeps on disk by what it says."""
+    name = f"<drpo {sha256(source.encode()).hexdigest()[:16]}>"
+    # where Triton, and a traceback, will look for the lines
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"__name__": "drpo_torch.engines.triton_kernels"}
+    exec(compile(source, name, "exec"), namespace)  # noqa: S102
+    return namespace["tokens"], namespace["finish"]
