@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from functools import cache, partial
@@ -39,7 +40,7 @@ CHUNK = 1 << 15
 
 
 class SlowEngineWarning(UserWarning):
-    """Array operations run on a CPU where a compiled loop would be several times faster."""
+    """Array operations run where a compiled loop would be several times faster."""
 
 
 class TokenLoss(NamedTuple):
@@ -444,15 +445,26 @@ def check_engine(engine: object) -> None:
         raise ValueError(msg)
 
 
-def may_compile(engine: Engine) -> bool:
-    """Whether to try the compiled loop, on a CPU; raises if it is asked for and there is no numba."""
-    if engine == "arrays" or _has_numba():
-        return engine != "arrays"
+def may_compile(engine: Engine, compiler: Literal["numba", "triton"] = "numba") -> bool:
+    """Whether to try a compiled loop; raises if one is asked for and there is no compiler, or all are turned off."""
+    if engine == "arrays":
+        return False
+    if os.environ.get("DRPO_COMPILED") == "0":
+        if engine == "compiled":
+            msg = "engine: 'compiled' is turned off by the environment variable DRPO_COMPILED=0"
+            raise ValueError(msg)
+        return False
+    if _is_installed(compiler):
+        return True
     if engine == "compiled":
-        msg = "engine: 'compiled' needs numba: pip install 'drpo-core[compiled]'"
+        msg = f"engine: 'compiled' needs {compiler}: pip install 'drpo-core[{_EXTRAS[compiler]}]'"
         raise ImportError(msg)
-    _say_once_how_to_compile()
+    if compiler == "numba":
+        _say_once_how_to_compile()
     return False
+
+
+_EXTRAS = {"numba": "compiled", "triton": "triton"}
 
 
 def chunked_pass(
@@ -484,24 +496,29 @@ def chunked_pass(
 
 
 def compiled_mode(
-    mode: Mode, coefficients_of: Callable[[Array], Array], *arrays: Array | None, **options: Any
+    mode: Mode,
+    coefficients_of: Callable[[Array], Array],
+    *arrays: Array | None,
+    compiled: Callable[..., PolicyLoss] | None = None,
+    one: Array | None = None,
+    **options: Any,
 ) -> PolicyLoss | None:
-    """`mode_pass` of NumPy arrays as a compiled loop; None where the mode can't be compiled as a whole.
+    """`mode_pass` as a compiled loop; None where the mode can't be compiled as a whole.
 
     `coefficients_of`: those of the reduction, from the mask of the tokens that it counts. The arrays are those of
-    `mode_pass`, without coefficients.
+    `mode_pass`, without coefficients. `compiled`: what runs a pass, `compiled_pass` by default; `one`: its 0-d array of a 1.
     """
     before, after = arrays[:4], arrays[4:]
-    counted: Array = before[-1]
-    if counted.ndim == 0:
+    compiled, counted = compiled or compiled_pass, before[-1]
+    if counted.ndim == 0:  # type: ignore[union-attr]
         # a number has no row, which `resolve` says
         return None
     try:
         if mode.corrections and not mode.count_masked:
-            one = np.ones((), np.float32)
-            found = compiled_pass(mode, *before, one, *after, **options | {"diagnostics": False}, run=counted_pass)
+            one = np.ones((), np.float32) if one is None else one
+            found = compiled(mode, *before, one, *after, **options | {"diagnostics": False}, run=counted_pass)
             counted = found.gradient != 0.0
-        return compiled_pass(mode, *before, coefficients_of(counted), *after, **options, run=mode_pass)
+        return compiled(mode, *before, coefficients_of(counted), *after, **options, run=mode_pass)
     except UntraceableError:
         return None
 
@@ -557,8 +574,8 @@ def is_elementwise(objective: Objective, *, diagnostics: bool = True) -> bool:
 
 
 @cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 @cache

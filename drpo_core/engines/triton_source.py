@@ -36,12 +36,11 @@ class Kernels(NamedTuple):
     uniforms: tuple[str, ...]
     sums: int
     maxima: int
-    outputs: tuple[str, ...]
     rows: bool
 
 
 def kernels(trace: Trace, gradient: Symbol, outputs: Sequence[Symbol], dtype: np.dtype[Any]) -> Kernels:
-    """Kernels that write the gradient of each token, and the outputs once; `dtype` is that of the arithmetic.
+    """Kernels that write the gradient of each token, and each output once; `dtype` is that of the arithmetic.
 
     The source uses the names ``triton`` and ``tl``.
     """
@@ -51,7 +50,6 @@ def kernels(trace: Trace, gradient: Symbol, outputs: Sequence[Symbol], dtype: np
     statements, uniforms = trace.statements(gradient), trace.uniforms()
     sums, maxima = trace.reductions("sum"), trace.reductions("max")
     inputs = tuple(symbol.name for symbol in trace.inputs())
-    wanted = {symbol.name: symbol for symbol in outputs}
     reductions = (*sums, *maxima)
     wide = np.dtype(np.float64)
     source = f"""
@@ -93,18 +91,18 @@ def finish(
     {_lines(4, (_sum(i, s) for i, s in enumerate(sums)))}
     {_lines(4, (_largest(i, s, dtype) for i, s in enumerate(maxima)))}
     {_lines(4, statements.reduced)}
-    {_lines(4, (f"tl.store(results_at + {i}, {name})" for i, name in enumerate(wanted)))}
+    {_lines(4, (f"tl.store(results_at + {i}, {s.name})" for i, s in enumerate(outputs)))}
 """
     names = tuple(symbol.name for symbol in uniforms)
-    return Kernels(source, inputs, names, len(sums), len(maxima), tuple(wanted), bool(statements.rows))
+    return Kernels(source, inputs, names, len(sums), len(maxima), bool(statements.rows))
 
 
-def _named(name: str, of_triton: str) -> str:
+def _named(name: str) -> str:
     """A function of Triton's by the name that recordings have for it."""
     return f"""
 @triton.jit
 def {name}(x):
-    return tl.{of_triton}(x)
+    return tl.{name}(x)
 
 """
 
@@ -205,7 +203,16 @@ import triton.language as tl
 
 zero, one, infinity = tl.constexpr(0.0), tl.constexpr(1.0), tl.constexpr(float("inf"))
 
-{"".join(_named(*names) for names in (("abs", "abs"), ("exp", "exp"), ("log", "log"), ("sqrt", "sqrt_rn")))}
+{"".join(_named(name) for name in ("abs", "exp", "log"))}
+@triton.jit
+def sqrt(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        # the other one is an approximation in float32
+        return tl.sqrt_rn(x)
+
+
 @triton.jit
 def select(condition, x, y):
     return tl.where(condition, x, y)

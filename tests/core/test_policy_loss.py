@@ -262,11 +262,11 @@ def test_auto_is_the_default_and_compiles_where_it_can(monkeypatch):
 @pytest.fixture(name="without_numba")
 def without_numba_fixture(monkeypatch):
     """As if numba were not installed, in a process that has not yet said so."""
-    loss._has_numba.cache_clear()  # noqa: SLF001 -- a cache of the process
+    loss._is_installed.cache_clear()  # noqa: SLF001 -- a cache of the process
     loss._say_once_how_to_compile.cache_clear()  # noqa: SLF001
     monkeypatch.setattr(loss, "find_spec", lambda _: None)
     yield
-    loss._has_numba.cache_clear()  # noqa: SLF001
+    loss._is_installed.cache_clear()  # noqa: SLF001
     loss._say_once_how_to_compile.cache_clear()  # noqa: SLF001
 
 

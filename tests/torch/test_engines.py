@@ -388,14 +388,14 @@ def test_an_unknown_engine(engine):
 
 def test_the_compiled_loop_is_for_the_cpu():
     data = {name: tensor.detach().to("meta") for name, tensor in batch().items()}
-    with pytest.raises(ValueError, match="engine: 'compiled' works on CPU tensors, got meta"):
+    with pytest.raises(ValueError, match="engine: 'compiled' works on tensors of a CPU or a GPU of CUDA or ROCm, got meta"):
         policy_loss(SUBJECT, **data, engine="compiled")
 
 
 def test_without_numba(monkeypatch):
     """Said once a process: how to get the compiled loop; asked for, it is an error."""
     scope = core_loss.may_compile.__globals__
-    scope["_has_numba"].cache_clear()
+    scope["_is_installed"].cache_clear()
     scope["_say_once_how_to_compile"].cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setitem(scope, "find_spec", lambda _: None)
@@ -408,7 +408,7 @@ def test_without_numba(monkeypatch):
         with pytest.raises(ImportError, match=r"engine: 'compiled' needs numba: pip install 'drpo-core\[compiled\]'"):
             evaluated(SUBJECT, batch(), "compiled")
     finally:
-        scope["_has_numba"].cache_clear()
+        scope["_is_installed"].cache_clear()
         scope["_say_once_how_to_compile"].cache_clear()
 
 

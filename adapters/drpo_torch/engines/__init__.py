@@ -1,4 +1,4 @@
-"""How a pass over the tokens is run on torch tensors: as a compiled loop over CPU memory, or as torch's operations.
+"""How a pass over the tokens is run on torch tensors: as a compiled loop over CPU or GPU memory, or as torch's operations.
 
 Both run `drpo_core.loss.policy_pass`, where the formulas are.
 """
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from drpo_core import Objective
+    from drpo_core.engines.recording import Pass
     from drpo_core.loss import Engine
     from drpo_core.modes import Mode
 
-__all__ = ["Batch", "is_compilable", "run_mode", "run_pass"]
+    Loop = Callable[..., PolicyLoss]
+    """A pass over tensors, as `_over_memory`."""
+
+__all__ = ["Batch", "loop_for", "run_mode", "run_pass"]
 
 
 class Batch(NamedTuple):
@@ -48,9 +52,10 @@ def run_pass(
     Under `torch.compile` and `torch.func` every engine is the same array expression.
     """
     transformed = torch.compiler.is_compiling() or not has_memory(*batch)
-    if not transformed and is_compilable(engine, *batch):
+    loop = None if transformed else loop_for(engine, *batch)
+    if loop is not None:
         try:
-            return _compiled(objective, batch, dtype=dtype, gradient_dtype=gradient_dtype, diagnostics=diagnostics)
+            return loop(objective, *batch, dtype=dtype, gradient_dtype=gradient_dtype, diagnostics=diagnostics)
         except UntraceableError:
             if engine == "compiled":
                 raise
@@ -77,32 +82,60 @@ def run_mode(
 
     `tensors` are those of `drpo_core.loss.compiled_mode`.
     """
-    if torch.compiler.is_compiling() or not has_memory(*tensors) or not is_compilable(engine, *tensors):
+    if torch.compiler.is_compiling() or not has_memory(*tensors):
         return None
-    result = compiled_mode(
-        mode,
-        lambda counted: _array(coefficients_of(torch.from_numpy(counted))),
-        *(None if tensor is None else _array(tensor) for tensor in tensors),
-        **_options(dtype, diagnostics=diagnostics),
-    )
-    return None if result is None else _as_tensors(result, dtype=dtype, gradient_dtype=dtype)
+    loop = loop_for(engine, *tensors)
+    if loop is None:
+        return None
+    one = torch.ones((), dtype=dtype, device=tensors[0].device)  # type: ignore[union-attr]
+    options: dict[str, Any] = {"dtype": dtype, "gradient_dtype": dtype, "diagnostics": diagnostics}
+    return compiled_mode(mode, coefficients_of, *tensors, compiled=loop, one=one, **options)
 
 
-def is_compilable(engine: Engine, *tensors: torch.Tensor | None) -> bool:
-    """Whether to try a compiled loop over these; raises where it is asked for and can't be."""
-    others = {t.device.type for t in tensors if t is not None} - {"cpu"}
-    if others and engine == "compiled":
-        msg = f"engine: 'compiled' works on CPU tensors, got {', '.join(sorted(others))}"
+def loop_for(engine: Engine, *tensors: torch.Tensor | None) -> Loop | None:
+    """The compiled loop to try over these, if there is one; raises where one is asked for and can't be had."""
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    if devices <= {"cpu"}:
+        return _over_memory if may_compile(engine) else None
+    if len(devices) == 1 and devices <= TRITON_DEVICES:
+        return _over_device if may_compile(engine, "triton") else None
+    if engine == "compiled":
+        msg = f"engine: 'compiled' works on tensors of a CPU or a GPU of CUDA or ROCm, got {', '.join(sorted(devices))}"
         raise ValueError(msg)
-    return not others and may_compile(engine)
+    return None
 
 
-def _compiled(
-    objective: Objective, batch: Batch, *, dtype: torch.dtype, gradient_dtype: torch.dtype, diagnostics: bool
+TRITON_DEVICES = {"cuda"}
+"""ROCm's are called so too."""
+
+
+def _over_memory(
+    objective: Objective,
+    *tensors: torch.Tensor | None,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    diagnostics: bool,
+    run: Pass = policy_pass,
 ) -> PolicyLoss:
-    arrays = (None if tensor is None else _array(tensor) for tensor in batch)
-    result = compiled_pass(objective, *arrays, **_options(dtype, diagnostics=diagnostics))
+    """A pass as numba's loop."""
+    arrays = (None if tensor is None else _array(tensor) for tensor in tensors)
+    result = compiled_pass(objective, *arrays, **_options(dtype, diagnostics=diagnostics), run=run)
     return _as_tensors(result, dtype=dtype, gradient_dtype=gradient_dtype)
+
+
+def _over_device(
+    objective: Objective,
+    *tensors: torch.Tensor | None,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    diagnostics: bool,
+    run: Pass = policy_pass,
+) -> PolicyLoss:
+    """A pass as Triton's kernels."""
+    from drpo_torch.engines import trial  # noqa: PLC0415 -- triton is an extra
+
+    options: dict[str, Any] = {"dtype": dtype, "gradient_dtype": gradient_dtype, "diagnostics": diagnostics}
+    return trial.checked(run, objective, *tensors, **options)
 
 
 def _options(dtype: torch.dtype, *, diagnostics: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ in their own dtype, with the strides that they have. Which kernels run, and over
 from __future__ import annotations
 
 import linecache
-from functools import cache, lru_cache
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from drpo_core.diagnostics import map_diagnostics
-from drpo_core.engines.recording import ARRAYS, program_of
-from drpo_core.engines.trace import floats_of
+from drpo_core.engines.recording import program_of
 from drpo_core.engines.triton_source import kernels
 from drpo_core.loss import PolicyLoss
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from drpo_core.engines.recording import Pass
     from drpo_core.engines.trace import Trace
 
-__all__ = ["run"]
+__all__ = ["Program", "program"]
 
 BLOCK = 128
 """Tokens of a step: one a thread, so that a program's sums, some twenty, stay in registers."""
@@ -34,22 +33,15 @@ MOST_PROGRAMS = 1024
 """Of the first kernel; the second one reads what they leave at once."""
 
 
-def run(
-    policy_pass: Pass,
-    objective: Objective,
-    *tensors: torch.Tensor | None,
-    dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
-    diagnostics: bool,
-) -> PolicyLoss:
-    """A pass over checked, detached tensors, those of `ARRAYS`; the coefficients broadcast to the shape of the others.
+def program(
+    policy_pass: Pass, objective: Objective, names: tuple[str, ...], dtype: torch.dtype, *, diagnostics: bool
+) -> Program:
+    """The kernels of a pass over the tensors of these names, those of `ARRAYS`; `dtype` is that of the arithmetic.
 
     Raises `UntraceableError` if the objective does something that can't be compiled.
     """
-    given = {name: tensor for name, tensor in zip(ARRAYS, tensors, strict=False) if tensor is not None}
     number = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
-    program = program_of(Program, policy_pass, objective, number, diagnostics=diagnostics, names=tuple(given))
-    return program.run(given, tuple(floats_of(objective)), dtype, gradient_dtype)
+    return program_of(Program, policy_pass, objective, number, diagnostics=diagnostics, names=names)
 
 
 class Grid(NamedTuple):
@@ -79,21 +71,18 @@ class Program:
     """The kernels of an objective without its thresholds."""
 
     def __init__(self, trace: Trace, result: Any, dtype: np.dtype[Any]) -> None:  # noqa: ANN401
-        outputs: dict[str, Any] = {result.loss.name: result.loss}
-        self._statistics = None
+        # each with a place of its own, so that a field can be reduced over ranks in place
+        outputs = [result.loss]
+        self._statistics = result.diagnostics
         if result.diagnostics is not None:
-
-            def noted(symbol: Any) -> str:  # noqa: ANN401
-                outputs[symbol.name] = symbol
-                return symbol.name  # type: ignore[no-any-return]
-
-            self._statistics = map_diagnostics(noted, result.diagnostics)
-        self._loss = result.loss.name
-        self._made = kernels(trace, result.gradient, tuple(outputs.values()), dtype)
+            outputs += [field for statistic in result.diagnostics.values() for field in statistic]
+        self._outputs = len(outputs)
+        self._made = kernels(trace, result.gradient, outputs, dtype)
         self._kernels = _compile(self._made.source)
         self._trace, self._before = trace, trace.statements(result.gradient).uniform
         # a training run has one threshold, or a new one at each step
         self._known = lru_cache(maxsize=4)(self._prepare)
+        self.trials: dict[Any, str | None] = {}
 
     def run(
         self,
@@ -102,24 +91,22 @@ class Program:
         dtype: torch.dtype,
         gradient_dtype: torch.dtype,
     ) -> PolicyLoss:
-        """See the module's `run`."""
+        """A pass over checked, detached tensors; the coefficients broadcast to the shape of the others."""
         made, like = self._made, given["log_prob"]
         grid, matrices = _laid_out([given[name] for name in made.inputs], like.shape, whole_rows=made.rows)
         gradient = torch.empty(like.shape, dtype=gradient_dtype, device=like.device)
         sums = torch.empty((made.sums, grid.programs), dtype=torch.float64, device=like.device)
         maxima = torch.empty((made.maxima, grid.programs), dtype=_integer(dtype), device=like.device)
-        results = torch.empty(len(made.outputs), dtype=dtype, device=like.device)
+        results = torch.empty(self._outputs, dtype=dtype, device=like.device)
         uniforms = self._known(thresholds)
         strided = [each for matrix in matrices for each in (matrix, *matrix.stride())]
         sizes = (grid.rows, grid.width, grid.parts, grid.span, grid.items, grid.programs)
         tokens, finish = self._kernels
         tokens[(grid.programs,)](*strided, gradient, grid.width, sums, maxima, *uniforms, *sizes, BLOCK=BLOCK)
         finish[(1,)](sums, maxima, results, *uniforms, grid.programs, BLOCK=MOST_PROGRAMS)
-        found = dict(zip(made.outputs, results.unbind(), strict=True))
-        statistics = self._statistics
-        return PolicyLoss(
-            found[self._loss], gradient, None if statistics is None else map_diagnostics(found.__getitem__, statistics)
-        )
+        loss, *fields = results.unbind()
+        left, statistics = iter(fields), self._statistics
+        return PolicyLoss(loss, gradient, None if statistics is None else map_diagnostics(lambda _: next(left), statistics))
 
     def _prepare(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
         """The values that the kernels need of those that are known before the tokens."""

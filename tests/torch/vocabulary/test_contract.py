@@ -853,7 +853,7 @@ def test_a_sharded_head_is_told_how_to_gather():
 def test_without_numba(name, monkeypatch):
     if FUNCTIONS[name].engines == ("arrays",):
         pytest.skip("it has one engine")
-    monkeypatch.setattr(drpo_core.loss, "_has_numba", lambda: False)
+    monkeypatch.setattr(drpo_core.loss, "_is_installed", lambda _: False)
     monkeypatch.setattr(drpo_core.loss, "_say_once_how_to_compile", lambda: None)
     function = FUNCTIONS[name]
     expected, actual = (function.gradients(function.tensors(), engine=engine) for engine in ("arrays", "auto"))
