@@ -52,10 +52,11 @@ def kernels(trace: Trace, gradient: Symbol, outputs: Sequence[Symbol], dtype: np
     inputs = tuple(symbol.name for symbol in trace.inputs())
     reductions = (*sums, *maxima)
     wide = np.dtype(np.float64)
+    names = tuple(symbol.name for symbol in uniforms)
     source = f"""
 {_FUNCTIONS}
 
-@triton.jit
+@triton.jit(do_not_specialize={names})
 def tokens(
     {_lines(4, (f"{name}_at, {name}_row: tl.int64, {name}_column: tl.int64," for name in inputs))}
     gradient_at, gradient_row: tl.int64, sums_at, maxima_at,
@@ -79,7 +80,7 @@ def tokens(
     {_lines(4, (f"tl.store(maxima_at + {i} * programs + program, tl.max(lanes_{s.name}, 0))" for i, s in enumerate(maxima)))}
 
 
-@triton.jit
+@triton.jit(do_not_specialize={names})
 def finish(
     sums_at, maxima_at, results_at,
     {_lines(4, (_argument(symbol, wide) for symbol in uniforms))}
@@ -93,7 +94,6 @@ def finish(
     {_lines(4, statements.reduced)}
     {_lines(4, (f"tl.store(results_at + {i}, {s.name})" for i, s in enumerate(outputs)))}
 """
-    names = tuple(symbol.name for symbol in uniforms)
     return Kernels(source, inputs, names, len(sums), len(maxima), bool(statements.rows))
 
 
@@ -111,7 +111,7 @@ def _function(name: str, formula: Callable[..., Symbol]) -> str:
     """A formula of array operations as a function of Triton."""
     trace = Trace()
     y = formula(trace.input("x"), xp=trace.namespace)
-    constants = (f"{name} = {value!r}" for name, value in trace.constants.items())
+    constants = (f"{name} = tl.full((), {value!r}, x.dtype)" for name, value in trace.constants.items())
     return f"""
 @triton.jit
 def {name}(x):
@@ -140,15 +140,18 @@ def _lines(indent: int, statements: Iterable[str]) -> str:
 
 
 def _argument(uniform: Symbol, dtype: np.dtype[Any]) -> str:
-    """A threshold, or what follows from some; a truth value comes as a number."""
-    return f"{uniform.name}: tl.{dtype.name},"
+    """A threshold, or what follows from some; a truth value comes as a number, and a float64 as its bits."""
+    return f"{uniform.name}: tl.{'int64' if dtype.itemsize == 8 else dtype.name},"
 
 
 def _known(trace: Trace, uniforms: Iterable[Symbol], dtype: np.dtype[Any], shape: str) -> Iterable[str]:
-    """Constants in the dtype of the arithmetic, because a literal is float32; and the truth values among the arguments."""
+    """Constants in the dtype of the arithmetic, because a literal is float32; and the arguments as what they stand for."""
     for name, value in trace.constants.items():
         yield f"{name} = tl.full((), float({str(value)!r}), tl.{dtype.name})"
     for symbol in uniforms:
+        if dtype.itemsize == 8:
+            # a float argument may arrive as float32
+            yield f"{symbol.name} = tl.cast({symbol.name}, tl.int64).to(tl.float64, bitcast=True)"
         if symbol.kind == BOOL:
             yield f"{symbol.name} = tl.full({shape}, {symbol.name}, tl.{dtype.name}) != 0.0"
 

@@ -98,20 +98,22 @@ class Program:
         sums = torch.empty((made.sums, grid.programs), dtype=torch.float64, device=like.device)
         maxima = torch.empty((made.maxima, grid.programs), dtype=_integer(dtype), device=like.device)
         results = torch.empty(self._outputs, dtype=dtype, device=like.device)
-        uniforms = self._known(thresholds)
+        uniforms, bits = self._known(thresholds)
         strided = [each for matrix in matrices for each in (matrix, *matrix.stride())]
         sizes = (grid.rows, grid.width, grid.parts, grid.span, grid.items, grid.programs)
         tokens, finish = self._kernels
-        tokens[(grid.programs,)](*strided, gradient, grid.width, sums, maxima, *uniforms, *sizes, BLOCK=BLOCK)
-        finish[(1,)](sums, maxima, results, *uniforms, grid.programs, BLOCK=MOST_PROGRAMS)
+        of_tokens = bits if dtype == torch.float64 else uniforms
+        tokens[(grid.programs,)](*strided, gradient, grid.width, sums, maxima, *of_tokens, *sizes, BLOCK=BLOCK)
+        finish[(1,)](sums, maxima, results, *bits, grid.programs, BLOCK=MOST_PROGRAMS)
         loss, *fields = results.unbind()
         left, statistics = iter(fields), self._statistics
         return PolicyLoss(loss, gradient, None if statistics is None else map_diagnostics(lambda _: next(left), statistics))
 
-    def _prepare(self, thresholds: tuple[float, ...]) -> tuple[float, ...]:
-        """The values that the kernels need of those that are known before the tokens."""
+    def _prepare(self, thresholds: tuple[float, ...]) -> tuple[list[float], list[int]]:
+        """The values that the kernels need of those that are known before the tokens, and their bits as float64."""
         known = self._trace.on_host(self._before, {f"p{i}": value for i, value in enumerate(thresholds)})
-        return tuple(float(known[name]) for name in self._made.uniforms)
+        values = np.array([known[name] for name in self._made.uniforms], np.float64)
+        return values.tolist(), values.view(np.int64).tolist()
 
 
 def _laid_out(tensors: list[torch.Tensor], shape: torch.Size, *, whole_rows: bool) -> tuple[Grid, list[torch.Tensor]]:
