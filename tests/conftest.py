@@ -1,11 +1,15 @@
 """What all tests share: the namespaces they run on, and warnings that third parties raise about themselves."""
 
 import gc
+import os
 
 import array_api_strict
 import jax
 import pytest
 from backends import STRICTEST, Backend
+
+# Triton's kernels run on the CPU, by its interpreter; it looks at this when it is imported
+os.environ["TRITON_INTERPRET"] = "1"
 
 jax.config.update("jax_enable_x64", True)  # noqa: FBT003 -- JAX's signature
 # "raise": a silent (B,) → (B, T) broadcast is how losses went wrong elsewhere

@@ -79,4 +79,6 @@ def truncated_weight(tokens: Tokens, c: float | None) -> Float[Array, "*tokens"]
     r, xp = tokens.ratio, tokens.xp
     if c is None:
         return xp.ones_like(r)
-    return c / xp.where(r > c, r, c)
+    # selected, because torch divides a number by way of a reciprocal, and c/c would not be 1
+    beyond = r > c
+    return xp.where(beyond, c / xp.where(beyond, r, c), 1.0)

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 from drpo_torch import engines, linear_reduction, policy_loss
-from torch_cases import batch, each_engine, each_reduction, gradient_of, in_log_prob
+from torch_cases import (
+    TOLERANCE,
+    assert_same,
+    awkward,
+    batch,
+    each_engine,
+    each_reduction,
+    evaluated,
+    gradient_of,
+    in_log_prob,
+    of_the_core,
+)
 from variants import MEASURED, each_kind, each_objective
 
 from drpo_core import (
@@ -17,19 +28,14 @@ from drpo_core import (
     SlowEngineWarning,
     UntraceableError,
     sequence_mean_token_mean,
-    token_diagnostics,
-    token_loss_and_gradient,
     token_mean,
 )
 from drpo_core import loss as core_loss
 from drpo_core.engines import numba_loop
-from drpo_core.reduction import reduction_coefficients
 from drpo_core.testing import from_function, parametrize_with_checks
 from drpo_core.testing.implementation import form_of
 
 SUBJECT = DRPO(delta_low=0.1, delta_high=0.2)
-
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 
 @pytest.fixture(autouse=True)
@@ -47,67 +53,6 @@ def no_arrays(monkeypatch):
 
     for name in ("chunked_pass", "policy_pass"):
         monkeypatch.setitem(engines.run_pass.__globals__, name, refuse)
-
-
-def awkward(shape=(4, 6), dtype=torch.float64):
-    """A batch with zero advantages, extreme log-probs at valid tokens and garbage at masked ones."""
-    data = batch(shape, dtype=dtype)
-    values = {name: tensor.detach().reshape(-1) for name, tensor in data.items()}
-    values["log_prob"][:3] = torch.tensor([-float("inf"), -0.0, -0.5])
-    values["behavior_log_prob"][:3] = torch.tensor([-float("inf"), -25.0, -0.5])
-    values["advantages"][3] = 0.0
-    values["mask"][:4] = True
-    for name, garbage in {"log_prob": float("nan"), "behavior_log_prob": float("inf"), "advantages": float("nan")}.items():
-        values[name][~values["mask"]] = garbage
-    return {name: tensor.reshape(shape) for name, tensor in values.items()}
-
-
-def evaluated(objective, data, engine, **options):
-    """Loss, gradient and diagnostics."""
-    data = data | {"log_prob": data["log_prob"].detach().requires_grad_()}
-    loss, statistics = policy_loss(objective, **data, engine=engine, **options)
-    loss.backward()
-    figures = None if statistics is None else {name: tuple(statistic) for name, statistic in statistics.items()}
-    return loss.detach(), data["log_prob"].grad, figures
-
-
-def of_the_core(objective, data, reduction=token_mean, **options):
-    """The same from the core's functions per token on NumPy in float64, and the reduction's coefficients."""
-    arrays = {name: tensor.detach().double().numpy() for name, tensor in data.items() if tensor.is_floating_point()}
-    mask = data["mask"].numpy()
-    tokens = {name: arrays[name] for name in ("log_prob", "behavior_log_prob", "advantages")}
-    divergence = arrays.get("divergence")
-    given = {
-        name: value.double().numpy() if name == "token_weights" else getattr(value, "numpy", lambda value=value: value)()
-        for name, value in options.items()
-    }
-    coefficients = np.where(mask, reduction_coefficients(reduction, mask, dtype=np.float64, **given), 0.0)
-    per_token = token_loss_and_gradient(objective, **tokens, mask=mask, divergence=divergence)
-    statistics = token_diagnostics(objective, **tokens, mask=mask, divergence=divergence)
-    return (
-        torch.tensor((coefficients * per_token.loss).sum()),
-        torch.tensor(coefficients * per_token.gradient),
-        {name: tuple(torch.as_tensor(field) for field in statistic) for name, statistic in statistics.items()},
-    )
-
-
-def assert_same(got, expected, dtype=torch.float64):
-    """Loss, gradients as a whole, and each figure to the rounding of the arithmetic."""
-    tolerance = TOLERANCE[dtype]
-    (loss, gradient, statistics), (expected_loss, expected_gradient, expected_statistics) = got, expected
-    assert (loss.dtype, loss.shape, gradient.dtype) == (dtype, (), dtype)
-    torch.testing.assert_close(loss.double(), expected_loss.double(), rtol=tolerance, atol=tolerance)
-    # where w ≈ 0 a gradient is a difference that cancels: relative to −A r, of size 1 here, not to itself
-    size = float(expected_gradient.abs().max()) if expected_gradient.numel() else 0.0
-    torch.testing.assert_close(gradient.double(), expected_gradient.double(), rtol=tolerance, atol=tolerance * size)
-    if expected_statistics is None or statistics is None:
-        return
-    assert statistics.keys() == expected_statistics.keys()
-    for name, figures in expected_statistics.items():
-        for found, figure in zip(statistics[name], figures, strict=True):
-            assert found.dtype == dtype, name
-            options = {"rtol": 2 * tolerance, "atol": tolerance, "equal_nan": True, "msg": name}
-            torch.testing.assert_close(found.double(), figure.double(), **options)
 
 
 # --- every engine gives the core's numbers ---
@@ -403,7 +348,7 @@ def test_without_numba(monkeypatch):
         with pytest.warns(SlowEngineWarning, match=r"pip install 'drpo-core\[compiled\]'") as warned:
             found, *_ = [evaluated(SUBJECT, batch(), "auto") for _ in range(3)]
         assert len(warned) == 1
-        assert warned[0].filename == __file__
+        assert warned[0].filename == evaluated.__code__.co_filename
         assert_same(found, of_the_core(SUBJECT, batch()))
         with pytest.raises(ImportError, match=r"engine: 'compiled' needs numba: pip install 'drpo-core\[compiled\]'"):
             evaluated(SUBJECT, batch(), "compiled")

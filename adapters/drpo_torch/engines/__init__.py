@@ -95,10 +95,10 @@ def run_mode(
 def loop_for(engine: Engine, *tensors: torch.Tensor | None) -> Loop | None:
     """The compiled loop to try over these, if there is one; raises where one is asked for and can't be had."""
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
-    if devices <= {"cpu"}:
-        return _over_memory if may_compile(engine) else None
     if len(devices) == 1 and devices <= TRITON_DEVICES:
         return _over_device if may_compile(engine, "triton") else None
+    if devices <= {"cpu"}:
+        return _over_memory if may_compile(engine) else None
     if engine == "compiled":
         msg = f"engine: 'compiled' works on tensors of a CPU or a GPU of CUDA or ROCm, got {', '.join(sorted(devices))}"
         raise ValueError(msg)

@@ -57,7 +57,7 @@ def checked(
     thresholds, like = tuple(floats_of(objective)), given["log_prob"]
     kind = (like.device, gradient_dtype, *(tensor.dtype for tensor in given.values()))
     if kind not in program.trials:
-        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_captured(like.device):
             # nothing may wait for a device whose work is being recorded
             msg = "has not been tried yet, and can't be while a CUDA graph is captured"
             raise KernelError(msg)
@@ -68,6 +68,10 @@ def checked(
     if finding is not None:
         raise KernelError(finding)
     return program.run(given, thresholds, dtype, gradient_dtype)
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _finding(

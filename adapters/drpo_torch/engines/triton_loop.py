@@ -120,7 +120,7 @@ def _laid_out(tensors: list[torch.Tensor], shape: torch.Size, *, whole_rows: boo
     """The tensors as matrices of rows of tokens: all tokens in one row where they lie so and no row is looked at."""
     full = [tensor.expand(shape) for tensor in tensors]
     width = shape[-1] if shape else 1
-    one_row = not whole_rows and (width < BLOCK or all(_is_flat(tensor) for tensor in tensors))
+    one_row = not whole_rows and (width < BLOCK or all(_is_flat(tensor, shape) for tensor in tensors))
     if one_row:
         # a tensor of one element is read where it is
         rows = [
@@ -132,8 +132,9 @@ def _laid_out(tensors: list[torch.Tensor], shape: torch.Size, *, whole_rows: boo
     return Grid(shape.numel() // width, width, width if whole_rows else BLOCK), matrices
 
 
-def _is_flat(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() or tensor.numel() == 1
+def _is_flat(tensor: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether its elements, or the only one, are those of the tokens one after the other."""
+    return tensor.numel() == 1 or (tensor.shape == shape and tensor.is_contiguous())
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

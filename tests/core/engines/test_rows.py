@@ -5,50 +5,16 @@ import sys
 
 import numpy as np
 import pytest
-from mode_oracles import EXAMPLES, arguments_for, batch, quiet
-from named_modes import rows
+from mode_oracles import arguments_for, batch, quiet
+from whole_modes import EVERYTHING, distinct, needs_arrays
 
 from drpo_core import PPOClip, UntraceableError, loss, policy_loss_and_gradient, summarize
-from drpo_core.anchors import Prefix, Proximal, Sequence
-from drpo_core.corrections import (
-    FutureRatio,
-    ImportanceWeight,
-    MinimumPrefixRatio,
-    PrefixBudgetMask,
-    RatioMask,
-    SecondMomentMask,
-    Veto,
-)
-from drpo_core.engines import numba_loop
+from drpo_core.anchors import Prefix, Proximal
+from drpo_core.corrections import ImportanceWeight, RatioMask, Veto
+from drpo_core.engines import numba_loop, recording
 from drpo_core.engines.trace import Trace
 from drpo_core.modes import Mode
-from drpo_core.modes.mode import parts_of
-from drpo_core.penalties import CovariancePenalty, Penalty
-
-EVERYTHING = Mode(
-    PPOClip(eps_low=0.2, eps_high=0.28, dual_clip=3.0),
-    anchor=Sequence(Proximal()),
-    corrections=(ImportanceWeight(high=2.0), Veto(low=0.1, high=10.0), RatioMask(level="geometric", low=0.9, high=1.1)),
-    penalties=(Penalty(coefficient=0.1),),
-    reduction="sequence_mean_token_mean",
-    count_masked=False,
-)
-ACROSS_ROWS = (CovariancePenalty, FutureRatio, MinimumPrefixRatio, Prefix, PrefixBudgetMask, SecondMomentMask)
-"""They look at the order of the tokens, or at those of other rows."""
-
-
-def needs_arrays(mode):
-    parts = parts_of(mode)
-    return any(isinstance(part, ACROSS_ROWS) or getattr(part, "normalize", False) for part in parts)
-
-
-def distinct():
-    """Every named mode and every example of a part, once."""
-    named = [row.mode for row in rows()]
-    parts = [quiet(example) for example in EXAMPLES if not hasattr(example, "log_prob")]
-    anchored = [Mode(PPOClip(eps=0.2), anchor=example) for example in EXAMPLES if hasattr(example, "log_prob")]
-    found = dict.fromkeys((*named, *parts, *anchored, EVERYTHING))
-    return [mode for mode in found if not mode.is_plain]
+from drpo_core.penalties import Penalty
 
 
 def evaluated(mode, arrays, engine, **options):
@@ -158,10 +124,10 @@ def test_an_objective_that_changes_is_compiled_anew(monkeypatch):
 
 def test_what_can_t_be_compiled_is_found_out_once(monkeypatch):
     made = []
-    make = numba_loop._made  # noqa: SLF001 -- to count its calls
-    monkeypatch.setattr(numba_loop, "_made", lambda *arguments, **options: made.append(1) or make(*arguments, **options))
+    make = recording._with_or_without_thresholds  # noqa: SLF001 -- to count its calls
+    monkeypatch.setattr(recording, "_with_or_without_thresholds", lambda *arguments: made.append(1) or make(*arguments))
     # other tests may have made a loop of the same objective
-    monkeypatch.setattr(numba_loop, "_programs", {})
+    monkeypatch.setattr(recording, "_programs", {})
     mode = Mode(PPOClip(eps=0.3), anchor=Prefix(Proximal()))
     for _ in range(3):
         evaluated(mode, batch(seed=1), "auto")
