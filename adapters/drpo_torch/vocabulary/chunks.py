@@ -76,7 +76,7 @@ class Chunks:
     ) -> tuple[torch.Tensor, Statistics, Kept]:
         """Log-probs of the columns (rows, C), the statistics of the rows, and what `backward` needs.
 
-        `look` is shown each part's logits and their places. `keep`: softmaxes are left in the logits' place. `top_k`: that many
+        `look` is shown each part's logits and their places. `keep`: softmaxes are left in the logits' place. `top_k`: as many
         most probable tokens are columns too, after those given.
         """
         head, shard, every, statistics = self.head, self.head.shard, self._every[: len(rows)], []

@@ -453,10 +453,8 @@ class _HeadSweep:
         with torch.autocast(inputs.hidden.device.type, enabled=False):
             return Head(inputs, self._dtype, self._shard, needed=needed, several=len(rows) > self._size)
 
-    def forward(
-        self, inputs: HeadInputs
-    ) -> tuple[torch.Tensor, torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
-        """Log-probs of the columns, and these; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
+    def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
+        """Log-probs of columns, and which; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
         head = self.head(inputs, self.rows, needed=False)
         chunks = self.chunks(head, self.rows)
         found = [
