@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from drpo_torch.vocabulary.softmax import rows_at_once
+from drpo_torch.vocabulary.softmax import rows_at_once, working_dtype
 
 if TYPE_CHECKING:
     from drpo_torch.vocabulary.softmax import Places, Tempering
@@ -19,7 +19,7 @@ __all__ = ["Candidates", "most_probable"]
 
 
 class Candidates(NamedTuple):
-    """The K first of some columns of rows, or all if there are fewer: their z and ids, (rows, K).
+    """The K first of some columns of rows, or all if there are fewer: their z, in the working dtype, and ids; (rows, K).
 
     An id that has no probability has z = −inf, and comes after all that have one, the lower id first.
     """
@@ -49,7 +49,7 @@ def most_probable(z: torch.Tensor, places: Places, tempering: Tempering, count: 
     """The first of some columns of rows of z, from id `start` on; the tempering is that of these rows and columns."""
     count = min(count, z.shape[1])
     size = rows_at_once(z.shape[1], z.dtype, z.device)
-    found = [Candidates(z.new_empty(0, count), places.index.new_empty(0, count))]
+    found = [Candidates(z.new_empty((0, count), dtype=working_dtype(z.dtype)), places.index.new_empty(0, count))]
     for first in range(0, len(places), size):
         step = slice(first, first + size)
         found.append(_of_rows(z[places[step].key], tempering.at(step), count))
@@ -70,7 +70,8 @@ def _of_rows(z: torch.Tensor, tempering: Tempering, count: int) -> Candidates:
         cut = (values[:, count] == values[:, count - 1]).nonzero()[:, 0]
         ids = ids[:, :count]
         ids[cut] = _lowest(z[cut], values[cut, :count], ids[cut])
-    return Candidates(values[:, :count], ids).first(count)
+    # exact, and what every device can sort and join, under autocast too
+    return Candidates(values[:, :count].to(working_dtype(z.dtype)), ids).first(count)
 
 
 def _lowest(z: torch.Tensor, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
