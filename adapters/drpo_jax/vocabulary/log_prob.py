@@ -129,6 +129,12 @@ def token_log_prob(
     >>> gradient = jax.grad(total)(jnp.log(jnp.array([[0.5, 0.3, 0.2]])))
     >>> [round(g, 4) for g in gradient[0].tolist()]
     [0.5, -0.3, -0.2]
+
+    The two most probable tokens:
+
+    >>> found = token_log_prob(logits=jnp.log(jnp.array([[0.5, 0.3, 0.2]])), tokens=jnp.array([2]), top_k=2)
+    >>> found.top_k_ids.tolist()
+    [[0, 1]]
     """
     check_logits("logits", logits)
     leading, of = logits.shape[:-1], "logits without its last axis"

@@ -143,6 +143,12 @@ def token_log_prob(
     >>> found.log_prob.sum().backward()
     >>> logits.grad
     tensor([[ 0.5000, -0.3000, -0.2000]])
+
+    The two most probable tokens:
+
+    >>> found = token_log_prob(logits=logits, tokens=torch.tensor([2]), top_k=2)
+    >>> found.top_k_ids, found.top_k_log_prob.exp().detach()
+    (tensor([[0, 1]]), tensor([[0.5000, 0.3000]]))
     """
     logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
     check_untransformed("logits", logits)
