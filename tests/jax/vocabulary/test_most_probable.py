@@ -23,7 +23,7 @@ def data():
     """A head with NaN in its padding and −inf in its bias, and tokens of which some are masked and hold NaN."""
     rng = np.random.default_rng(0)
     hidden, weight, bias = (rng.integers(-1, 2, size=size).astype(float) for size in ((N, H), (PADDED, H), PADDED))
-    hidden[0] *= -0.0  # all columns are equal, −0 among them
+    hidden[0] = 0.0  # all columns are equal
     bias[:] = 0.0
     bias[[2, 7]] = -np.inf
     weight[V:], hidden[~MASK] = np.nan, np.nan
@@ -119,6 +119,13 @@ def test_a_row_of_nan_is_nan_and_no_other():
         assert jnp.isnan(found.top_k_log_prob[0]).all()
         assert jnp.isfinite(found.top_k_log_prob[1]).all()
         assert (found.top_k_ids < 2).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64], ids=str)
+def test_zeros_of_either_sign_are_equal(dtype):
+    logits = jnp.asarray([[-1.0, -0.0, 0.0, -0.0, 0.0]], dtype)
+    found = jax.jit(lambda z: token_log_prob(logits=z, tokens=jnp.asarray([0]), top_k=3), compiler_options=FAST)(logits)
+    assert found.top_k_ids.tolist() == [[1, 2, 3]]
 
 
 def test_the_matrix_of_tokens_by_vocabulary_never_exists():

@@ -39,7 +39,7 @@ def data(dtype, step):
 
     mask = torch.tensor([True] * 7 + [False, True])
     hidden, weight, bias = whole(N, H), whole(PADDED, H), torch.zeros(PADDED, dtype=dtype)
-    hidden[0] = 0.0  # all columns are equal, −0 among them
+    hidden[0] = 0.0  # all columns are equal
     hidden[1] = -1.0
     bias[[2, 7]] = -INF
     weight[V:], hidden[7] = NAN, NAN
@@ -176,6 +176,13 @@ def test_a_row_of_nan_is_nan_and_no_other():
     assert found.top_k_log_prob[0].isnan().all()
     assert found.top_k_log_prob[1].isfinite().all()
     assert found.top_k_ids[1].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_of_either_sign_are_equal(dtype):
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0]], dtype=dtype)
+    found = token_log_prob(logits=logits, tokens=torch.tensor([0]), top_k=3, engine="arrays")
+    assert found.top_k_ids.tolist() == [[1, 2, 3]]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3)], ids=str)
