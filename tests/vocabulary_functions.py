@@ -140,8 +140,8 @@ def _plain_linear_log_prob(tensors):
     mask = tensors["mask"]
     hidden = torch.where(mask[..., None], tensors["hidden"], 0.0)
     logits = hidden @ tensors["weight"].T + tensors["bias"]
-    found = _plain_log_prob(tensors | {"logits": logits}, tensors["top_k_ids"])
-    return tuple(torch.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim)), x, 0.0) for x in found)
+    *per_token, top_k = _plain_log_prob(tensors | {"logits": logits}, tensors["top_k_ids"])
+    return *(torch.where(mask, x, 0.0) for x in per_token), torch.where(mask[..., None], top_k, 0.0)
 
 
 def _plain_divergences(tensors):
