@@ -127,21 +127,21 @@ def _plain_linear(tensors):
     return _plain_loss(hidden @ tensors["weight"].T + tensors["bias"], tensors)
 
 
-def _plain_log_prob(tensors):
+def _plain_log_prob(tensors, ids=None):
     log_p = tensors["logits"].log_softmax(-1)
     tokens = tensors["tokens"].to(torch.int64)
+    ids = log_p.detach().argsort(dim=-1, descending=True, stable=True)[..., :K] if ids is None else ids.to(torch.int64)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    return log_p.gather(-1, tokens[..., None])[..., 0], entropy, tensors["logits"].logsumexp(-1)
+    log_prob = log_p.gather(-1, tokens[..., None])[..., 0]
+    return log_prob, entropy, tensors["logits"].logsumexp(-1), log_p.gather(-1, ids)
 
 
 def _plain_linear_log_prob(tensors):
     mask = tensors["mask"]
     hidden = torch.where(mask[..., None], tensors["hidden"], 0.0)
     logits = hidden @ tensors["weight"].T + tensors["bias"]
-    more = tensors["top_k_ids"].to(torch.int64)
-    log_prob, entropy, log_normalizer = _plain_log_prob(tensors | {"logits": logits})
-    top_k = logits.log_softmax(-1).gather(-1, more)
-    return *(torch.where(mask, x, 0.0) for x in (log_prob, entropy, log_normalizer)), torch.where(mask[..., None], top_k, 0.0)
+    *per_token, top_k = _plain_log_prob(tensors | {"logits": logits}, tensors["top_k_ids"])
+    return *(torch.where(mask, x, 0.0) for x in per_token), torch.where(mask[..., None], top_k, 0.0)
 
 
 def _plain_divergences(tensors):
@@ -167,14 +167,14 @@ FUNCTIONS = {
         ("logits",),
         (),
         ("tokens",),
-        lambda tensors, **options: tuple(token_log_prob(**tensors, entropy=True, **options))[:3],
+        lambda tensors, **options: token_log_prob(**tensors, entropy=True, top_k=K, **options)[:4],
         _plain_log_prob,
     ),
     "linear_log_prob": Function(
         ("hidden", "weight", "bias"),
         (),
         ("tokens", "top_k_ids", "mask"),
-        lambda tensors, **options: tuple(linear_log_prob(**tensors, entropy=True, **options)),
+        lambda tensors, **options: linear_log_prob(**tensors, entropy=True, **options)[:4],
         _plain_linear_log_prob,
     ),
     "logits_policy_loss": Function(

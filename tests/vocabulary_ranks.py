@@ -17,6 +17,7 @@ from drpo_torch import (
     Support,
     TopKCentering,
     TopKDivergence,
+    linear_log_prob,
     linear_policy_loss,
     logits_policy_loss,
     token_log_prob,
@@ -74,8 +75,17 @@ def cases(dtype, engine):
         yield f"{name}, row map", Case(function.outputs, mapped, function.differentiated, options | step)
         if name == "linear_log_prob":
             yield f"{name}, parts", Case(function.outputs, tensors, function.differentiated, options | {"chunk_vocabulary": 2})
+            # whole numbers, whose products no dtype rounds: many are equal
+            found = {key: t.round() if t.is_floating_point() else t for key, t in mapped.items() if key != "top_k_ids"}
+            yield f"{name}, most probable", Case(most_probable, found, function.differentiated, options | step)
     for kind in LOSSES:
         yield from ((f"{kind}, {name}", case) for name, case in _loss_cases(kind, every, engine))
+
+
+def most_probable(tensors, **options):
+    """Log-probs of more tokens than some ranks have columns, and their ids, which are the same on all."""
+    found = linear_log_prob(**tensors, top_k=6, chunk_vocabulary=2, **options)
+    return found.top_k_log_prob, found.top_k_ids.to(found.log_prob.dtype)
 
 
 def _loss_cases(kind, every, engine):
@@ -231,7 +241,7 @@ def _identical(tensor, group):
 def distributed_tensors(rank, results):
     """DTensors on a mesh of four, of nine columns, so that torch gives the last rank none; tokens × vocabulary on 2 × 2."""
     mesh, narrow = init_device_mesh("cpu", (4,)), slice(0, 9)
-    for name, case in (item for item in cases(torch.float64, "arrays") if item[0].endswith("policy_loss")):
+    for name, case in (item for item in cases(torch.float64, "arrays") if item[0].endswith(("policy_loss", "most probable"))):
         tensors = {key: part(key, tensor, narrow) for key, tensor in case.tensors.items()}
         tensors["tokens"] = tensors["tokens"].clamp(max=8)
         whole = case.evaluate(tensors)

@@ -686,8 +686,10 @@ def token_log_prob(
     tokens: Tensor,
     mask: Tensor | None = None,
     top_k_ids: Tensor | None = None,
+    top_k: int | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
+    order: Tensor | None = None,
     **_: Any,
 ) -> Outputs:
     counts = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
@@ -698,7 +700,11 @@ def token_log_prob(
         return torch.where(counts[..., None], _picked(x, torch.where(counts[..., None], ids, 0)), 0.0)
 
     outputs = {"log_prob": log_prob(tokens[..., None])[..., 0], "log_normalizer": torch.where(counts, z.logsumexp(-1), 0.0)}
-    outputs |= {} if top_k_ids is None else {"top_k_log_prob": log_prob(top_k_ids)}
+    if top_k is not None:
+        of_rows = (logits if order is None else order).detach()
+        top_k_ids = of_rows.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    if top_k_ids is not None:
+        outputs |= {"top_k_log_prob": log_prob(top_k_ids), "top_k_ids": torch.where(counts[..., None], top_k_ids, 0)}
     return outputs | ({"entropy": torch.where(counts, _entropy(x), 0.0)} if entropy else {})
 
 
@@ -816,7 +822,9 @@ def logits_policy_loss(
 def linear_log_prob(
     *, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_softcap: float | None = None, **arguments: Any
 ) -> Outputs:
-    return token_log_prob(logits=_head_logits(hidden, weight, bias, logit_softcap), **arguments)
+    # a tanh of large logits is the same for many of them
+    order = _head_logits(hidden, weight, bias, None)
+    return token_log_prob(logits=_head_logits(hidden, weight, bias, logit_softcap), order=order, **arguments)
 
 
 def linear_policy_loss(

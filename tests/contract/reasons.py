@@ -203,6 +203,14 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "a normaliser of 16 bits is a factor of 1 ± 0.01 of all probabilities, and the rest what that leaves",
     ),
     (
+        lambda _, c: (
+            _has(c, "top_k")
+            and "hidden" in c
+            and (c["ambient"] in axes.AUTOCAST or bool({c["hidden"], c["weight"]} & {*axes.HALVES}))
+        ),
+        "products of 16 bits round logits that are near each other to another order",
+    ),
+    (
         lambda s, c: c["use"] is Use.COMPILE and Use.COMPILE not in SUBJECTS[s].promises,
         "torch.compile is documented to break the graph there",
     ),
@@ -317,6 +325,10 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     (
         lambda s, c: is_vocabulary(s) and c.get("engine") is Engine.COMPILED and c["storage"] is not Storage.CONTIGUOUS,
         _engine("a compiled softmax may read contiguous rows only", always=False),
+    ),
+    (
+        lambda _, c: _has(c, "top_k") and c["top_k_ids"] is not Given.ABSENT,
+        Refusal((ValueError,), "top_k", "ids are given or found"),
     ),
     (
         lambda s, c: _named(s, "validate") and c["regime"] is Regime.IMPOSSIBLE,

@@ -90,6 +90,7 @@ NUMBERS: dict[str, Domain] = {
     "chunk_tokens": Domain(at_least=1, whole=True),
     "chunk_vocabulary": Domain(at_least=1, whole=True),
     "threads": Domain(at_least=1, whole=True),
+    "top_k": Domain(at_least=1, whole=True),
     # of advantages and corrections
     "discount": Domain(at_least=0.0, at_most=1.0),
     "trace_decay": Domain(at_least=0.0, at_most=1.0),
@@ -137,6 +138,7 @@ GOOD = {
     "chunk_tokens": 2,
     "chunk_vocabulary": 3,
     "threads": 2,
+    "top_k": 3,
     "alpha": 0.1,
     "discount": 0.9,
     "trace_decay": 0.8,

@@ -25,6 +25,7 @@ MODE = Mode(DRPO(delta=0.3), anchor=Sequence(Behavior()), reduction="sequence_me
 SPECS = {
     "logits": P("tokens", None, "vocabulary"),
     "finite": P("tokens", None, "vocabulary"),
+    "rounded": P("tokens", None, "vocabulary"),
     "behavior_logits": P("tokens", None, "vocabulary"),
     "weight": P("vocabulary"),
     "bias": P("vocabulary"),
@@ -54,6 +55,8 @@ def batch():
         "top_k_behavior_log_prob": np.take_along_axis(log_mu, ids, -1),
         "scale": rng.normal(size=(N, T)),
         "mask": mask,
+        # many of which are equal
+        "rounded": np.round(finite),
         "tokens": np.where(mask, tokens, -100),
         "inside": tokens,
         "few": np.minimum(tokens, V - 3),
@@ -67,6 +70,16 @@ def log_prob(inputs, module, d, **options):
     """Those of K + 1 tokens."""
     function = module.token_log_prob if inputs == ("logits",) else module.linear_log_prob
     return function(**{name: d[name] for name in (*inputs, "tokens", "mask", "top_k_ids")}, entropy=True, **options)
+
+
+def most_probable(module, d, **options):
+    """More than a device has columns, from hidden states over a support, and from logits of which many are equal."""
+    rows = {"tokens": d["few"], "mask": d["mask"], "top_k": V - 3} | options
+    head = {name: d[name] for name in HEAD}
+    support = module.Support.from_mask(d["support"])
+    narrow = {"support": support, "vocabulary_size": V - 2, "logit_softcap": 9.0, "chunk_tokens": 4}
+    found = module.linear_log_prob(**head, **rows, **narrow), module.token_log_prob(logits=d["rounded"], **rows)
+    return [x for f in found for x in (f.top_k_log_prob, f.top_k_ids)]
 
 
 def with_row_map(module, d, **options):
@@ -114,6 +127,7 @@ CASES = {
     "token_log_prob": (partial(log_prob, LOGITS), LOGITS),
     "linear_log_prob": (partial(log_prob, HEAD, chunk_tokens=4), HEAD),
     "linear_log_prob row map": (with_row_map, HEAD),
+    "linear_log_prob most probable": (most_probable, (*HEAD, "rounded")),
     "logits_policy_loss full": (partial(loss, LOGITS, PER_TOKEN, "full"), LOGITS),
     "logits_policy_loss top-k": (partial(loss, LOGITS, PER_TOKEN, "top-k"), LOGITS),
     "linear_policy_loss full": (partial(loss, HEAD, PER_TOKEN, "full", chunk_tokens=4), HEAD),

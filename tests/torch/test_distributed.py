@@ -95,7 +95,7 @@ def test_a_vocabulary_divided_over_ranks_is_the_whole_one(measured, name):
 
 def test_distributed_tensors_and_tokens_by_vocabulary(measured):
     found = {case["tensors"]: case["gaps"] for case in measured if "tensors" in case}
-    assert list(found) == ["logits_policy_loss", "linear_policy_loss", "2 × 2"]
+    assert list(found) == ["linear_log_prob, most probable", "logits_policy_loss", "linear_policy_loss", "2 × 2"]
     assert max(max(gaps) for gaps in found.values()) <= 16
 
 

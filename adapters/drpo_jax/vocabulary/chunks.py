@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
@@ -34,11 +35,12 @@ def over_chunks(
     chunk: int,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: Any,  # noqa: ANN401 -- a dtype of the namespace
+    integers: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> tuple[_Sums, dict[str, jax.Array]]:
     """Take every valid token through ``function(sums, (hidden, rows), valid)``; the loop ends where the masked tokens begin.
 
     The function gives the sums with the chunk's share, and figures of its tokens. Of these, `shapes` has the names and what
-    follows the token axis; they are returned at their tokens, and 0 at masked ones.
+    follows the token axis; they are returned at their tokens, and 0 at masked ones. `integers` has those that are int32.
     """
     n = mask.size
     padded = -(-n // chunk) * chunk
@@ -47,6 +49,7 @@ def over_chunks(
     count = jnp.sum(mask.astype(jnp.int32))
     # like an array of the tokens, so that under shard_map they vary over the devices as the tokens do
     figures = {name: jnp.zeros_like(hidden, dtype=dtype, shape=(padded, *shape)) for name, shape in shapes.items()}
+    figures |= {name: jnp.zeros_like(hidden, dtype=jnp.int32, shape=(padded, *shape)) for name, shape in integers.items()}
 
     def body(i: jax.Array, carry: tuple[_Sums, dict[str, jax.Array]]) -> tuple[_Sums, dict[str, jax.Array]]:
         sums, figures = carry

@@ -23,6 +23,7 @@ from drpo_jax._checks import (
 from drpo_jax._sharding import in_auto_mode, varying_like
 from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
 from drpo_jax.vocabulary.divergences import LinearHead
+from drpo_jax.vocabulary.most_probable import most_probable
 from drpo_jax.vocabulary.row_map import RowMap, Rows
 from drpo_jax.vocabulary.shards import Shard
 from drpo_jax.vocabulary.softmax import Normalized, at_entries, entries, masked, outside_vocabulary
@@ -38,13 +39,14 @@ class TokenLogProb(NamedTuple):
     """Per token, in nats, 0 where the mask is False.
 
     `log_prob` is that of the sampled token, `entropy` that of its distribution (or None), `log_normalizer` is
-    log Σ_v e^x(v) of its logits x; `top_k_log_prob` those of the `top_k_ids` (…, K), or None.
+    log Σ_v e^x(v) of its logits x; `top_k_log_prob` those of the `top_k_ids` (…, K), int32, that were given or found, or None.
     """
 
     log_prob: jax.Array
     entropy: jax.Array | None
     log_normalizer: jax.Array
     top_k_log_prob: jax.Array | None
+    top_k_ids: jax.Array | None
 
 
 def token_log_prob(
@@ -53,6 +55,7 @@ def token_log_prob(
     tokens: jax.Array,
     mask: jax.Array | None = None,
     top_k_ids: jax.Array | None = None,
+    top_k: int | None = None,
     temperature: float | jax.Array = 1.0,
     support: Support | None = None,
     vocabulary_size: int | None = None,
@@ -79,6 +82,12 @@ def token_log_prob(
         Boolean, (…), True at tokens that count; the logits of the others may hold anything. None: every token counts.
     top_k_ids
         Ids of K more tokens for each, (…, K), whose log-probs are wanted too: −∞, with a gradient of 0, outside the support.
+    top_k
+        Instead of these, K: the K most probable tokens of the policy itself, from 1 to the vocabulary's size. Their ids are
+        constants. They come by decreasing logit, before a soft-cap and a temperature, and of equal logits the lower id
+        first, however tokens and vocabulary are divided. Where fewer than K have a probability, because of the support or of
+        logits of −∞, the others follow, the lower id first, with a log-prob of −∞ whose gradient is 0. A row that holds a
+        NaN has log-probs of NaN, of any ids.
     temperature
         T > 0, a number, or an array (…) of one per token, constant: π = softmax(logits / T).
     support
@@ -95,15 +104,15 @@ def token_log_prob(
     -------
     TokenLogProb
         `log_prob`, `entropy` and `log_normalizer` = log Σ_v e^x(v), nats, (…), and `top_k_log_prob`, (…, K);
-        float32 at least, each differentiable.
+        float32 at least, each differentiable. `top_k_ids`, (…, K).
 
     Raises
     ------
     TypeError
         If an array is not a JAX array or has a wrong dtype, or a number is none.
     ValueError
-        If shapes disagree, a number is out of its range, or an array is divided along the `vocabulary_axis` that must not
-        be, or isn't.
+        If shapes disagree, a number is out of its range, `top_k` and `top_k_ids` are both given, or an array is divided along
+        the `vocabulary_axis` that must not be, or isn't.
 
     See Also
     --------
@@ -120,6 +129,12 @@ def token_log_prob(
     >>> gradient = jax.grad(total)(jnp.log(jnp.array([[0.5, 0.3, 0.2]])))
     >>> [round(g, 4) for g in gradient[0].tolist()]
     [0.5, -0.3, -0.2]
+
+    The two most probable tokens:
+
+    >>> found = token_log_prob(logits=jnp.log(jnp.array([[0.5, 0.3, 0.2]])), tokens=jnp.array([2]), top_k=2)
+    >>> found.top_k_ids.tolist()
+    [[0, 1]]
     """
     check_logits("logits", logits)
     leading, of = logits.shape[:-1], "logits without its last axis"
@@ -128,10 +143,12 @@ def token_log_prob(
     shard = Shard.of(vocabulary_axis, {"logits": logits}, replicated)
     row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=logits.shape[-1], shard=shard)
 
+    top_k = _check_top_k(top_k, top_k_ids, row_map.vocabulary)
+
     def run(
         logits: jax.Array, row_map: RowMap, tokens: jax.Array, mask: jax.Array | None, top_k_ids: jax.Array | None
     ) -> tuple[None, TokenLogProb]:
-        return None, selected_log_prob(row_map, entropy, logits, tokens, top_k_ids, mask)
+        return None, selected_log_prob(row_map, entropy, logits, tokens, top_k_ids, mask, top_k)
 
     _, result = in_auto_mode(run, logits, row_map, tokens, mask, top_k_ids)
     return result  # type: ignore[no-any-return]
@@ -145,6 +162,7 @@ def linear_log_prob(
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
     top_k_ids: jax.Array | None = None,
+    top_k: int | None = None,
     temperature: float | jax.Array = 1.0,
     support: Support | None = None,
     vocabulary_size: int | None = None,
@@ -173,7 +191,7 @@ def linear_log_prob(
         Last hidden states, (…, H); anything where the mask is False.
     weight, bias
         W and b of the LM head, (V, H) and (V,); no bias if None. Products are accumulated in float32 at least.
-    tokens, mask, top_k_ids, temperature, support
+    tokens, mask, top_k_ids, top_k, temperature, support
         See `drpo_jax.token_log_prob`.
     vocabulary_size
         Rows of the head from this id on are padding. None: there is none.
@@ -190,15 +208,15 @@ def linear_log_prob(
     -------
     TokenLogProb
         `log_prob`, `entropy` and `log_normalizer`, nats, (…), and `top_k_log_prob`, (…, K); float32 at least, each
-        differentiable.
+        differentiable. `top_k_ids`, (…, K).
 
     Raises
     ------
     TypeError
         If an array is not a JAX array or has a wrong dtype, or a number is none.
     ValueError
-        If shapes disagree, a number is out of its range, or an array is divided along the `vocabulary_axis` that must not
-        be, or isn't.
+        If shapes disagree, a number is out of its range, `top_k` and `top_k_ids` are both given, or an array is divided along
+        the `vocabulary_axis` that must not be, or isn't.
 
     See Also
     --------
@@ -228,7 +246,8 @@ def linear_log_prob(
     replicated |= {"temperature": temperature, "support": support}
     shard = Shard.of(vocabulary_axis, {"weight": weight, "bias": bias}, replicated)
     row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=weight.shape[0], shard=shard)
-    head = _Head(logit_softcap, entropy, min(chunk_tokens, max(1, tokens.size)), shard)
+    top_k = _check_top_k(top_k, top_k_ids, row_map.vocabulary)
+    head = _Head(logit_softcap, entropy, top_k, min(chunk_tokens, max(1, tokens.size)), shard)
 
     def run(
         hidden: jax.Array,
@@ -244,8 +263,8 @@ def linear_log_prob(
         spread = partial(varying_like, (hidden, columns, valid, row_map))
         hidden, weight = spread(hidden), spread(row_map.of_head(weight))
         bias = None if bias is None else spread(row_map.of_head(bias))
-        found = _linear_log_prob(head, hidden, weight, bias, columns, valid, row_map)
-        return None, found.named(top_k_ids)
+        found, columns = _linear_log_prob(head, hidden, weight, bias, columns, valid, row_map)
+        return None, found.named(columns, top_k_ids, top_k, mask)
 
     _, result = in_auto_mode(run, hidden, weight, bias, row_map, tokens, mask, top_k_ids)
     return result  # type: ignore[no-any-return]
@@ -258,11 +277,15 @@ def selected_log_prob(
     tokens: jax.Array,
     top_k_ids: jax.Array | None,
     mask: jax.Array | None,
+    top_k: int | None = None,
 ) -> TokenLogProb:
     """`token_log_prob` of checked arrays."""
     columns = masked(_columns(tokens, top_k_ids, row_map.vocabulary), mask)
     logits = varying_like((columns, mask, row_map), logits, but=row_map.shard.axes)
-    return _token_log_prob(entropy, logits, columns, mask, row_map.kept(mask)).named(top_k_ids)
+    row_map = row_map.kept(mask)
+    if top_k is not None:
+        columns = _with_ids(columns, masked(most_probable(masked(logits, mask), row_map.ready(), top_k), mask))
+    return _token_log_prob(entropy, logits, columns, mask, row_map).named(columns, top_k_ids, top_k, mask)
 
 
 def _check_columns(
@@ -275,6 +298,20 @@ def _check_columns(
         check_mask(mask, "tokens", tokens, xp=jnp)
     if top_k_ids is not None:
         check_top_k_ids("top_k_ids", top_k_ids, leading)
+
+
+def _check_top_k(top_k: object, top_k_ids: jax.Array | None, vocabulary: int) -> int | None:
+    """The number of most probable tokens that are wanted."""
+    if top_k is None:
+        return None
+    if top_k_ids is not None:
+        msg = f"top_k: expected None beside top_k_ids, got {top_k!r}; give the ids, or how many are to be found"
+        raise ValueError(msg)
+    return int(check_number("top_k", top_k, at_least=1, at_most=vocabulary, whole=True))
+
+
+def _with_ids(columns: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.concatenate((columns, ids), axis=-1)
 
 
 def _columns(tokens: jax.Array, top_k_ids: jax.Array | None, vocabulary: int) -> jax.Array:
@@ -291,9 +328,18 @@ class _Found(NamedTuple):
     entropy: jax.Array | None
     log_normalizer: jax.Array
 
-    def named(self, top_k_ids: jax.Array | None) -> TokenLogProb:
-        top_k = None if top_k_ids is None else self.log_probs[..., 1:]
-        return TokenLogProb(self.log_probs[..., 0], self.entropy, self.log_normalizer, top_k)
+    def named(
+        self, columns: jax.Array, top_k_ids: jax.Array | None, top_k: int | None, mask: jax.Array | None
+    ) -> TokenLogProb:
+        """The results, with those of the K ids that were given, or of the `top_k` that follow that of the sampled token."""
+        log_probs, ids = None, None
+        if top_k_ids is not None:
+            log_probs, ids = self.log_probs[..., 1:], masked(top_k_ids.astype(jnp.int32), mask)
+        elif top_k is not None:
+            log_probs, ids = self.log_probs[..., 1:], columns[..., 1:]
+            # what has no probability is a constant
+            log_probs = jnp.where(log_probs == -jnp.inf, -jnp.inf, log_probs)
+        return TokenLogProb(self.log_probs[..., 0], self.entropy, self.log_normalizer, log_probs, ids)
 
     @property
     def reached(self) -> jax.Array:
@@ -418,6 +464,7 @@ class _Head:
 
     logit_softcap: float | None
     entropy: bool
+    top_k: int | None
     chunk: int
     shard: Shard
 
@@ -437,8 +484,9 @@ def _linear_log_prob(
     columns: jax.Array,
     mask: jax.Array,
     row_map: RowMap,
-) -> _Found:
-    return _head_forward(head, hidden, weight, bias, columns, mask, row_map)[0]
+) -> tuple[_Found, jax.Array]:
+    found, columns, _ = _head_forward(head, hidden, weight, bias, columns, mask, row_map)
+    return found, columns
 
 
 def _head_forward(
@@ -449,34 +497,42 @@ def _head_forward(
     columns: jax.Array,
     mask: jax.Array,
     row_map: RowMap,
-) -> tuple[_Found, _Statistics]:
+) -> tuple[_Found, jax.Array, _Statistics]:
+    """What is found, the columns it is of, with the most probable ones if they are wanted, and the statistics."""
     per_token, support_ids = row_map.apart()
-    shapes: dict[str, tuple[int, ...]] = {"log_probs": columns.shape[-1:], "top": (), "log_total": ()}
+    wanted = (columns.shape[-1] + (head.top_k or 0),)
+    shapes: dict[str, tuple[int, ...]] = {"log_probs": wanted, "top": (), "log_total": ()}
     shapes |= {"entropy": ()} if head.entropy else {}
+    integers = {} if head.top_k is None else {"columns": wanted}
 
     def of_chunk(
         sums: None, taken: tuple[jax.Array, tuple[jax.Array, RowMap]], _: jax.Array
     ) -> tuple[None, dict[str, jax.Array]]:
         h, (ids, chunk_map) = taken
-        logits, _ = head.logits(h, weight, bias)
+        logits, z = head.logits(h, weight, bias)
         rows = chunk_map.of_chunk(support_ids)
+        if head.top_k is not None:
+            ids = _with_ids(ids, most_probable(z, rows, head.top_k, softcap=head.logit_softcap))
         log_probs, statistics = _measured(logits, entries(logits, ids, None, head.shard), ids, rows, entropy=head.entropy)
-        return sums, {"log_probs": log_probs} | statistics._asdict()
+        return sums, {"log_probs": log_probs, "columns": ids} | statistics._asdict()
 
     taken = (columns, per_token)
     dtype = working_dtype(hidden, weight)
-    _, figures = over_chunks(of_chunk, None, hidden, taken, mask, chunk=head.chunk, shapes=shapes, dtype=dtype)
+    chunked: dict[str, Any] = {"chunk": head.chunk, "shapes": shapes, "dtype": dtype, "integers": integers}
+    _, figures = over_chunks(of_chunk, None, hidden, taken, mask, **chunked)
     statistics = _Statistics(figures["top"], figures["log_total"], figures.get("entropy"))
-    return _Found(figures["log_probs"], statistics.entropy, statistics.top + statistics.log_total), statistics
+    found = _Found(figures["log_probs"], statistics.entropy, statistics.top + statistics.log_total)
+    return found, figures.get("columns", columns), statistics
 
 
-def _head_kept(head: _Head, *arguments: Any) -> tuple[_Found, tuple[Any, ...]]:  # noqa: ANN401
-    values = primals(arguments)
-    found, statistics = _head_forward(head, *values)
-    return found, (Needed.by(*arguments[:3]), values, statistics)
+def _head_kept(head: _Head, *arguments: Any) -> tuple[tuple[_Found, jax.Array], tuple[Any, ...]]:  # noqa: ANN401
+    hidden, weight, bias, columns, mask, row_map = primals(arguments)
+    found, columns, statistics = _head_forward(head, hidden, weight, bias, columns, mask, row_map)
+    return (found, columns), (Needed.by(*arguments[:3]), (hidden, weight, bias, columns, mask, row_map), statistics)
 
 
-def _head_backward(head: _Head, kept: tuple[Any, ...], cotangents: _Found) -> tuple[Any, ...]:
+def _head_backward(head: _Head, kept: tuple[Any, ...], of_results: tuple[_Found, Any]) -> tuple[Any, ...]:
+    cotangents, _ = of_results
     needed, (hidden, weight, bias, columns, mask, row_map), statistics = kept
     per_token, support_ids = row_map.apart()
     dtype = working_dtype(hidden, weight)

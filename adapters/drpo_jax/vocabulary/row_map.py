@@ -158,8 +158,12 @@ class Rows:
 
     def logits(self, z: jax.Array) -> jax.Array:
         """The policy's logits x of rows z (…, V)."""
+        return self.over_temperature(self.restricted(z))
+
+    def restricted(self, z: jax.Array) -> jax.Array:
+        """Rows z (…, V), with −∞ outside the support and in the padding."""
         inside = self._inside(z.shape)
-        return self.over_temperature(z if inside is None else jnp.where(inside, z, -jnp.inf))
+        return z if inside is None else jnp.where(inside, z, -jnp.inf)
 
     def at(self, chosen: jax.Array, ids: jax.Array) -> jax.Array:
         """The policy's logits of entries z (…, K) at ids of the vocabulary."""

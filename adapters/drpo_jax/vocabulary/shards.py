@@ -74,6 +74,15 @@ class Shard:
         """The sum over devices."""
         return x if self.axis is None else jax.lax.psum(x, self.axis)  # type: ignore[no-untyped-call]
 
+    def side_by_side(self, x: jax.Array) -> jax.Array:
+        """What the devices have, (…, k), one after the other on each of them, (…, devices · k)."""
+        if self.axis is None:
+            return x
+        k = x.shape[-1]
+        room = jnp.zeros_like(x, shape=(*x.shape[:-1], k * jax.lax.axis_size(self.axis)))
+        # a sum, because what is gathered would not count as the same on all devices
+        return self.total(jax.lax.dynamic_update_slice_in_dim(room, x, jax.lax.axis_index(self.axis) * k, x.ndim - 1))
+
     def largest(self, x: jax.Array) -> jax.Array:
         """The largest over devices; a constant."""
         x = jax.lax.stop_gradient(x)

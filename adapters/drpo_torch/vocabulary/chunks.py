@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from drpo_torch.vocabulary.engines import row_kernels
+from drpo_torch.vocabulary.most_probable import most_probable
 from drpo_torch.vocabulary.shards import merged, part_pull, within
 from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from drpo_torch.vocabulary.head import Head
+    from drpo_torch.vocabulary.most_probable import Candidates
     from drpo_torch.vocabulary.softmax import Tempering
 
 __all__ = ["Chunks", "Kept"]
@@ -69,15 +71,18 @@ class Chunks:
         *,
         entropy: bool,
         keep: bool = False,
+        top_k: int | None = None,
         look: Callable[[torch.Tensor, Places], None] | None = None,
     ) -> tuple[torch.Tensor, Statistics, Kept]:
         """Log-probs of the columns (rows, C), the statistics of the rows, and what `backward` needs.
 
-        `look` is shown each part's logits and their places. `keep`: softmaxes are left in the logits' place.
+        `look` is shown each part's logits and their places. `keep`: softmaxes are left in the logits' place. `top_k`: as many
+        most probable tokens are columns too, after those given.
         """
         head, shard, every, statistics = self.head, self.head.shard, self._every[: len(rows)], []
         hidden, tempering = head.rows(rows), self.tempering.at(rows.key)
         picked = torch.zeros(columns.shape, dtype=head.row_dtype, device=hidden.device)
+        first: Candidates | None = None
         for part in self.parts:
             z = self._view(len(rows), part)
             head.logits(hidden, part, z)
@@ -87,9 +92,14 @@ class Chunks:
             if look is not None:
                 look(z, every)
             kernels, of_part = self._kernels[z.shape[1]], tempering.part(shard.of_whole(part))
+            if top_k is not None:
+                found = most_probable(z, every, of_part, top_k, shard.start + part.start)
+                first = found if first is None else first.beside(found, top_k)
             statistics.append(kernels.statistics(z, every, of_part, entropy=entropy, keep=z if keep else None))
         of_rank, shares = merged(statistics)
         whole, share, picked = shard.merged(of_rank, picked, columns)
+        if top_k is not None and first is not None:
+            columns, picked = shard.with_most_probable(first, top_k, columns, picked, tempering)
         return whole.log_prob(picked), whole, Kept(rows, columns, whole, statistics, shares * share)
 
     def backward(self, kept: Kept, pull: Pull, *, recompute: bool, softmax: bool = False) -> None:

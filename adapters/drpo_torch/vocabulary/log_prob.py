@@ -19,6 +19,7 @@ from drpo_torch.vocabulary.graph import (
     rows_of,
 )
 from drpo_torch.vocabulary.head import Head, HeadInputs
+from drpo_torch.vocabulary.most_probable import most_probable
 from drpo_torch.vocabulary.recorded import product_dtype, products_like
 from drpo_torch.vocabulary.row_map import row_map
 from drpo_torch.vocabulary.shards import Shard, shard_of_head, shard_of_logits
@@ -41,13 +42,14 @@ class TokenLogProb(NamedTuple):
     """Per token, in nats, 0 where the mask is False.
 
     `log_prob` is that of the sampled token, `entropy` that of its distribution (or None), `log_normalizer` is
-    log Σ_v e^x(v) of its logits x; `top_k_log_prob` those of the `top_k_ids` (…, K), or None.
+    log Σ_v e^x(v) of its logits x; `top_k_log_prob` those of the `top_k_ids` (…, K), int64, that were given or found, or None.
     """
 
     log_prob: torch.Tensor
     entropy: torch.Tensor | None
     log_normalizer: torch.Tensor
     top_k_log_prob: torch.Tensor | None
+    top_k_ids: torch.Tensor | None
 
 
 @depends_on_values
@@ -57,6 +59,7 @@ def token_log_prob(
     tokens: torch.Tensor,
     mask: torch.Tensor | None = None,
     top_k_ids: torch.Tensor | None = None,
+    top_k: int | None = None,
     temperature: float | torch.Tensor = 1.0,
     support: Support | None = None,
     vocabulary_size: int | None = None,
@@ -80,6 +83,12 @@ def token_log_prob(
         Boolean, (…), True at tokens that count; the logits of the others may hold anything. None: every token counts.
     top_k_ids
         Ids of K more tokens for each, (…, K), whose log-probs are wanted too.
+    top_k
+        Instead of these, K: the K most probable tokens of the policy itself, from 1 to the vocabulary's size. Their ids are
+        constants. They come by decreasing logit, before a soft-cap and a temperature, and of equal logits the lower id
+        first, however tokens and vocabulary are divided. Where fewer than K have a probability, because of the support or of
+        logits of −inf, the others follow, the lower id first, with a log-prob of −∞ whose gradient is 0. A row that holds a
+        NaN has log-probs of NaN, of any ids.
     temperature
         T > 0, a number, or one per token, (…), which is constant: it gets no gradient.
     support
@@ -106,6 +115,7 @@ def token_log_prob(
     -------
     TokenLogProb
         `log_prob`, `entropy` and `log_normalizer`, (…), and `top_k_log_prob`, (…, K); float32 at least, each differentiable.
+        `top_k_ids`, (…, K).
 
     Raises
     ------
@@ -113,7 +123,8 @@ def token_log_prob(
         If a dtype is wrong, or the temperature is not a number.
     ValueError
         If the shapes disagree, an id is outside the vocabulary or a sampled token outside its support (on the CPU), a number
-        is out of its range, the engine is unknown, or ``engine="compiled"`` can't take these logits.
+        is out of its range, `top_k` and `top_k_ids` are both given, the engine is unknown, or ``engine="compiled"`` can't take
+        these logits.
     ImportError
         If ``engine="compiled"`` finds no numba.
     RuntimeError
@@ -132,18 +143,25 @@ def token_log_prob(
     >>> found.log_prob.sum().backward()
     >>> logits.grad
     tensor([[ 0.5000, -0.3000, -0.2000]])
+
+    The two most probable tokens:
+
+    >>> found = token_log_prob(logits=logits, tokens=torch.tensor([2]), top_k=2)
+    >>> found.top_k_ids, found.top_k_log_prob.exp().detach()
+    (tensor([[0, 1]]), tensor([[0.5000, 0.3000]]))
     """
     logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
     check_untransformed("logits", logits)
     leading = logits.shape[:-1]
     columns, rows = _checked(tokens, mask, top_k_ids, leading, shard.vocabulary, logits)
+    top_k = _check_top_k(top_k, top_k_ids, shard.vocabulary)
     known: dict[str, Any] = {"size": shard.vocabulary, "leading": leading, "beside": logits, "columns": shard.all_columns}
     tempering = shard.narrowed(row_map(temperature, support, tokens, mask, **known))
     flat = rows_of(logits)
     overwrite = overwrite_logits and may_be_overwritten(flat)
     module = loops(engine, logits=flat)
-    found = _TokenLogProb.apply(flat, columns, rows, tempering, entropy, overwrite, module, shard)  # type: ignore[no-untyped-call]
-    return _shaped(found, tokens.shape, top_k_ids)
+    found = _TokenLogProb.apply(flat, columns, rows, tempering, entropy, top_k, overwrite, module, shard)  # type: ignore[no-untyped-call]
+    return _shaped(found, tokens.shape, given=top_k_ids is not None)
 
 
 @depends_on_values
@@ -155,6 +173,7 @@ def linear_log_prob(
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     top_k_ids: torch.Tensor | None = None,
+    top_k: int | None = None,
     temperature: float | torch.Tensor = 1.0,
     support: Support | None = None,
     vocabulary_size: int | None = None,
@@ -179,7 +198,7 @@ def linear_log_prob(
     weight, bias
         W and b of the LM head, (V, H) and (V,): plain tensors, or DTensors that are divided along the vocabulary. The
         weight has the dtype of `hidden`, except under autocast.
-    tokens, mask, top_k_ids
+    tokens, mask, top_k_ids, top_k
         See `drpo_torch.token_log_prob`.
     temperature, support
         See `drpo_torch.token_log_prob`.
@@ -200,14 +219,15 @@ def linear_log_prob(
     -------
     TokenLogProb
         `log_prob`, `entropy` and `log_normalizer`, (…), and `top_k_log_prob`, (…, K); float32 at least, each differentiable.
+        `top_k_ids`, (…, K).
 
     Raises
     ------
     TypeError
         If a type or a dtype is wrong.
     ValueError
-        If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary or its support (on the
-        CPU), the engine is unknown, or ``engine="compiled"`` can't take these tensors.
+        If shapes disagree, a number is out of its range, `top_k` and `top_k_ids` are both given, a valid token's id is outside
+        the vocabulary or its support (on the CPU), the engine is unknown, or ``engine="compiled"`` can't take these tensors.
     ImportError
         If ``engine="compiled"`` finds no numba.
     RuntimeError
@@ -241,6 +261,7 @@ def linear_log_prob(
         check_untransformed(name, tensor)
     leading = hidden.shape[:-1]
     columns, rows = _checked(tokens, mask, top_k_ids, leading, shard.vocabulary, hidden)
+    top_k = _check_top_k(top_k, top_k_ids, shard.vocabulary)
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
     known: dict[str, Any] = {"leading": leading, "beside": hidden, "columns": shard.all_columns, "softcap": cap}
     tempering = shard.narrowed(row_map(temperature, support, tokens, mask, size=shard.vocabulary, **known))
@@ -249,9 +270,9 @@ def linear_log_prob(
         width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
     dtype = product_dtype(hidden, inputs.weight)
     module = loops(engine, products=products_like(hidden, dtype))
-    sweep = _HeadSweep(rows, columns, tempering, module, dtype, (size, width), shard, entropy=entropy)
+    sweep = _HeadSweep(rows, columns, tempering, module, dtype, (size, width), shard, entropy=entropy, top_k=top_k)
     found = _LinearLogProb.apply(*inputs, sweep)  # type: ignore[no-untyped-call]
-    return _shaped(found, tokens.shape, top_k_ids)
+    return _shaped(found, tokens.shape, given=top_k_ids is not None)
 
 
 def _checked(
@@ -280,15 +301,29 @@ def _checked(
     return columns.to(torch.int64), rows
 
 
-def _shaped(found: tuple[Any, ...], shape: torch.Size, top_k_ids: torch.Tensor | None) -> TokenLogProb:
-    log_probs, entropy, log_normalizer = found
-    log_prob, top_k = log_probs[:, 0], None
+def _check_top_k(top_k: object, top_k_ids: torch.Tensor | None, vocabulary: int) -> int | None:
+    """The number of most probable tokens that are wanted."""
+    if top_k is None:
+        return None
     if top_k_ids is not None:
+        msg = f"top_k: expected None beside top_k_ids, got {top_k!r}; give the ids, or how many are to be found"
+        raise ValueError(msg)
+    return int(check_number("top_k", top_k, at_least=1, at_most=vocabulary, whole=True))
+
+
+def _shaped(found: tuple[Any, ...], shape: torch.Size, *, given: bool) -> TokenLogProb:
+    """The results of flat tokens at their places; those of K more tokens if some were `given`, or if there are some."""
+    log_probs, entropy, log_normalizer, columns = found
+    log_prob, top_k, ids = log_probs[:, 0], None, None
+    if given or log_probs.shape[1] > 1:
         # results that share memory could not each be changed in place
-        log_prob, top_k = log_prob.clone(), log_probs[:, 1:].clone().reshape(top_k_ids.shape)
-    return TokenLogProb(
-        log_prob.reshape(shape), None if entropy is None else entropy.reshape(shape), log_normalizer.reshape(shape), top_k
-    )
+        log_prob, top_k, ids = log_prob.clone(), log_probs[:, 1:].clone(), columns[:, 1:].clone()
+        if not given:
+            # what has no probability is a constant
+            top_k = top_k.masked_fill(top_k.detach() == -torch.inf, -torch.inf)
+        top_k, ids = (of_ids.reshape(*shape, of_ids.shape[-1]) for of_ids in (top_k, ids))
+    entropy = None if entropy is None else entropy.reshape(shape)
+    return TokenLogProb(log_prob.reshape(shape), entropy, log_normalizer.reshape(shape), top_k, ids)
 
 
 def _spread(values: torch.Tensor, rows: Places, count: int) -> torch.Tensor:
@@ -334,7 +369,10 @@ def _pull(
 
 
 class _TokenLogProb(torch.autograd.Function):
-    """From logits (N, V): log-probs of the columns (N, C), entropies and log-normalisers (N,)."""
+    """From logits (N, V): log-probs of the columns (N, C), entropies and log-normalisers (N,), and the columns.
+
+    With `top_k`, columns of the most probable tokens follow those given.
+    """
 
     @staticmethod
     def forward(
@@ -344,22 +382,27 @@ class _TokenLogProb(torch.autograd.Function):
         rows: Places,
         tempering: Tempering,
         entropy: bool,  # noqa: FBT001 -- Function.apply takes no keywords
+        top_k: int | None,
         overwrite: bool,  # noqa: FBT001
         module: ModuleType | None,
         shard: Shard,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         of_rows, z, ids = tempering.at(rows.key), logits[:, : tempering.size], columns[rows.key]
         kernels = row_kernels(module, z.shape[-1], z.dtype, z.device)
         mine = kernels.statistics(z, rows, of_rows, entropy=entropy)
         found, share, picked = shard.merged(mine, shard.picked(z, rows, ids, of_rows), ids)
-        log_probs = found.log_prob(picked)
+        if top_k is not None:
+            first = most_probable(z, rows, of_rows, top_k, shard.start)
+            ids, picked = shard.with_most_probable(first, top_k, ids, picked, of_rows)
+        log_probs, columns = found.log_prob(picked), _spread(ids, rows, len(logits))
+        ctx.mark_non_differentiable(columns)
         fields = [field for statistics in (found, mine) for field in statistics if field is not None]
         ctx.save_for_backward(logits, columns, share, *fields)
         ctx.rows, ctx.tempering, ctx.entropy, ctx.overwrite = rows, tempering, entropy, overwrite
         ctx.module, ctx.shard = module, shard
         n = len(logits)
         entropies = None if found.entropy is None else _spread(found.entropy, rows, n)
-        return _spread(log_probs, rows, n), entropies, _spread(found.log_normalizer, rows, n)
+        return _spread(log_probs, rows, n), entropies, _spread(found.log_normalizer, rows, n), columns
 
     @staticmethod
     def backward(
@@ -367,6 +410,7 @@ class _TokenLogProb(torch.autograd.Function):
         of_log_probs: torch.Tensor,
         of_entropy: torch.Tensor | None,
         of_normalizer: torch.Tensor,
+        _: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         cotangents = of_log_probs, of_entropy, of_normalizer
         refuse_second_derivative()
@@ -386,7 +430,7 @@ class _TokenLogProb(torch.autograd.Function):
         untouched = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         untouched[rows.index] = ctx.shard.without(mine)
         gradient.index_fill_(0, Places.where(untouched).index, 0.0)
-        return gradient, None, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None, None
 
 
 class _HeadSweep:
@@ -403,8 +447,9 @@ class _HeadSweep:
         shard: Shard,
         *,
         entropy: bool,
+        top_k: int | None,
     ) -> None:
-        self.rows, self.columns, self.entropy, self._shard = rows, columns, entropy, shard
+        self.rows, self.columns, self.entropy, self._top_k, self._shard = rows, columns, entropy, top_k, shard
         self.tempering, self._module, self._dtype, (self._size, self._width) = tempering, module, dtype, chunk
 
     def chunks(self, head: Head, rows: Places) -> Chunks:
@@ -414,17 +459,18 @@ class _HeadSweep:
         with torch.autocast(inputs.hidden.device.type, enabled=False):
             return Head(inputs, self._dtype, self._shard, needed=needed, several=len(rows) > self._size)
 
-    def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
-        """Log-probs of the columns; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
+    def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
+        """Log-probs of columns, and which; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
         head = self.head(inputs, self.rows, needed=False)
         chunks = self.chunks(head, self.rows)
         found = [
-            chunks.forward(rows, self.columns[rows.key], entropy=self.entropy)
+            chunks.forward(rows, self.columns[rows.key], entropy=self.entropy, top_k=self._top_k)
             for rows in (self.rows.chunks(self._size) if len(self.rows) else (self.rows,))
         ]
         log_probs, whole, kept = zip(*found, strict=True)
         parts = [Statistics.joined(part) for part in zip(*(one.statistics for one in kept), strict=True)]
-        return torch.cat(log_probs), parts, Statistics.joined(whole), torch.cat([one.shares for one in kept], dim=1)
+        columns, shares = torch.cat([one.columns for one in kept]), torch.cat([one.shares for one in kept], dim=1)
+        return torch.cat(log_probs), columns, parts, Statistics.joined(whole), shares
 
     def backward(self, head: Head, kept: Kept, pull: Pull) -> None:
         """Add up the head's gradients; everything is of the same rows."""
@@ -445,15 +491,17 @@ class _LinearLogProb(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         sweep: _HeadSweep,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            log_probs, parts, whole, shares = sweep.forward(HeadInputs(hidden, weight, bias))
-        fields = [field for part in (*parts, whole) for field in part if field is not None]
-        ctx.save_for_backward(hidden, weight, bias, shares, *fields)
-        ctx.sweep, ctx.rows = sweep, sweep.rows
+            log_probs, ids, parts, whole, shares = sweep.forward(HeadInputs(hidden, weight, bias))
         n = len(sweep.columns)
+        columns = _spread(ids, sweep.rows, n)
+        ctx.mark_non_differentiable(columns)
+        fields = [field for part in (*parts, whole) for field in part if field is not None]
+        ctx.save_for_backward(hidden, weight, bias, columns, shares, *fields)
+        ctx.sweep, ctx.rows = sweep, sweep.rows
         entropies = None if whole.entropy is None else _spread(whole.entropy, sweep.rows, n)
-        return _spread(log_probs, sweep.rows, n), entropies, _spread(whole.log_normalizer, sweep.rows, n)
+        return _spread(log_probs, sweep.rows, n), entropies, _spread(whole.log_normalizer, sweep.rows, n), columns
 
     @staticmethod
     def backward(
@@ -461,18 +509,19 @@ class _LinearLogProb(torch.autograd.Function):
         of_log_probs: torch.Tensor,
         of_entropy: torch.Tensor | None,
         of_normalizer: torch.Tensor,
+        _: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         cotangents = of_log_probs, of_entropy, of_normalizer
         refuse_second_derivative()
         refuse_transformed_cotangents(*cotangents)
-        hidden, weight, bias, shares, *fields = ctx.saved_tensors
+        hidden, weight, bias, columns, shares, *fields = ctx.saved_tensors
         sweep, rows = ctx.sweep, ctx.rows
         size = 4 if sweep.entropy else 3
         every = [Statistics.of(fields[i : i + size], entropy=sweep.entropy) for i in range(0, len(fields), size)]
         alive = _reached(rows, *cotangents)
         *parts, whole = (statistics.at(alive) for statistics in every)
         found = Places(rows.index[alive])
-        columns = sweep.columns[found.index]
+        columns = columns[found.index]
         kept = Kept(found, columns, whole, parts, shares[:, alive])
         pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found))
         with torch.autocast(hidden.device.type, enabled=False):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from drpo_torch._checks import check_logits
 from drpo_torch.vocabulary.engines import row_kernels
 from drpo_torch.vocabulary.head import HeadInputs
+from drpo_torch.vocabulary.most_probable import Candidates
 from drpo_torch.vocabulary.recorded import check_head
 from drpo_torch.vocabulary.row_map import check_vocabulary_size
 from drpo_torch.vocabulary.softmax import Pull, Statistics
@@ -120,6 +121,22 @@ class Shard:
         # an id that no rank holds
         nowhere = (columns < 0) | (columns >= self.vocabulary)
         return Merged(whole, shares[self.rank], every[..., len(fields) :].sum(0).masked_fill_(nowhere, torch.nan))
+
+    def with_most_probable(
+        self, mine: Candidates, count: int, columns: torch.Tensor, picked: torch.Tensor, tempering: Tempering
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and their logits x, (rows, C), with the most probable after them, of all ranks: one collective.
+
+        Of `count` pairs of 8 bytes a token and rank.
+        """
+        first = mine
+        if self.group is not None:
+            padded = mine.padded(count, self.vocabulary)
+            pairs = torch.stack((padded.z.double().view(torch.int64), padded.ids))
+            z, ids = (every.movedim(0, 1).flatten(1) for every in self.gathered(pairs).unbind(1))
+            first = Candidates(z.view(torch.float64).to(mine.z.dtype), ids).first(count)
+        x = tempering.of_columns(first.z, first.ids)
+        return torch.cat((columns, first.ids), -1), torch.cat((picked, x), -1)
 
     def softmax(self, x: torch.Tensor, whole: Statistics | None, step: slice, *, out: torch.Tensor) -> None:
         """The rank's part of the softmax of a few rows, from the normalisers of all of them."""

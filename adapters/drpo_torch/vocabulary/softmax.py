@@ -31,6 +31,7 @@ __all__ = [
     "Tempering",
     "Workspace",
     "power_of_two_below",
+    "rows_at_once",
     "working_dtype",
 ]
 
@@ -260,8 +261,7 @@ class Workspace:
     """Two buffers of a few rows, for x and its softmax."""
 
     def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
-        budget = _CPU_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BYTES
-        self.rows = max(1, budget // max(1, vocabulary * dtype.itemsize))
+        self.rows = rows_at_once(vocabulary, dtype, device)
         self.x, self.p = torch.empty((2, self.rows, vocabulary), dtype=dtype, device=device)
         self._stored: torch.Tensor | None = None
 
@@ -440,6 +440,12 @@ class EmptyRows:
     ) -> None:
         """See `RowKernels`."""
         del z, places, tempering, pull, statistics, out, kept
+
+
+def rows_at_once(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of so many numbers are worked on at a time."""
+    budget = _CPU_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BYTES
+    return max(1, budget // max(1, vocabulary * dtype.itemsize))
 
 
 def power_of_two_below(limit: int, bound: torch.Tensor) -> torch.Tensor:

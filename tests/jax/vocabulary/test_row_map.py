@@ -174,7 +174,7 @@ def of_log_probs(name, inputs):
     def outputs(data, options):
         chunk = {"chunk_tokens": 2} if inputs == HEAD else {}
         arrays = {key: data[key] for key in (*inputs, "tokens", "top_k_ids", "mask")}
-        return tuple(getattr(drpo_jax, name)(**arrays, **options, **chunk, entropy=True))
+        return getattr(drpo_jax, name)(**arrays, **options, **chunk, entropy=True)[:4]
 
     return outputs
 

@@ -145,7 +145,7 @@ def compared(found, expected, inputs, exact, tolerance):
     """Values, and the gradients of all results at once and of each alone."""
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(e.shape, generator=generator, dtype=torch.float64) for e in expected]
-    for actual, wanted in zip(found, expected, strict=True):
+    for actual, wanted in zip(found[:4], expected, strict=True):
         assert_close(actual, wanted.detach(), tolerance)
     for some in ([0, 1, 2, 3], [0], [1], [2], [3]):
         loss = sum((found[i].double() * cotangents[i]).sum() for i in some)
@@ -186,7 +186,7 @@ def test_linear_log_prob_in_low_precision(dtype, chunks):
     found = linear_log_prob(**inputs, **columns, entropy=True, **chunks)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs.values()]
     expected = plainly(torch.where(columns["mask"][..., None], exact[0], 0.0) @ exact[1].T + exact[2], **columns)
-    assert all(result.dtype == torch.float32 for result in found)
+    assert all(result.dtype == torch.float32 for result in found[:4])
     (found.log_prob - 0.1 * found.entropy + found.top_k_log_prob.sum(-1)).sum().backward()
     (expected[0] - 0.1 * expected[1] + expected[3].sum(-1)).sum().backward()
     for tensor, wanted in zip(inputs.values(), exact, strict=True):
