@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd import forward_ad
 
+from drpo_torch._host import is_waited_for
 from drpo_torch.autograd import is_transformed
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def check_ids(name: str, ids: torch.Tensor, vocabulary: int, *, valid: torch.Ten
 
 def looks_at_values(tensor: torch.Tensor) -> bool:
     """Whether a check may read values: only on the CPU, of plain tensors, because elsewhere it would wait for the device."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+    if torch.compiler.is_compiling() or is_waited_for(tensor):
         return False
     return type(tensor) is torch.Tensor and not is_transformed(tensor)
 

@@ -173,7 +173,7 @@ class Found(NamedTuple):
     @classmethod
     def joined(cls, parts: Sequence[Found]) -> Found:
         """Several chunks, in their order, as one."""
-        rows = Places(torch.cat([part.rows.index for part in parts]))
+        rows = parts[0].rows.joined([part.rows for part in parts[1:]])
         columns, log_prob, log_sum, *optional, centering = zip(*(part[1:] for part in parts), strict=True)
         entropy, divergence = (None if field[0] is None else torch.cat(field) for field in optional)
         measured = None if centering[0] is None else Measured(*(torch.cat(field) for field in zip(*centering, strict=True)))
@@ -190,7 +190,9 @@ class TokenBatch:
         others = (given.behavior_log_prob, given.advantages, *(() if measured is None else (measured,)))
         self.given, self.row_dtype = given, working_dtype(dtype)
         self.dtype = working_dtype(dtype, *(tensor.dtype for tensor in others))
-        self.tokens = given.tokens.reshape(-1).to(torch.int64)
+        self.valid = Places.where(mask.reshape(-1))
+        # anything where the mask is False, such as −100
+        self.tokens = self.valid.counted(given.tokens.reshape(-1).to(torch.int64), 0)
         self.behavior_log_prob, self.advantages, *rest = (tensor.detach().reshape(-1) for tensor in others)
         self.measured = rest[0] if rest else None
         self.reduction = reduction_of(given.objective, given.reduction)
@@ -203,7 +205,6 @@ class TokenBatch:
         if isinstance(given.centering, FullCentering):
             behavior = BehaviorLogits(given.centering, tempering)
             self.full_term = FullTerm(given.objective, behavior, self.advantages, given.engine, self.row_dtype, shard)
-        self.valid = Places.where(mask.reshape(-1))
         self.log_prob = self._zeros()
         self.entropy = self._zeros() if given.entropy else None
         self.passes: list[PolicyLoss] = []
@@ -224,7 +225,7 @@ class TokenBatch:
         recorded = [
             r.ids for r in (self.given.centering, self.given.divergence) if isinstance(r, (TopKCentering, TopKDivergence))
         ]
-        ids = [ids.reshape(-1, ids.shape[-1])[key].to(torch.int64) for ids in recorded]
+        ids = [rows.counted(ids.reshape(-1, ids.shape[-1])[key].to(torch.int64), 0) for ids in recorded]
         return torch.cat((self.tokens[key, None], *ids), dim=-1)
 
     def full_divergence(
@@ -263,11 +264,12 @@ class TokenBatch:
 
     def step(self, found: Found) -> Pull:
         """∂(reduced loss)/∂logits of these tokens; keeps what `result` needs."""
-        key, sampled = found.rows.key, found.log_prob[:, 0]
+        rows = found.rows
+        key, sampled = rows.key, rows.counted(found.log_prob[:, 0])
         self.log_prob[key] = sampled
         if self.entropy is not None and found.entropy is not None:
-            self.entropy[key] = found.entropy
-        valid = torch.ones(len(found.rows), dtype=torch.bool, device=sampled.device)
+            self.entropy[key] = rows.counted(found.entropy)
+        valid = torch.ones(len(rows), dtype=torch.bool, device=sampled.device) if rows.valid is None else rows.valid
         mode, coefficients = self._resolved(key)
         scaled = mode.scaled(coefficients)
         batch = Batch(sampled, mode.anchor_log_prob, self.advantages[key], valid, scaled, found.divergence)
@@ -286,13 +288,13 @@ class TokenBatch:
         result = result._replace(gradient=None)
         if self.given.entropy_coefficient and found.entropy is not None:
             bonus = -self.given.entropy_coefficient * self.coefficients[key].to(self.row_dtype)
-            result = result._replace(loss=result.loss + (bonus * found.entropy).sum())
+            result = result._replace(loss=result.loss + rows.counted(bonus * found.entropy).sum())
             pull = pull.with_entropy(bonus, found.log_sum, found.entropy)
         if self.given.centering is not None:
             value, pull = self._centred(pull, found, coefficients)
             result = result._replace(loss=result.loss + value)
         self.passes.append(result)
-        return pull
+        return pull.counted(rows)
 
     def result(self) -> VocabularyLoss:
         """All that has been learnt, without a backward pass."""
@@ -338,12 +340,15 @@ class TokenBatch:
             value, at = top_k_terms(self.given.objective, centering, key, log_prob, *of_tokens)
             at = at.to(self.row_dtype) * coefficients[:, None]
             pull = pull._replace(columns=columns, at=torch.cat((pull.at, at), -1), scale=pull.scale - at.sum(-1))
-            return (coefficients * value).sum(), pull
+            return found.rows.counted(coefficients * value).sum(), pull
         assert self.full_term is not None
         assert found.centering is not None
         value, total, size = found.centering
-        everywhere = CenteredRows(self.full_term, found.rows.index, found.divergence, coefficients, size)
-        return (coefficients * value).sum(), pull._replace(scale=pull.scale - coefficients * total, everywhere=everywhere)
+        counted = found.rows.counted(coefficients)
+        everywhere = CenteredRows(self.full_term, found.rows.index, found.divergence, counted, size)
+        return found.rows.counted(coefficients * value).sum(), pull._replace(
+            scale=pull.scale - coefficients * total, everywhere=everywhere
+        )
 
     def _outside(self, key: torch.Tensor | slice, ids: torch.Tensor) -> torch.Tensor | None:
         """True at ids, (tokens, C), outside the support of their token; None where every id is in it."""

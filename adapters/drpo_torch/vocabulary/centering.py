@@ -178,7 +178,7 @@ class CenteredRows:
         found = term.coefficients(log_prob, behavior, term.advantages[index], divergence)
         return found.mul_(self._factor[step, None])
 
-    def at_rows(self, rows: torch.Tensor) -> CenteredRows:
+    def at_rows(self, rows: torch.Tensor | slice) -> CenteredRows:
         """The same of some of the rows."""
         divergence = None if self._divergence is None else self._divergence[rows]
         return CenteredRows(self._term, self._index[rows], divergence, self._factor[rows], self._size[rows])

@@ -37,10 +37,9 @@ class Kept(NamedTuple):
     statistics: list[Statistics]
     shares: torch.Tensor
 
-    def at(self, alive: torch.Tensor) -> Kept:
-        """The same of some of the tokens."""
+    def at(self, rows: Places, alive: torch.Tensor | slice) -> Kept:
+        """The same of some of the tokens, which are these rows, and have these numbers among those here."""
         statistics = [of_part.at(alive) for of_part in self.statistics]
-        rows = Places(self.rows.index[alive])
         return Kept(rows, self.columns[alive], self.whole.at(alive), statistics, self.shares[:, alive])
 
 
@@ -108,7 +107,8 @@ class Chunks:
         `recompute`: the logits are gone; `softmax`: what is there are softmaxes.
         """
         head = self.head
-        hidden, every = head.rows(kept.rows), self._every[: len(kept.rows)]
+        # 0 in a product does not silence a NaN
+        hidden, every = kept.rows.counted(head.rows(kept.rows)), self._every[: len(kept.rows)]
         tempering = self.tempering.at(kept.rows.key)
         pull, chunk = head.begin(hidden, pull, tempering.temperature)
         pull = pull._replace(columns=pull.columns - head.shard.start)
@@ -116,7 +116,7 @@ class Chunks:
             gradient = self._view(len(kept.rows), part)
             if recompute:
                 head.logits(hidden, part, gradient)
-            of_part = part_pull(pull, part, share, statistics, kept.whole.maximum)
+            of_part = part_pull(pull, part, share, statistics, kept.whole.maximum).counted(kept.rows)
             kernels = self._kernels[gradient.shape[1]]
             of_columns = tempering.part(head.shard.of_whole(part))
             # what is derived at all columns needs their log-probs

@@ -10,6 +10,7 @@ import torch
 from drpo_core import sampled_in_top_k
 from drpo_core.divergence import top_k_kl_of, top_k_outcomes, top_k_tv_of
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
+from drpo_torch._host import is_waited_for
 from drpo_torch.autograd import has_memory, refuse_second_derivative
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.engines import loops
@@ -267,7 +268,8 @@ def full_divergence_rows(
     π's own softmax is not needed. Both policies have the same support; each step is of these rows.
     """
     dtype = working_dtype(logits.dtype, behavior_logits.dtype)
-    if shard.group is not None:
+    # of which rows the better formula is, the host would have to ask
+    if shard.group is not None or is_waited_for(logits):
         mine, recorded = (logits, places, tempering), (behavior_logits, behavior_places, behavior)
         policy, of_behavior = (_Side(*side, shard.normalizers(module, *side)) for side in (mine, recorded))
         return _of_ranks(policy, of_behavior, shard)
@@ -380,7 +382,7 @@ class _FullDivergences(torch.autograd.Function):
         into, logits, behavior_logits = (matrix[:, : tempering.size] for matrix in (gradient, logits, behavior_logits))
         # rows of no influence, such as masked ones, may hold anything
         rows = Places.where((of_tv != 0.0) | (of_kl != 0.0))
-        of_tv, of_kl = of_tv[rows.index], of_kl[rows.index]
+        of_tv, of_kl = of_tv[rows.key], of_kl[rows.key]
         dtype = of_kl.dtype
         shard: Shard = ctx.shard
         whole = behavior_whole = None
@@ -410,7 +412,7 @@ class _FullDivergences(torch.autograd.Function):
             of_step, key = (p * sign).sum(-1) if mean is None else mean[step], rows[step].key
             sign.sub_(of_step[:, None]).mul_(p).mul_(0.5 * of_tv[step, None])
             sign.addcmul_(shift, of_kl[step, None])
-            into[key] = tempering.at(key).pull_back_(sign, stored).to(gradient.dtype)
+            into[key] = rows[step].counted(tempering.at(key).pull_back_(sign, stored)).to(gradient.dtype)
         return gradient, None, None, None, None, None
 
 
@@ -433,7 +435,7 @@ def repeated(ids: torch.Tensor) -> torch.Tensor | None:
     """True at ids that equal an earlier one on the last axis; None if there is known to be no such id."""
     if ids.shape[-1] < 2:
         return None
-    if not torch.compiler.is_compiling() and has_memory(ids) and ids.device.type == "cpu":
+    if not torch.compiler.is_compiling() and has_memory(ids) and not is_waited_for(ids):
         # on the CPU it costs less to look, and NumPy sorts in a fraction of torch's time
         ordered = ids.numpy().astype(np.int32)
         ordered.sort(axis=-1)

@@ -277,13 +277,16 @@ class _Sweep:
         """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂logits."""
         if not self.head.needed:
             return
-        alive, count = pull.moves.nonzero()[:, 0], len(pull.scale)
-        if len(alive) == 0:
+        count = len(pull.scale)
+        rows, alive = kept.rows.where_also(pull.moves)
+        if len(rows) == 0:
             return
-        if len(alive) < count:
+        if isinstance(alive, torch.Tensor) and len(rows) < count:
             if not self.recompute:
                 self.chunks.close_up(alive, count)
-            kept, pull = kept.at(alive), pull.at_rows(alive)
+            kept, pull = kept.at(rows, alive), pull.at_rows(alive)
+        else:
+            kept = kept._replace(rows=rows)
         self.chunks.backward(kept, pull, recompute=self.recompute, softmax=self.softmax)
 
 

@@ -298,7 +298,8 @@ def _checked(
         more = top_k_ids.reshape(len(columns), top_k_ids.shape[-1])
         columns = torch.cat((columns.to(torch.int64), more.to(torch.int64)), dim=-1)
     rows = Places.first(len(columns), columns.device) if mask is None else Places.where(mask.reshape(-1))
-    return columns.to(torch.int64), rows
+    # anything where the mask is False, such as −100
+    return rows.counted(columns.to(torch.int64), 0), rows
 
 
 def _check_top_k(top_k: object, top_k_ids: torch.Tensor | None, vocabulary: int) -> int | None:
@@ -328,7 +329,8 @@ def _shaped(found: tuple[Any, ...], shape: torch.Size, *, given: bool) -> TokenL
 
 def _spread(values: torch.Tensor, rows: Places, count: int) -> torch.Tensor:
     """The values at their rows, and 0 at the others."""
-    return torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device).index_copy_(0, rows.index, values)
+    zeros = torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device)
+    return zeros.index_copy_(0, rows.index, rows.counted(values))
 
 
 _Cotangents: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]"
@@ -342,12 +344,12 @@ def _picked(cotangents: _Cotangents, rows: Places) -> _Cotangents:
 
 def _reached(
     rows: Places, of_log_probs: torch.Tensor, of_entropy: torch.Tensor | None, of_normalizer: torch.Tensor
-) -> torch.Tensor:
-    """Which of these rows a cotangent reaches, by their number among them."""
+) -> tuple[Places, torch.Tensor | slice]:
+    """Those of the rows that a cotangent reaches, and their numbers among these."""
     every = (of_log_probs != 0.0).any(-1) | (of_normalizer != 0.0)
     if of_entropy is not None:
         every |= of_entropy != 0.0
-    return every[rows.index].nonzero()[:, 0]
+    return rows.where_also(every[rows.index])
 
 
 def _pull(
@@ -416,20 +418,18 @@ class _TokenLogProb(torch.autograd.Function):
         refuse_second_derivative()
         refuse_transformed_cotangents(*cotangents)
         logits, columns, share, *fields = ctx.saved_tensors
-        half, alive = len(fields) // 2, _reached(ctx.rows, *cotangents)
+        half, (rows, alive) = len(fields) // 2, _reached(ctx.rows, *cotangents)
         whole, mine = (Statistics.of(some, entropy=ctx.entropy).at(alive) for some in (fields[:half], fields[half:]))
-        rows = Places(ctx.rows.index[alive])
         tempering, size = ctx.tempering.at(rows.key), ctx.tempering.size
-        pull = _pull(columns[rows.index], whole, tempering, *_picked(cotangents, rows))
+        pull = _pull(columns[rows.index], whole, tempering, *_picked(cotangents, rows)).counted(rows)
+        moves = pull.moves
         pull = ctx.shard.pull(pull, mine, whole, share[alive])
         gradient = logits.detach() if ctx.overwrite else gradient_like(logits)
         z = logits[:, :size]
         kernels = row_kernels(ctx.module, z.shape[-1], z.dtype, z.device)
         kernels.gradients(z, rows, tempering, pull, statistics=mine, out=gradient[:, :size])
         gradient[:, size:].zero_()
-        untouched = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        untouched[rows.index] = ctx.shard.without(mine)
-        gradient.index_fill_(0, Places.where(untouched).index, 0.0)
+        ctx.shard.clear_(gradient, rows, moves, mine)
         return gradient, None, None, None, None, None, None, None, None
 
 
@@ -476,8 +476,8 @@ class _HeadSweep:
         """Add up the head's gradients; everything is of the same rows."""
         chunks = self.chunks(head, kept.rows)
         for start in range(0, len(kept.rows), self._size):
-            some = torch.arange(start, min(start + self._size, len(kept.rows)), device=pull.scale.device)
-            chunks.backward(kept.at(some), pull.at_rows(some), recompute=True)
+            some = slice(start, start + self._size)
+            chunks.backward(kept.at(kept.rows[some], some), pull.at_rows(some), recompute=True)
         head.finish()
 
 
@@ -518,12 +518,11 @@ class _LinearLogProb(torch.autograd.Function):
         sweep, rows = ctx.sweep, ctx.rows
         size = 4 if sweep.entropy else 3
         every = [Statistics.of(fields[i : i + size], entropy=sweep.entropy) for i in range(0, len(fields), size)]
-        alive = _reached(rows, *cotangents)
+        found, alive = _reached(rows, *cotangents)
         *parts, whole = (statistics.at(alive) for statistics in every)
-        found = Places(rows.index[alive])
         columns = columns[found.index]
         kept = Kept(found, columns, whole, parts, shares[:, alive])
-        pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found))
+        pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found)).counted(found)
         with torch.autocast(hidden.device.type, enabled=False):
             head = sweep.head(HeadInputs(hidden, weight, bias), found, needed=True)
             sweep.backward(head, kept, pull)

@@ -13,7 +13,7 @@ from drpo_torch.vocabulary.batch import Arguments, TokenBatch, VocabularyLoss
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten, rows_of
 from drpo_torch.vocabulary.shards import shard_of_logits
-from drpo_torch.vocabulary.softmax import Places, power_of_two_below
+from drpo_torch.vocabulary.softmax import power_of_two_below
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -211,9 +211,7 @@ class _Sweep:
         self.result = batch.result()
         if gradient is None or into is None:
             return None
-        # a dropped token's row may hold a NaN, which 0 does not silence
-        without = (~batch.given.mask).reshape(-1)
-        without[rows.key] |= ~pull.moves | shard.without(mine)
+        moves = pull.moves
         pull = shard.pull(pull, mine, found, share)
         unit = None
         if logits.dtype == torch.float16:
@@ -224,7 +222,7 @@ class _Sweep:
         of_rows = mine if pull.everywhere is None else found
         kernels.gradients(z, rows, tempering, pull, statistics=of_rows, out=into, kept=kept)
         gradient[:, size:].zero_()
-        gradient.index_fill_(0, Places.where(without).index, 0.0)
+        shard.clear_(gradient, rows, moves, mine)
         return unit
 
 

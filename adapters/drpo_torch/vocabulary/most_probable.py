@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from drpo_torch._host import is_waited_for
 from drpo_torch.vocabulary.softmax import rows_at_once, working_dtype
 
 if TYPE_CHECKING:
@@ -67,9 +68,12 @@ def _of_rows(z: torch.Tensor, tempering: Tempering, count: int) -> Candidates:
     # which of several equal ones topk gives is not defined; it matters if the last of them is equal to the next
     values, ids = z.topk(min(count + 1, z.shape[1]), -1)
     if values.shape[1] > count:
-        cut = (values[:, count] == values[:, count - 1]).nonzero()[:, 0]
-        ids = ids[:, :count]
-        ids[cut] = _lowest(z[cut], values[cut, :count], ids[cut])
+        cut, ids = values[:, count] == values[:, count - 1], ids[:, :count]
+        if is_waited_for(z):
+            ids = torch.where(cut[:, None], _lowest(z, values[:, :count], ids), ids)
+        else:
+            some = cut.nonzero()[:, 0]
+            ids[some] = _lowest(z[some], values[some, :count], ids[some])
     # exact, and what every device can sort and join, under autocast too
     return Candidates(values[:, :count].to(working_dtype(z.dtype)), ids).first(count)
 

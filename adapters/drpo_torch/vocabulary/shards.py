@@ -15,17 +15,18 @@ import torch
 import torch.distributed as dist
 
 from drpo_torch._checks import check_logits
+from drpo_torch._host import is_waited_for
 from drpo_torch.vocabulary.engines import row_kernels
 from drpo_torch.vocabulary.head import HeadInputs
 from drpo_torch.vocabulary.most_probable import Candidates
 from drpo_torch.vocabulary.recorded import check_head
 from drpo_torch.vocabulary.row_map import check_vocabulary_size
-from drpo_torch.vocabulary.softmax import Pull, Statistics
+from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from drpo_torch.vocabulary.softmax import Places, Tempering
+    from drpo_torch.vocabulary.softmax import Tempering
 
 __all__ = ["Merged", "Shard", "local_part", "merged", "part_pull", "shard_of_head", "shard_of_logits", "within"]
 
@@ -165,7 +166,20 @@ class Shard:
         """The pull on this rank's columns, counted from its own start and maximum."""
         if self.group is None:
             return pull
-        return part_pull(pull, slice(self.start, self.start + self.width), share, mine, whole.maximum)
+        moves = pull.moves
+        pull = part_pull(pull, slice(self.start, self.start + self.width), share, mine, whole.maximum)
+        return pull.counted(Places.first(len(moves), moves.device, moves)) if is_waited_for(moves) else pull
+
+    def clear_(self, gradient: torch.Tensor, rows: Places, moves: torch.Tensor, mine: Statistics) -> None:
+        """0 in place of what row kernels do not write: at rows that are not here, and where nothing moves or exists."""
+        if is_waited_for(gradient):
+            if self.group is not None:
+                gradient.masked_fill_(self.without(mine)[:, None], 0.0)
+            return
+        # a dropped token's row may hold a NaN, which 0 does not silence
+        without = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
+        without[rows.key] = ~moves | self.without(mine)
+        gradient.index_fill_(0, without.nonzero()[:, 0], 0.0)
 
     def without(self, mine: Statistics) -> torch.Tensor:
         """Rows in which this rank has no finite logit: their softmax is NaN, their gradient 0."""

@@ -7,14 +7,17 @@ log-normaliser follows from it, so nothing is exponentiated twice.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
+
+from drpo_torch._host import is_waited_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from drpo_torch.vocabulary.support import SupportRows
@@ -39,7 +42,9 @@ __all__ = [
 LARGEST_LOG_RATIO = 60.0
 # what a logit this far below the largest adds underflows in any dtype; −inf times its probability 0 would be a NaN
 _NEGLIGIBLE = -1000.0
-_CPU_BYTES_PER_THREAD, _DEVICE_BYTES = 5 << 18, 64 << 20
+_CPU_BYTES_PER_THREAD = 5 << 18
+# of a device's memory: so much that the launches of a step take no time beside its work
+_DEVICE_SHARE = 1 / 64
 
 
 class Tempering(NamedTuple):
@@ -159,7 +164,7 @@ class Everywhere(Protocol):
         """Those of a few neighbouring rows, by their number among these and their log-probs (rows, V)."""
         ...
 
-    def at_rows(self, rows: torch.Tensor) -> Everywhere:
+    def at_rows(self, rows: torch.Tensor | slice) -> Everywhere:
         """Those of some of the rows."""
         ...
 
@@ -179,6 +184,13 @@ class Pull(NamedTuple):
     scale: torch.Tensor
     slope: torch.Tensor | None = None
     everywhere: Everywhere | None = None
+
+    def counted(self, rows: Places) -> Pull:
+        """The pull, 0 at rows that do not count; what there is everywhere is so already."""
+        if rows.valid is None:
+            return self
+        slope = None if self.slope is None else rows.counted(self.slope)
+        return self._replace(at=rows.counted(self.at), scale=rows.counted(self.scale), slope=slope)
 
     @property
     def moves(self) -> torch.Tensor:
@@ -202,7 +214,7 @@ class Pull(NamedTuple):
         """The pull with that of the entropies, ∂H/∂x = −π (log π + H), times a cotangent a row."""
         return self._replace(scale=self.scale + cotangent * (log_sum - entropy), slope=cotangent)
 
-    def at_rows(self, rows: torch.Tensor) -> Pull:
+    def at_rows(self, rows: torch.Tensor | slice) -> Pull:
         """The pull of some of the rows."""
         slope = None if self.slope is None else self.slope[rows]
         everywhere = None if self.everywhere is None else self.everywhere.at_rows(rows)
@@ -216,22 +228,38 @@ class Pull(NamedTuple):
 
 
 class Places:
-    """Increasing indices of rows; those of neighbours become slices, which copy nothing."""
+    """Increasing indices of rows; those of neighbours become slices, which copy nothing.
 
-    def __init__(self, index: torch.Tensor) -> None:
-        self.index = index
-        # on the host once, where it is needed to tell neighbours
-        self.on_host: NDArray[np.int64] = index.cpu().numpy()
+    Where the host would wait to learn at which rows a condition holds, all rows are here, and `valid` says which of them
+    count; elsewhere it is None. What the others hold may be anything, and their gradient is 0.
+    """
+
+    def __init__(self, index: torch.Tensor, on_host: NDArray[np.int64], valid: torch.Tensor | None = None) -> None:
+        self.index, self.on_host, self.valid = index, on_host, valid
 
     @classmethod
-    def first(cls, count: int, device: torch.device) -> Places:
+    def first(cls, count: int, device: torch.device, valid: torch.Tensor | None = None) -> Places:
         """The rows 0, 1, … count − 1."""
-        return cls(torch.arange(count, dtype=torch.int64, device=device))
+        return cls(torch.arange(count, dtype=torch.int64, device=device), np.arange(count), valid)
 
     @classmethod
     def where(cls, condition: torch.Tensor) -> Places:
         """The rows at which a 1-D condition holds."""
-        return cls(condition.nonzero()[:, 0])
+        return cls.first(len(condition), condition.device).where_also(condition)[0]
+
+    def where_also(self, condition: torch.Tensor) -> tuple[Places, torch.Tensor | slice]:
+        """Those of the rows at which a condition on them holds, and their numbers among these."""
+        if is_waited_for(condition):
+            valid = condition if self.valid is None else self.valid & condition
+            return Places(self.index, self.on_host, valid), slice(0, len(self))
+        some = condition.nonzero()[:, 0]
+        return Places(self.index[some], self.on_host[some.numpy()]), some
+
+    def joined(self, others: Sequence[Places]) -> Places:
+        """These rows and then the others."""
+        every = (self, *others)
+        valid = None if self.valid is None else torch.cat([each.valid for each in every if each.valid is not None])
+        return Places(torch.cat([each.index for each in every]), np.concatenate([each.on_host for each in every]), valid)
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -239,9 +267,7 @@ class Places:
 
     def __getitem__(self, step: slice) -> Places:
         """Some of the rows, by their number among these."""
-        part = object.__new__(Places)
-        part.index, part.on_host = self.index[step], self.on_host[step]
-        return part
+        return Places(self.index[step], self.on_host[step], None if self.valid is None else self.valid[step])
 
     @property
     def key(self) -> slice | torch.Tensor:
@@ -255,6 +281,12 @@ class Places:
         """The same rows, `size` at a time."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
+
+    def counted(self, values: torch.Tensor, otherwise: float = 0.0) -> torch.Tensor:
+        """Values (rows, …), replaced where a row does not count."""
+        if self.valid is None:
+            return values
+        return values.masked_fill(~self.valid.reshape(-1, *(1,) * (values.ndim - 1)), otherwise)
 
 
 class Workspace:
@@ -315,7 +347,8 @@ class RowKernels(Protocol):
     ) -> None:
         """∂/∂z to the rows of `out`, which may be z; with `kept`, `out` holds what `statistics` has left there.
 
-        Rows where `pull` is 0 become 0 or NaN if what they hold is not finite. `kept` excludes a pull everywhere.
+        Rows where `pull` is 0 become 0. On the host's own memory they may become NaN if what they hold is not finite: it
+        leaves such rows out before. `kept` excludes a pull everywhere.
         """
         ...
 
@@ -371,6 +404,7 @@ class ArrayRows:
     ) -> None:
         """See `RowKernels`."""
         scale = pull.scale / statistics.total if kept else pull.scale
+        still = ~pull.moves if is_waited_for(z) else None
         for step, buffer, p_buffer in self.work.steps(len(places)):
             key, of_step = places[step].key, tempering.at(step)
             if kept:
@@ -391,6 +425,9 @@ class ArrayRows:
                     p.add_(everywhere)
             p.scatter_add_(-1, pull.columns[step], pull.at[step])
             of_step.pull_back_(p, p if kept else stored)
+            if still is not None:
+                # 0 does not silence a NaN
+                p.masked_fill_(still[step, None], 0.0)
             if not isinstance(key, slice):
                 out.index_copy_(0, key, p.to(out.dtype))
             elif not kept:
@@ -399,7 +436,7 @@ class ArrayRows:
     @staticmethod
     def _mean(p: torch.Tensor, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         """Σ p x of each row, where 0 · −inf is 0."""
-        if x.device.type != "cpu":
+        if is_waited_for(x):
             return torch.mul(p, x.clamp_(min=_NEGLIGIBLE), out=buffer).sum(-1)
         terms = torch.mul(p, x, out=buffer)
         mean = terms.sum(-1)
@@ -442,9 +479,16 @@ class EmptyRows:
         del z, places, tempering, pull, statistics, out, kept
 
 
+@cache
+def _device_bytes(device: torch.device) -> int:
+    """How much of a device's memory is worked in at a time."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16 << 30
+    return int(_DEVICE_SHARE * total)
+
+
 def rows_at_once(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows of so many numbers are worked on at a time."""
-    budget = _CPU_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _DEVICE_BYTES
+    budget = _device_bytes(device) if is_waited_for(device) else _CPU_BYTES_PER_THREAD * torch.get_num_threads()
     return max(1, budget // max(1, vocabulary * dtype.itemsize))
 
 
