@@ -269,7 +269,7 @@ def full_divergence_rows(
     dtype = working_dtype(logits.dtype, behavior_logits.dtype)
     if shard.group is not None:
         mine, recorded = (logits, places, tempering), (behavior_logits, behavior_places, behavior)
-        policy, of_behavior = (_Side(*side, shard.normalizers(module, *side)) for side in (mine, recorded))
+        policy, of_behavior = (_Side(*side, shard.normalizers(module, *side, dtype)) for side in (mine, recorded))
         return _of_ranks(policy, of_behavior, shard)
     if module is not None:
         tv, kl, near = module.row_divergences(logits, places, tempering, behavior_logits, behavior_places, behavior)
@@ -385,8 +385,8 @@ class _FullDivergences(torch.autograd.Function):
         shard: Shard = ctx.shard
         whole = behavior_whole = None
         if shard.group is not None:
-            whole = shard.normalizers(None, logits, rows, tempering.at(rows.key))
-            behavior_whole = shard.normalizers(None, behavior_logits, rows, behavior.at(rows.key))
+            whole = shard.normalizers(None, logits, rows, tempering.at(rows.key), dtype)
+            behavior_whole = shard.normalizers(None, behavior_logits, rows, behavior.at(rows.key), dtype)
         work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
 
         def steps() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
