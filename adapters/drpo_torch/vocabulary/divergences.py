@@ -168,7 +168,7 @@ def top_k_divergences(
     Returns
     -------
     Divergences
-        `tv` and `kl`, (…), in float64 if an array is, otherwise in float32.
+        `tv` and `kl`, (…), in float64 if an array other than the temperature is, otherwise in float32.
 
     Raises
     ------
@@ -212,8 +212,9 @@ def top_k_divergences(
     check_ids("top_k_ids", top_k_ids, vocabulary)
     known: dict[str, Any] = {"size": vocabulary, "leading": leading, "beside": logits, "columns": shard.all_columns}
     tempering = row_map(temperature, support, tokens, None, **known)
-    divisor = temperature[..., None].detach() if isinstance(temperature, torch.Tensor) else tempering.temperature
     dtype = working_dtype(logits.dtype, log_normalizer.dtype)
+    # a temperature does not decide the dtype
+    divisor = temperature.detach().to(dtype)[..., None] if isinstance(temperature, torch.Tensor) else tempering.temperature
 
     def log_prob(ids: torch.Tensor) -> torch.Tensor:
         return shard.gather(logits, ids).to(dtype) / divisor - log_normalizer[..., None]
