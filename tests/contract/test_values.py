@@ -233,6 +233,9 @@ def test_what_is_no_choice_is_refused_by_name(place, ledger):
         "reduction": ("mean", 1.0, max, lambda values: values.sum(), object()),
         "engine": ("", "jit", "eager", "numpy", 1, True),
         "weights": (1.0, "ab", object(), (1.0,), (1.0, 2.0, 3.0), (1.0, None), (1.0, math.nan), [[1.0], [2.0]]),
+        "support": ("top_p", 0.1, object(), [0], drpo_jax.Divergences),
+        "vocabulary_group": ("world", 1, object(), [0]),
+        "centering": ("top_k", 0.1, object(), drpo_jax.Divergences, [0.1]),
         "divergence": ("binary_tv", 0.1, object(), drpo_jax.Divergences, [0.1]),
     }[place.name]
     for value in candidates:
