@@ -144,8 +144,7 @@ def outcome_terms(
     check_centred(objective, proximal_log_prob)
     # for its shape: to look at what masked tokens hold would trip jax_debug_nans
     tokens = xp.zeros(tuple(log_prob.shape[:-1]))
-    every = {"advantages": advantages, "divergence": divergence}
-    given = {name: array for name, array in every.items() if array is not None}
+    given = {"advantages": advantages} | ({} if divergence is None else {"divergence": divergence})
     for name, array in given.items():
         check_dtype(name, array, "real floating", xp=xp)
         check_shape(name, array, "log_prob without its last axis", tokens)

@@ -36,7 +36,7 @@ class _Namespace:
         ones = condition.astype(jnp.int8)
         if condition.shape and condition.shape[-1] % _BYTES == 0:
             # rows of bytes: columns add up a bare mask in half the time, but slow the loop of a computed condition down
-            ones = ones.reshape(*condition.shape[:-1], -1, _BYTES).sum(axis=-1, dtype=jnp.int8)
+            ones = ones.reshape(*condition.shape[:-1], condition.shape[-1] // _BYTES, _BYTES).sum(axis=-1, dtype=jnp.int8)
         return jnp.sum(ones, dtype=jnp.int32)
 
 

@@ -65,7 +65,7 @@ class Shape(StrEnum):
     DEEP = "(2, 2, 3)"
     ONE = "(1,)"
     NO_TOKENS = "(2, 0)"
-    NO_ROWS = "(0, 3)"
+    NO_ROWS = "(0, 8)"
     LARGE = "(2, 9000)"  # more than the pieces and blocks in which engines work
 
     @property
@@ -249,6 +249,29 @@ class Measured(NamedTuple):
     def __str__(self) -> str:
         """What, and which divergence."""
         return f"{self.of} {self.kind}"
+
+
+class Recorded(StrEnum):
+    """From what of the sampler's policy a score-centring term is formed."""
+
+    TOP_K = "top_k"
+    FULL = "full"
+    HEAD = "head"
+
+
+class Supported(StrEnum):
+    """How the support of truncated sampling is passed."""
+
+    IDS = "ids and offsets"
+    BITS = "bits"
+    MASK = "from a mask"
+
+
+class Divided(StrEnum):
+    """How a vocabulary that ranks divide is passed; here one rank has all of it."""
+
+    GROUP = "group"
+    DTENSOR = "DTensor"
 
 
 MEASURED = tuple(Measured(of, kind) for of, kind in (("top_k", "tv"), ("top_k", "kl"), ("full", "kl"), ("head", "tv")))

@@ -10,12 +10,16 @@ import drpo_jax
 import drpo_torch
 import numpy as np
 import torch
+import torch.distributed as dist
 from contract import names
 from contract.arrays import exact, make
-from contract.axes import BOUND_ARRAY, DType, Given, Library, Measured, Number, Reduction, Storage, Use
-from contract.oracle import LINEAR_DIVISOR
-from contract.subjects import ARRAYS, FLAGS, GOOD, NUMBERS, OF_MODES, SUBJECTS, function_of, parameters_of
-from contract.world import SOFTCAP, TEMPERATURE, junk, world
+from contract.axes import BOUND_ARRAY, Divided, DType, Given, Library, Measured, Number, Recorded, Reduction, Storage, Use
+from contract.oracle import LINEAR_DIVISOR, tempered
+from contract.records import Records
+from contract.subjects import ARRAYS, FLAGS, GOOD, NUMBERS, OF_MODES, PER_TOKEN, SUBJECTS, Subject, function_of, parameters_of
+from contract.world import SOFTCAP, TEMPERATURE, junk, padded, renormalised, world
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import drpo_core
 
@@ -47,10 +51,7 @@ class Call(NamedTuple):
 def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
     """The call of a cell; `spoilt` with anything at masked positions."""
     row, library = SUBJECTS[subject], cell["library"]
-    numbers = world(cell["shape"], cell["regime"], cell.get("masked"))
-    numbers |= {"behavior_weight": numbers["weight"], "behavior_bias": numbers["bias"]}
-    if spoilt:
-        numbers = junk(numbers, numbers["mask"])
+    numbers = _numbers(row, cell, spoilt=spoilt)
     storage = cell.get("storage", Storage.CONTIGUOUS)
 
     def array(name: str, dtype: DType = DType.FLOAT32) -> Any:
@@ -59,41 +60,31 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
         return make(numbers[row.world.get(name, name)], dtype, library, Storage.SLICED if head else storage)
 
     given = [name for name in parameters_of(subject) if cell[name] is not Given.ABSENT and cell[name] is not Number.ABSENT]
-    arrays = {name: array(name, cell[name]) for name in given if name in ARRAYS and isinstance(cell[name], DType)}
+    arrays = {
+        name: array(name, cell[name]) for name in given if name in {*ARRAYS, *PER_TOKEN} and isinstance(cell[name], DType)
+    }
     needed = getattr(names.of_label(cell.get("objective")), "arguments", ())
     arrays |= {
         name: array(name) for name in OF_MODES if name in needed and name in parameters_of(subject) and name not in arrays
     }
-    if "log_normalizer" in arrays:
-        temperature = 1.0 if cell["temperature"] is Number.ABSENT else GOOD["temperature"]
-        numbers["log_normalizer"] = torch.tensor(exact(arrays["logits"]) / temperature).logsumexp(-1).numpy()
-        arrays["log_normalizer"] = array("log_normalizer", cell["log_normalizer"])
-    options: dict[str, Any] = {name: cell[name] for name in given if name in FLAGS}
-    known = dict(options)
-    inner: dict[str, Any] = {}
+    records = Records(cell, array, arrays.get("mask"), needed)
+    options, known = {}, {}
     for name in given:
-        choice = cell[name]
-        if name in NUMBERS:
-            known[name] = MANY if name == "normalizer" and cell["use"] is Use.SCALED else GOOD[name]
-            options[name] = _number(known[name], choice, library)
-        elif name in _VALUES:
-            options[name] = known[name] = _VALUES[name](choice)
-        elif name == "reduction":
-            if any(value == BOUND_ARRAY for _, value in choice.bound):
-                inner["bound_token_weights"] = array("token_weights")
-            options[name], known[name] = _reduction(choice, inner.get("bound_token_weights"), library), choice
-        elif isinstance(choice, Measured):
-            options[name], recorded = _measured(choice, cell, array, library)
-            inner |= recorded
-            known |= {"divergence": choice}
+        if (pair := _option(name, cell, records)) is not None:
+            options[name], known[name] = pair
+    if "log_normalizer" in arrays:
+        mapped = {name: known[name] for name in ("temperature", "support", "vocabulary_size") if name in known}
+        mapped |= {"temperature": torch.tensor(exact(arrays["temperature"]))} if "temperature" in arrays else {}
+        numbers["log_normalizer"] = tempered(torch.tensor(exact(arrays["logits"])), **mapped).logsumexp(-1).numpy()
+        arrays["log_normalizer"] = array("log_normalizer", cell["log_normalizer"])
     if cell.get("xp") is Given.GIVEN:
         options["xp"] = names.namespace(next(iter(arrays.values())))
     values = {name: torch.tensor(exact(a)) for name, a in arrays.items()}
-    recorded = {name: None if a is None else torch.tensor(exact(a)) for name, a in inner.items()}
+    recorded = {name: torch.tensor(exact(a)) for name, a in records.arrays.items()}
     if "bound_token_weights" in recorded:
         known["bound_token_weights"] = recorded["bound_token_weights"]
-    if recorded.keys() - {"bound_token_weights"}:
-        known["recorded"] = recorded | {"behavior_temperature": TEMPERATURE, "behavior_softcap": SOFTCAP}
+    if any(isinstance(choice, (Measured, Recorded)) for choice in known.values()):
+        known["recorded"] = {"behavior_temperature": TEMPERATURE, "behavior_softcap": SOFTCAP} | recorded
     function = function_of(subject) if row.call is None else functools.partial(row.call, function_of(subject))
     # what a signature requires by position or by name
     objective = (options.pop("objective"),) if "objective" in options else ()
@@ -103,9 +94,54 @@ def call_of(subject: str, cell: Cell, *, spoilt: bool = False) -> Call:
         return row.oracle(*((known["objective"],) if objective else ()), **exact_arrays, **own)
 
     def called(**some: Any) -> Any:
+        if cell.get("vocabulary_group") is Divided.DTENSOR:
+            some = some | {name: _dtensor(some[name], dim) for name, dim in _DIVIDED.items() if name in some}
         return function(*objective, **(options | some))
 
-    return Call(called, arrays, oracle, values, {k: v for k, v in inner.items() if v is not None})
+    return Call(called, arrays, oracle, values, records.arrays)
+
+
+def _numbers(row: Subject, cell: Cell, *, spoilt: bool) -> dict[str, Any]:
+    """The world of a cell, over its support and with its padding."""
+    numbers = world(cell["shape"], cell["regime"], cell.get("masked"))
+    numbers |= {"behavior_weight": numbers["weight"], "behavior_bias": numbers["bias"]}
+    if cell.get("support", Given.ABSENT) is not Given.ABSENT:
+        support = numbers[row.world.get("support", "support")]
+        numbers = renormalised(numbers | {"support": support}, cell["regime"])
+    if cell.get("vocabulary_size", Number.ABSENT) is not Number.ABSENT:
+        numbers = padded(numbers)
+    return junk(numbers, numbers["mask"]) if spoilt else numbers
+
+
+def _option(name: str, cell: Cell, records: Records) -> tuple[Any, Any] | None:
+    """What an argument that is no array is given, and what the oracle needs to know of it."""
+    choice, library = cell[name], cell["library"]
+    if isinstance(choice, (Measured, Recorded)):
+        return records.of(choice), choice
+    if name in FLAGS:
+        return choice, choice
+    if name in NUMBERS and isinstance(choice, Number):
+        value = MANY if name == "normalizer" and cell["use"] is Use.SCALED else GOOD[name]
+        return _number(value, choice, library), value
+    if name in _VALUES:
+        return _VALUES[name](choice), _VALUES[name](choice)
+    if name == "support":
+        return records.support(choice)
+    if name == "reduction":
+        bound = any(value == BOUND_ARRAY for _, value in choice.bound)
+        return _reduction(
+            choice, records.kept("token_weights", word="bound_token_weights") if bound else None, library
+        ), choice
+    return (dist.group.WORLD, None) if choice is Divided.GROUP else None
+
+
+_DIVIDED = {"logits": -1, "weight": 0, "bias": 0}
+"""The axis of the vocabulary in what ranks divide."""
+
+
+def _dtensor(local: torch.Tensor, dim: int) -> DTensor:
+    """The only part of a tensor as a DTensor, whose gradient arrives at the part."""
+    return DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Shard(dim)])
 
 
 _VALUES: dict[str, Callable[[Any], Any]] = {
@@ -135,26 +171,6 @@ def _reduction(choice: Reduction, weights: Any, library: Library) -> Any:
     function = getattr(drpo_core, choice.name)
     bound = {name: weights if value == BOUND_ARRAY else value for name, value in choice.bound}
     return functools.partial(function, **bound) if bound else function
-
-
-def _measured(choice: Measured, cell: Cell, array: Callable[..., Any], library: Library) -> tuple[Any, dict[str, Any]]:
-    """A recorded policy, and its arrays by the names they have in the world."""
-    module = drpo_torch if library is Library.TORCH else drpo_jax
-    if choice.of == "top_k":
-        recorded = {
-            "top_k_ids": array("top_k_ids", cell["tokens"]),
-            "top_k_behavior_log_prob": array("top_k_behavior_log_prob"),
-        }
-        ids, log_prob = recorded.values()
-        return module.TopKDivergence(kind=choice.kind, ids=ids, behavior_log_prob=log_prob), recorded
-    if choice.of == "full":
-        logits = array("behavior_logits", cell.get("logits", DType.FLOAT32))
-        recorded = {"behavior_logits": logits}
-        return module.FullDivergence(kind=choice.kind, behavior=logits, temperature=TEMPERATURE), recorded
-    dtype = cell.get("hidden", DType.FLOAT32)
-    recorded = {name: array(name, dtype) for name in ("behavior_hidden", "behavior_weight", "behavior_bias")}
-    head = module.LinearHead(*recorded.values(), logit_softcap=SOFTCAP)
-    return module.FullDivergence(kind=choice.kind, behavior=head, temperature=TEMPERATURE), recorded
 
 
 def signature_of(subject: str) -> inspect.Signature:

@@ -135,6 +135,7 @@ def _check_values(subject: str, cell: Cell, call: Call, result: uses.Result) -> 
         want = _scale(cell) * gradients[name].numpy()
         # products of a narrow dtype are sums whose terms may cancel
         absolute = tolerance * float(np.abs(want).max(initial=0.0)) if has_head(subject) else 0.0
+        absolute = max(absolute, _scale(cell) * tolerance * sizes.get("gradients", 0.0))
         _compare(f"gradient of {name}", got, want, tolerance, absolute)
         if name == "logits" and "objective" in cell:
             _check_rows_sum_to_zero(exact(got), tolerance)
@@ -204,7 +205,7 @@ def _tolerance(subject: str, path: str, cell: Cell, dtype: str, precise: float) 
     tolerance = ROUNDINGS * precise
     if path.startswith(("gradient", "second")) or subject.endswith("_advantages"):
         tolerance += 2.0 * EPSILON[dtype]
-    if has_head(subject):
+    if has_head(subject) or cell.get("centering") is axes.Recorded.HEAD:
         # logits are products of the dtype of the model, or of autocast's
         narrow = max((EPSILON[d] for n, d in cell.items() if n in {"hidden", "weight", "bias"} and d in EPSILON), default=0.0)
         narrow = max(narrow, *(EPSILON[d] for a, d in axes.AUTOCAST.items() if a is cell["ambient"]), 0.0)

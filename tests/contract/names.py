@@ -118,6 +118,14 @@ def modes() -> dict[str, Any]:
                 "reduction": "token_sum",
             },
         ),
+        "of tokens": (
+            drpo_core.DRPO(delta=0.15),
+            {
+                "anchor": anchors.Proximal(),
+                "corrections": (weight(high=1.317), mask(low=0.531, high=2.217)),
+                "penalties": (to_sampler,),
+            },
+        ),
         "of prefixes": (
             drpo_core.PolicyGradient(),
             {

@@ -6,13 +6,15 @@ here is shared with the code under test.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
 
 import mode_oracles
+import numpy as np
 import torch
-from contract.axes import Measured, Reduction
+from contract.axes import Measured, Recorded, Reduction
 from torch import Tensor
 
 from drpo_core import PolicyGradient
@@ -583,6 +585,8 @@ class Tokens:
         unknown = []
         if rho.numel() and bool((rho < UNDERFLOW).all()):
             unknown += ["gradient_mass_kept", "effective_sample_size"]  # float32 has no squares of these
+        if bool((mass < UNDERFLOW).all()):
+            unknown += ["gradient_mass_kept"]  # float32 has no such ratios
         if bool(((rounded | (w != 1.0)) & ((w - 1.0).abs() < ROUNDING * 64)).any()):
             unknown += ["attenuated_fraction", "amplified_fraction"]  # float32 rounds these to 1
         figures |= dict.fromkeys(unknown)
@@ -669,11 +673,115 @@ def _reduction_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in known if name in options}
 
 
+# --- score centring --------------------------------------------------------------------------------------------------------
+
+_FAR = -80.0
+"""Log of a probability of the tail, which is taken as 0."""
+
+
+def score_centering(objective: Any, *arrays: Tensor, **arguments: Any) -> Outputs:
+    """Per token, and the constants C_v that are its gradient."""
+    term, sizes, gradient, size = _centering_term(objective, *arrays, **arguments)
+    return {"loss": term, "loss" + SIZE: sizes.sum(), "gradient": gradient, "gradient" + SIZE: size}
+
+
+def score_centering_term(objective: Any, **arguments: Any) -> Outputs:
+    term, sizes, _, size = _centering_term(objective, **arguments)
+    return {"": term, SIZE: sizes.sum(), "gradients" + SIZE: size}
+
+
+def _centering_term(
+    objective: Any,
+    log_prob: Tensor,
+    behavior_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    tail: bool = False,
+    mask: Tensor | None = None,
+    proximal_log_prob: Tensor | None = None,
+    divergence: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ C_v log π_v, its size, C_v, which is a constant, and the size of the largest of these."""
+    counts = torch.ones_like(advantages) == 1.0 if mask is None else mask
+    x, b, old, a, d = (
+        None if t is None else t[counts] for t in (log_prob, behavior_log_prob, proximal_log_prob, advantages, divergence)
+    )
+    of_tail = None if not tail else _tail(x.detach(), b, old)
+    c, size = _outcome_coefficients(objective, x.detach(), b, old, a, d, of_tail)
+    none = torch.isneginf(x)
+    logs = torch.where(none, _Step.apply(x), x)
+    term, sizes, gradient = torch.zeros_like(advantages), torch.zeros_like(advantages), torch.zeros_like(log_prob.detach())
+    gradient[counts], sizes[counts] = c, (size * logs.detach().abs()).sum(-1)
+    return term.masked_scatter(counts, (c * logs).sum(-1)), sizes, gradient, size.max() if size.numel() else torch.zeros(())
+
+
+def _tail(x: Tensor, b: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log μ and log π_old at a token of the tail whose log π is `_FAR`, and μ_T/π_T: 0 where that is of rounding errors."""
+    pi, mu = _rest(x), _rest(b)
+    exists = (pi > _rounding_of_rest(x)) & (mu > _rounding_of_rest(b))
+    pi, mu = torch.where(exists, pi, 1.0), torch.where(exists, mu, 1.0)
+    rest_old = None if old is None else torch.where(exists, torch.maximum(_rest(old), _rounding_of_rest(old)), 1.0)
+    of_old = None if rest_old is None else _FAR + (rest_old / pi).log()
+    return _FAR + (mu / pi).log(), of_old, torch.where(exists, mu / pi, 0.0)
+
+
+def _rest(logs: Tensor) -> Tensor:
+    """The mass 1 − Σ p."""
+    largest, where = logs.max(-1, keepdim=True)
+    return -torch.expm1(largest[..., 0]) - logs.scatter(-1, where, -torch.inf).exp().sum(-1)
+
+
+def _outcome_coefficients(
+    objective: Any,
+    x: Tensor,
+    b: Tensor,
+    old: Tensor | None,
+    a: Tensor,
+    divergence: Tensor | None,
+    of_tail: tuple[Tensor, Tensor | None, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """C_v = −μ_v g_v; with a tail, C_v = −μ_v g_v + α g_T π_v. And the sizes of what is added up."""
+    every = [x, b, old, a[:, None], None if divergence is None else divergence[:, None]]
+    if of_tail is not None:
+        columns = [torch.full_like(a, _FAR), *of_tail[:2]]
+        every[:3] = (None if t is None else torch.cat((t, c[:, None]), -1) for t, c in zip(every[:3], columns, strict=True))
+    # a large batch is a few tokens, repeated
+    rows = torch.cat([t for t in every if t is not None], -1).numpy()
+    _, some, at = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    g = _outcome_gradients(objective, *(None if t is None else t[some] for t in every))[at.reshape(-1)]
+    if of_tail is None:
+        return -b.exp() * g, (b.exp() * g).abs()
+    own, of_others = -b.exp() * g[:, :-1], of_tail[2][:, None] * g[:, -1:] * x.exp()
+    return own + of_others, own.abs() + of_others.abs()
+
+
+def _outcome_gradients(
+    objective: Any, x: Tensor, b: Tensor, old: Tensor | None, a: Tensor, divergence: Tensor | None
+) -> Tensor:
+    """The objective's own gradient at each outcome of a few tokens, as if each were a sequence of one token."""
+    if isinstance(objective, Mode):
+        objective = dataclasses.replace(objective, penalties=())
+    x, b, old, a, d = (None if t is None else t.expand(x.shape)[..., None] for t in (x, b, old, a, divergence))
+    # nothing is expected of what the sampler never takes
+    return Tokens(objective, x, b, a, ~torch.isneginf(b), d, proximal_log_prob=old).final[..., 0]
+
+
 # --- vocabulary ------------------------------------------------------------------------------------------------------------
 
 
-def _picked(log_probs: Tensor, ids: Tensor) -> Tensor:
-    return log_probs.gather(-1, ids)
+def tempered(
+    logits: Tensor, temperature: float | Tensor = 1.0, support: Tensor | None = None, vocabulary_size: int | None = None
+) -> Tensor:
+    """The policy's logits: over T, −∞ outside the support, without the padding."""
+    z = logits[..., :vocabulary_size] / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+    return z if support is None else torch.where(support, z, -torch.inf)
+
+
+def _picked(log_probs: Tensor, ids: Tensor, support: Tensor | None = None) -> Tensor:
+    """Outside the support a constant."""
+    found = log_probs.gather(-1, ids)
+    return found if support is None else torch.where(support.gather(-1, ids), found, -torch.inf)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
@@ -687,21 +795,23 @@ def token_log_prob(
     mask: Tensor | None = None,
     top_k_ids: Tensor | None = None,
     top_k: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    support: Tensor | None = None,
+    vocabulary_size: int | None = None,
     entropy: bool = False,
     order: Tensor | None = None,
     **_: Any,
 ) -> Outputs:
     counts = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    z = torch.where(counts[..., None], logits, 0.0) / temperature
+    z = tempered(torch.where(counts[..., None], logits, 0.0), temperature, support, vocabulary_size)
     x = z.log_softmax(-1)
 
     def log_prob(ids: Tensor) -> Tensor:
-        return torch.where(counts[..., None], _picked(x, torch.where(counts[..., None], ids, 0)), 0.0)
+        return torch.where(counts[..., None], _picked(x, torch.where(counts[..., None], ids, 0), support), 0.0)
 
     outputs = {"log_prob": log_prob(tokens[..., None])[..., 0], "log_normalizer": torch.where(counts, z.logsumexp(-1), 0.0)}
     if top_k is not None:
-        of_rows = (logits if order is None else order).detach()
+        of_rows = tempered((logits if order is None else order).detach(), 1.0, support, vocabulary_size)
         top_k_ids = of_rows.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     if top_k_ids is not None:
         outputs |= {"top_k_log_prob": log_prob(top_k_ids), "top_k_ids": torch.where(counts[..., None], top_k_ids, 0)}
@@ -712,12 +822,16 @@ def full_divergences(
     *,
     logits: Tensor,
     behavior_logits: Tensor,
-    temperature: float = 1.0,
-    behavior_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    behavior_temperature: float | Tensor | None = None,
+    support: Tensor | None = None,
+    vocabulary_size: int | None = None,
     **_: Any,
 ) -> Outputs:
-    x = (logits / temperature).log_softmax(-1)
-    b = (behavior_logits / (temperature if behavior_temperature is None else behavior_temperature)).log_softmax(-1).detach()
+    others = support, vocabulary_size
+    x = tempered(logits, temperature, *others).log_softmax(-1)
+    behavior_temperature = temperature if behavior_temperature is None else behavior_temperature
+    b = tempered(behavior_logits, behavior_temperature, *others).log_softmax(-1).detach()
     # φ has no cancellation where the two are alike
     return {"tv": full_tv(x, b)[""], "kl": full_kl(x, b)[""]}
 
@@ -730,11 +844,17 @@ def top_k_divergences(
     behavior_log_prob: Tensor,
     top_k_ids: Tensor,
     top_k_behavior_log_prob: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    support: Tensor | None = None,
+    vocabulary_size: int | None = None,
     **_: Any,
 ) -> Outputs:
-    x = logits / temperature - log_normalizer[..., None]
-    arrays = (_picked(x, tokens[..., None])[..., 0], behavior_log_prob, _picked(x, top_k_ids), top_k_behavior_log_prob)
+    x = tempered(logits, temperature, None, vocabulary_size) - log_normalizer[..., None]
+    if support is not None:
+        # of neither policy
+        top_k_behavior_log_prob = torch.where(support.gather(-1, top_k_ids), top_k_behavior_log_prob, -torch.inf)
+    top_k = _picked(x, top_k_ids, support), top_k_behavior_log_prob
+    arrays = (_picked(x, tokens[..., None])[..., 0], behavior_log_prob, *top_k)
     among = sampled_in_top_k(tokens, top_k_ids)[""]
     kl = top_k_kl(*arrays, among)
     return {"tv": top_k_tv(*arrays, among)[""]} | {f"kl{path}": of for path, of in kl.items()}
@@ -750,32 +870,56 @@ def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: f
     return softcap * torch.sign(z) * -torch.expm1(-2.0 * (z / softcap).abs()) / (1.0 + t)
 
 
-def _measure(divergence: Any, logits: Tensor, temperature: float, tokens: Tensor, b: Tensor, recorded: dict[str, Any]) -> Any:
+def _behavior_logits(of: str, recorded: dict[str, Any], vocabulary_size: int | None) -> Tensor:
+    """Recorded logits, or those of a recorded head."""
+    if of != "head":
+        return recorded["behavior_logits"]
+    hidden, weight, bias = (recorded[f"behavior_{name}"] for name in ("hidden", "weight", "bias"))
+    return _head_logits(hidden, weight[:vocabulary_size], bias[:vocabulary_size], recorded["behavior_softcap"])
+
+
+def _measure(
+    divergence: Any, logits: Tensor, tokens: Tensor, b: Tensor, recorded: dict[str, Any], mapped: dict[str, Any]
+) -> Any:
     """The divergence per token that a loss measures of constant logits."""
     if not isinstance(divergence, Measured):
         return divergence
     logits = logits.detach()
     if divergence.of == "top_k":
         names = ("top_k_ids", "top_k_behavior_log_prob")
-        both = top_k_divergences(
-            logits=logits,
-            log_normalizer=(logits / temperature).logsumexp(-1),
-            tokens=tokens,
-            behavior_log_prob=b,
-            temperature=temperature,
-            **{name: recorded[name] for name in names},
-        )
+        normalizer = tempered(logits, **mapped).logsumexp(-1)
+        arrays = {"log_normalizer": normalizer, "tokens": tokens, "behavior_log_prob": b}
+        both = top_k_divergences(logits=logits, **arrays, **{name: recorded[name] for name in names}, **mapped)
     else:
-        names = ("behavior_hidden", "behavior_weight", "behavior_bias", "behavior_softcap")
-        head = divergence.of == "head"
-        behavior = _head_logits(*(recorded[name] for name in names)) if head else recorded["behavior_logits"]
-        both = full_divergences(
-            logits=logits,
-            behavior_logits=behavior,
-            temperature=temperature,
-            behavior_temperature=recorded["behavior_temperature"],
-        )
+        behavior = _behavior_logits(divergence.of, recorded, mapped["vocabulary_size"])
+        temperature = recorded["behavior_temperature"]
+        both = full_divergences(logits=logits, behavior_logits=behavior, behavior_temperature=temperature, **mapped)
     return both[divergence.kind]
+
+
+def _centred(
+    centering: Recorded,
+    objective: Any,
+    logits: Tensor,
+    recorded: dict[str, Any],
+    mapped: dict[str, Any],
+    per_token: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The score-centring term over recorded ids and a tail, or over the support; its size; and that of its gradient."""
+    support, size = mapped["support"], mapped["vocabulary_size"]
+    x = tempered(logits, **mapped).log_softmax(-1)
+    if centering is not Recorded.TOP_K:
+        behavior = _behavior_logits(centering, recorded, size)
+        b = tempered(behavior, recorded["behavior_temperature"], support, size).log_softmax(-1)
+        value, sizes, _, of_gradient = _centering_term(objective, x, b, **per_token)
+        return value, sizes, of_gradient
+    ids = recorded["top_k_ids"]
+    head = {name: recorded.get(f"top_k_{name}") for name in ("behavior_log_prob", "proximal_log_prob")}
+    if support is not None:
+        inside = support.gather(-1, ids)
+        head = {name: None if log is None else torch.where(inside, log, -torch.inf) for name, log in head.items()}
+    value, sizes, _, of_gradient = _centering_term(objective, _picked(x, ids, support), **head, tail=True, **per_token)
+    return value, sizes, of_gradient
 
 
 def logits_policy_loss(
@@ -788,16 +932,19 @@ def logits_policy_loss(
     mask: Tensor,
     reduction: Reduction | None = None,
     divergence: Any = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    support: Tensor | None = None,
+    vocabulary_size: int | None = None,
     entropy: bool = False,
     entropy_coefficient: float = 0.0,
+    centering: Recorded | None = None,
     recorded: dict[str, Any] | None = None,
     diagnostics: bool = True,
     **options: Any,
 ) -> Outputs:
-    ids = torch.where(mask, tokens, 0)
-    known = token_log_prob(logits=logits, tokens=ids, mask=mask, temperature=temperature, entropy=True)
-    measured = _measure(divergence, logits, temperature, ids, behavior_log_prob, recorded or {})
+    mapped = {"temperature": temperature, "support": support, "vocabulary_size": vocabulary_size}
+    known = token_log_prob(logits=logits, tokens=tokens, mask=mask, entropy=True, **mapped)
+    measured = _measure(divergence, logits, tokens, behavior_log_prob, recorded or {}, mapped)
     outputs = policy_loss(
         objective,
         known["log_prob"],
@@ -811,10 +958,17 @@ def logits_policy_loss(
         **_reduction_options(options),
         **{name: options[name] for name in ("proximal_log_prob", "reference_log_prob") if name in options},
     )
+    terms = []
     if entropy_coefficient:
+        terms.append((-entropy_coefficient * known["entropy"], known["entropy"], torch.zeros(())))
+    if centering is not None:
+        per_token = {"advantages": advantages, "mask": mask, "divergence": measured}
+        terms.append(_centred(centering, objective, logits, recorded or {}, mapped, per_token))
+    for term, sizes, of_gradient in terms:
         c = coefficients(reduction_of(objective, reduction), mask, **_reduction_options(options))
-        bonus = reduced(-entropy_coefficient * known["entropy"], c, "loss")
-        outputs |= {path: outputs[path] + bonus[path] for path in bonus}
+        more = {"loss": reduced(term, c)[""], "loss" + SIZE: reduced(sizes.detach(), c)[SIZE]}
+        outputs |= {path: outputs[path] + more[path] for path in more}
+        outputs["gradients" + SIZE] = of_gradient * c.abs().max() if c.numel() else torch.zeros(())
     figures = ("log_prob", "entropy") if entropy else ("log_prob",)
     return outputs | {name: known[name].detach() for name in figures}
 
@@ -823,8 +977,21 @@ def linear_log_prob(
     *, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_softcap: float | None = None, **arguments: Any
 ) -> Outputs:
     # a tanh of large logits is the same for many of them
-    order = _head_logits(hidden, weight, bias, None)
-    return token_log_prob(logits=_head_logits(hidden, weight, bias, logit_softcap), order=order, **arguments)
+    order, logits = (_without_padding(hidden, weight, bias, cap, **arguments) for cap in (None, logit_softcap))
+    return token_log_prob(logits=logits, order=order, **arguments)
+
+
+def _without_padding(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    vocabulary_size: int | None = None,
+    **_: Any,
+) -> Tensor:
+    """Logits of the vocabulary: what the padding holds enters no product."""
+    bias = None if bias is None else bias[:vocabulary_size]
+    return _head_logits(hidden, weight[:vocabulary_size], bias, softcap)
 
 
 def linear_policy_loss(
@@ -836,4 +1003,5 @@ def linear_policy_loss(
     logit_softcap: float | None = None,
     **arguments: Any,
 ) -> Outputs:
-    return logits_policy_loss(objective, logits=_head_logits(hidden, weight, bias, logit_softcap), **arguments)
+    logits = _without_padding(hidden, weight, bias, logit_softcap, **arguments)
+    return logits_policy_loss(objective, logits=logits, **arguments)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from contract import axes, names
-from contract.axes import Ambient, DType, Engine, Given, Library, Measured, Regime, Shape, Storage, Use
-from contract.subjects import ARRAYS, OF_DIAGNOSTICS, OF_MODES, SUBJECTS, is_vocabulary
+from contract.axes import Ambient, Divided, DType, Engine, Given, Library, Measured, Recorded, Regime, Shape, Storage, Use
+from contract.subjects import ARRAYS, OF_DIAGNOSTICS, OF_MODES, PER_TOKEN, SUBJECTS, is_vocabulary
 
 from drpo_core.modes import Mode
 
@@ -30,6 +30,11 @@ TRANSFORMS = (Use.FUNC_GRAD, Use.VMAP, Use.VMAP_ONE, Use.COMPILE)
 
 def _dtypes(cell: Cell) -> set[DType]:
     return {choice for name, choice in cell.items() if name in ARRAYS and isinstance(choice, DType)}
+
+
+def _all_dtypes(cell: Cell) -> set[DType]:
+    """Of numbers that are one per token too."""
+    return {choice for choice in cell.values() if isinstance(choice, DType)}
 
 
 def _named(subject: str, *ends: str) -> bool:
@@ -68,7 +73,18 @@ def _of_groups(subject: str) -> bool:
 
 
 def _last_axis(subject: str) -> bool:
-    return is_vocabulary(subject) or _named(subject, "full_tv", "full_kl", "top_k_tv", "top_k_kl", "sampled_in_top_k")
+    names_ = ("full_tv", "full_kl", "top_k_tv", "top_k_kl", "sampled_in_top_k", "score_centering")
+    return is_vocabulary(subject) or _named(subject, *names_)
+
+
+def _has_temperatures(cell: Cell) -> bool:
+    """Whether a temperature is one per token."""
+    return any(isinstance(cell.get(name), DType) for name in PER_TOKEN)
+
+
+def _centred(subject: str, cell: Cell) -> bool:
+    """Whether a score-centring term is formed."""
+    return _named(subject, "score_centering") or cell.get("centering", Given.ABSENT) is not Given.ABSENT
 
 
 def _sequences(cell: Cell) -> bool:
@@ -76,7 +92,7 @@ def _sequences(cell: Cell) -> bool:
 
 
 def _traced_shapes(subject: str, cell: Cell) -> set[Shape]:
-    shapes = {Shape.PADDED, Shape.NUMBER, Shape.NO_TOKENS}
+    shapes = {Shape.PADDED, Shape.NUMBER, Shape.NO_TOKENS, Shape.NO_ROWS}
     if any(cell.get(name, Given.ABSENT) is not Given.ABSENT for name in ("segment_ids", "group_ids")):
         shapes.add(Shape.PACKED)
     # a large batch is taken in blocks by the losses of the adapter
@@ -98,7 +114,7 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "these arrays have no strides to choose",
     ),
     (
-        lambda _, c: c["ambient"] is Ambient.NO_X64 and bool(_dtypes(c) & {DType.FLOAT64, DType.INT64}),
+        lambda _, c: c["ambient"] is Ambient.NO_X64 and bool({DType.FLOAT64, DType.INT64} & _all_dtypes(c)),
         "JAX without x64 has no 64-bit arrays",
     ),
     (lambda _, c: c["use"] is Use.JIT and c["library"] is not Library.JAX, "a transform of JAX"),
@@ -137,8 +153,15 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "a mean is divided by where rewards are 0 or more, and these are of either sign",
     ),
     (
-        lambda _, c: str(c.get("objective")).startswith("Band-KL") and c["regime"] is Regime.CERTAIN,
+        lambda s, c: (
+            str(c.get("objective")).startswith("Band-KL")
+            and c["regime"] in {Regime.CERTAIN, *((Regime.DISTANT,) if _centred(s, c) else ())}
+        ),
         "at π = 1 the bound of a KL band and the ratio are the same but for a rounding",
+    ),
+    (
+        lambda _, c: c["ambient"] is Ambient.DEBUG_NANS and (_has(c, "vocabulary_size") or _has_temperatures(c)),
+        "these cells have NaN in the padding and in temperatures of masked tokens, and to read them is an operation that gives NaN",
     ),
     (
         lambda s, c: _named(s, "summarize") and c["ambient"] is Ambient.DEBUG_NANS,
@@ -163,7 +186,11 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
         "what JAX traces does not depend on values",
     ),
     (
-        lambda s, c: c["use"] is Use.JVP and is_vocabulary(s) and not _named(s, "full_divergences"),
+        lambda s, c: (
+            c["use"] is Use.JVP
+            and is_vocabulary(s)
+            and (not _named(s, "full_divergences") or _has_temperatures(c) or c["support"] is not Given.ABSENT)
+        ),
         "documented as reverse mode only",
     ),
     (
@@ -181,6 +208,10 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
     (
         lambda _, c: c["ambient"] is Ambient.DEBUG_NANS and c["use"] in {Use.VMAP, Use.VMAP_ONE},
         "these cells stack what vmap takes apart, which is an operation that gives NaN where masked positions hold one",
+    ),
+    (
+        lambda _, c: c.get("vocabulary_group") is Divided.DTENSOR and c["ambient"] is Ambient.ANOMALY,
+        "torch looks for NaN in gradients with an operation that DTensor lacks",
     ),
     (
         lambda s, c: _has_tv(s) and c["use"] is not Use.FORWARD and c["regime"] in _EQUAL,
@@ -298,7 +329,9 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
     ),
     (
         lambda s, c: (
-            (_has_parts(c) or (c.get("objective") == "mode alone" and "reduction" in c)) and c["shape"] is Shape.NUMBER
+            (_has_parts(c) or (c.get("objective") == "mode alone" and "reduction" in c))
+            and c["shape"] is Shape.NUMBER
+            and not _named(s, "score_centering")
         ),
         Refusal((ValueError,), "mask", "a number is no sequence, which modes look at"),
     ),
@@ -348,6 +381,18 @@ REFUSED: tuple[tuple[Callable[[str, Cell], bool], Refusal], ...] = (
             isinstance(c.get("divergence"), Measured) and c["divergence"].of != "top_k" and _has(c, "chunk_vocabulary")
         ),
         Refusal((ValueError,), "chunk_vocabulary", "a full divergence needs whole rows of logits"),
+    ),
+    (
+        lambda _, c: c.get("centering") in {Recorded.FULL, Recorded.HEAD} and _has(c, "chunk_vocabulary"),
+        Refusal((ValueError,), "chunk_vocabulary", "a full centring needs whole rows of logits"),
+    ),
+    (
+        lambda s, c: _centred(s, c) and _has_parts(c) and c["objective"] != "mode of tokens",
+        Refusal((ValueError,), "", "the term is of outcomes of one token, whatever the others are"),
+    ),
+    (
+        lambda _, c: c.get("centering") in {Recorded.FULL, Recorded.HEAD} and c.get("objective") == "mode of tokens",
+        Refusal((ValueError,), "centering.proximal_log_prob", "a full record is of one policy"),
     ),
     (
         lambda s, c: c["use"] in TRANSFORMS and c["use"] not in SUBJECTS[s].promises and c["library"] is Library.TORCH,

@@ -16,6 +16,7 @@ import jax
 import torch
 from contract import axes, names, oracle
 from contract.axes import DType, Engine, Given, Library, Number, Use
+from contract.world import VOCABULARY
 
 import drpo_core
 
@@ -89,6 +90,7 @@ NUMBERS: dict[str, Domain] = {
     "tolerance": Domain(at_least=0.0),
     "chunk_tokens": Domain(at_least=1, whole=True),
     "chunk_vocabulary": Domain(at_least=1, whole=True),
+    "vocabulary_size": Domain(at_least=1, at_most=VOCABULARY, whole=True),
     "threads": Domain(at_least=1, whole=True),
     "top_k": Domain(at_least=1, whole=True),
     # of advantages and corrections
@@ -137,6 +139,7 @@ GOOD = {
     "tolerance": 0.1,
     "chunk_tokens": 2,
     "chunk_vocabulary": 3,
+    "vocabulary_size": VOCABULARY,
     "threads": 2,
     "top_k": 3,
     "alpha": 0.1,
@@ -147,16 +150,22 @@ GOOD = {
     "low": 0.1,
     "high": 1.9,
 }
+PER_TOKEN = {"temperature", "behavior_temperature"}
+"""Numbers that may also be one per token, of any floating dtype."""
+
 ARRAYS_OF_NUMBERS = {"normalizer", "horizon"}
 """Numbers that may also be 0-d arrays, which nothing can check."""
 
-FLAGS = {"entropy", "diagnostics", "overwrite_logits", "divide_by_std", "divide_by_mean", "leave_one_out"}
+FLAGS = {"entropy", "diagnostics", "tail", "overwrite_logits", "divide_by_std", "divide_by_mean", "leave_one_out"}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": (*names.objectives(), *names.modes()),
     "reduction": axes.REDUCTIONS,
     "weights": (Given.ABSENT, Given.GIVEN),
     "engine": tuple(Engine),
     "xp": (Given.ABSENT, Given.GIVEN),
+    "support": (Given.ABSENT, *axes.Supported),
+    "centering": (Given.ABSENT, *axes.Recorded),
+    "vocabulary_group": (Given.ABSENT, *axes.Divided),
 }
 ELSEWHERE = {
     "spread": "threads are given to the compiled loop by the torch adapter, whose cells they are",
@@ -165,10 +174,6 @@ ELSEWHERE = {
     "shard_axis_name": "tests/test_jax_distributed.py has sequences across devices",
     "axis_name": "given by the wrapper below",
     "dtype": "of a result; the default in these cells",
-    "centering": "a record of outcomes: tests/torch/vocabulary/test_centering.py and tests/jax/test_centering.py",
-    "support": "a set of ids a token: tests/torch and tests/jax, vocabulary/test_row_map.py, as are temperatures a token",
-    "vocabulary_size": "of padding, which the world's vocabulary has none of: tests/torch and tests/jax, vocabulary/test_row_map.py",
-    "vocabulary_group": "tests/torch/test_distributed.py and tests/torch/vocabulary/test_ranks.py divide the vocabulary",
     "vocabulary_axis": "tests/jax/test_sharding.py divides the vocabulary",
     "across": "tests/torch/test_distributed.py and tests/jax/test_distributed.py divide sequences over ranks",
 }
@@ -202,6 +207,7 @@ EVERY_TRANSFORM = frozenset({Use.FUNC_GRAD, Use.VMAP, Use.VMAP_ONE, Use.COMPILE,
 _POLICIES = ("log_prob", "behavior_log_prob")
 _VOCABULARY = {name: f"vocabulary_{name}" for name in _POLICIES}
 _WHOLE = {name: f"all_{name}" for name in _POLICIES} | {"behavior_log_prob": "all_behavior_log_prob"}
+_OUTCOMES = {name: f"top_k_{name}" for name in (*_POLICIES, "proximal_log_prob")}
 _FIRST = ("log_prob",)
 
 
@@ -230,6 +236,7 @@ def _core() -> dict[str, Subject]:
     table["token_diagnostics"] = Subject(oracle.token_diagnostics)
     table["validate"] = Subject(lambda *_, **__: {})
     arrays = ("objective", "log_prob", "behavior_log_prob", "advantages", "mask")
+    table["centering.score_centering"] = Subject(oracle.score_centering, world=_OUTCOMES)
     table["merge_diagnostics"] = Subject(oracle.token_diagnostics, call=_merged, parameters=arrays)
     table["summarize"] = Subject(oracle.summary, call=_summarized, parameters=arrays)
     table["diagnostics.map_diagnostics"] = Subject(oracle.token_diagnostics, call=_mapped, parameters=arrays)
@@ -288,6 +295,7 @@ def _adapters() -> dict[str, Subject]:
     token = {
         "token_loss": Subject(oracle.token_loss, _FIRST, promises=EVERY_TRANSFORM),
         "policy_loss": Subject(oracle.policy_loss, _FIRST, loss_and_diagnostics, promises=EVERY_TRANSFORM),
+        "score_centering": Subject(oracle.score_centering_term, _FIRST, world=_OUTCOMES, promises=EVERY_TRANSFORM),
     }
     vocabulary = {
         "token_log_prob": Subject(oracle.token_log_prob, ("logits",)),
@@ -295,7 +303,9 @@ def _adapters() -> dict[str, Subject]:
         "logits_policy_loss": Subject(oracle.logits_policy_loss, ("logits",)),
         "linear_policy_loss": Subject(oracle.linear_policy_loss, head),
         "full_divergences": Subject(oracle.full_divergences, ("logits",)),
-        "top_k_divergences": Subject(oracle.top_k_divergences, ("logits", "log_normalizer")),
+        "top_k_divergences": Subject(
+            oracle.top_k_divergences, ("logits", "log_normalizer"), world={"support": "support_beyond_top_k"}
+        ),
     }
     linear = {"linear_reduction": Subject(_linear_coefficients, call=_linear_reduction, parameters=("mask", "token_weights"))}
     table = token | vocabulary | linear
@@ -463,10 +473,6 @@ NO_SUBJECTS = {
         (f"drpo_core.modes.{name}" for name in drpo_core.modes.__all__ if inspect.isfunction(getattr(drpo_core.modes, name))),
         "takes a framework's keys and no array: tests/modes",
     ),
-    **dict.fromkeys(
-        ("drpo_core.centering.score_centering", "drpo_torch.score_centering", "drpo_jax.score_centering"),
-        "has no rows yet, for its arrays have an axis of outcomes: tests/core, tests/torch/vocabulary and tests/jax, test_centering.py",
-    ),
     "drpo_core.diagnostics.diagnostics_of": "what token_diagnostics does once its arrays are checked: takes `Tokens`",
 }
 """Public functions that are no subjects, and why."""
@@ -517,6 +523,7 @@ def axes_of(subject: str) -> dict[str, tuple[Any, ...]]:
             required = inspect.signature(function_of(subject)).parameters[name].default is inspect.Parameter.empty
             found[name] = (*(() if required else (Number.ABSENT,)), Number.PLAIN, Number.SCALAR)
             found[name] += (Number.ARRAY,) if name in ARRAYS_OF_NUMBERS else ()
+            found[name] += axes.FLOATS if name in PER_TOKEN else ()
         elif name in FLAGS:
             found[name] = (True, False) if name == "diagnostics" else (False, True)
         else:

@@ -338,7 +338,7 @@ def test_expm1_is_as_accurate_as_its_exp(dtype):
     assert jax.grad(xp.expm1)(dtype(-np.inf)) == 0.0
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (5,), (64,), (3, 128), (2, 3, 192), (4, 100), (2, 1024)])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 128), (5,), (64,), (3, 128), (2, 3, 192), (4, 100), (2, 1024)])
 def test_count_nonzero_counts_every_element(shape):
     condition = jnp.asarray(np.random.default_rng(0).random(shape) < 0.7)
     assert xp.count_nonzero(condition) == np.count_nonzero(condition)

@@ -132,7 +132,8 @@ class Support:
             msg = f"mask: expected shape (…, V) with V of 1 or more, got {mask.shape}"
             raise ValueError(msg)
         padding = [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % _WORD)]
-        words = jnp.pad(mask, padding).reshape(*mask.shape[:-1], -1, _WORD).astype(jnp.uint32)
+        shape = (*mask.shape[:-1], -(-mask.shape[-1] // _WORD), _WORD)
+        words = jnp.pad(mask, padding).reshape(shape).astype(jnp.uint32)
         bits = jnp.sum(words << jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1), axis=-1, dtype=jnp.uint32)
         return cls(bits=jax.lax.bitcast_convert_type(bits, jnp.int32))
 
@@ -212,7 +213,7 @@ def membership(rows: jax.Array, width: int) -> jax.Array:
     if rows.dtype != jnp.bool_:
         words = jnp.broadcast_to(rows[..., None], (*rows.shape, _WORD))
         bits = (words >> jax.lax.broadcasted_iota(rows.dtype, words.shape, rows.ndim)) & 1
-        rows = bits.reshape(*rows.shape[:-1], -1) != 0
+        rows = bits.reshape(*rows.shape[:-1], rows.shape[-1] * _WORD) != 0
     missing = width - rows.shape[-1]
     return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]) if missing > 0 else rows[..., :width]
 

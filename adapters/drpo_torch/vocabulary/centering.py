@@ -11,7 +11,7 @@ from drpo_core.modes.mode import Mode, is_whole_mode
 from drpo_torch.engines import Batch, run_pass
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.divergences import repeated
-from drpo_torch.vocabulary.softmax import Statistics, Workspace
+from drpo_torch.vocabulary.softmax import Statistics, Workspace, working_dtype
 
 if TYPE_CHECKING:
     from drpo_core import Objective
@@ -119,7 +119,7 @@ class FullTerm:
             return
         for part, recorded, at in self.behavior.chunks(rows, self.shard.widest, self.dtype):
             tempering_of_part = self.behavior.tempering.at(rows[part].key)
-            found = self.shard.normalizers(None, recorded, at, tempering_of_part)
+            found = self.shard.normalizers(None, recorded, at, tempering_of_part, working_dtype(recorded.dtype))
             self._normalizers.maximum[rows[part].index] = found.maximum.to(self.dtype)
             self._normalizers.log_sum[rows[part].index] = found.log_sum.to(self.dtype)
 

@@ -169,7 +169,7 @@ def top_k_divergences(
     Returns
     -------
     Divergences
-        `tv` and `kl`, (…), in float64 if an array is, otherwise in float32.
+        `tv` and `kl`, (…), in float64 if an array other than the temperature is, otherwise in float32.
 
     Raises
     ------
@@ -213,8 +213,9 @@ def top_k_divergences(
     check_ids("top_k_ids", top_k_ids, vocabulary)
     known: dict[str, Any] = {"size": vocabulary, "leading": leading, "beside": logits, "columns": shard.all_columns}
     tempering = row_map(temperature, support, tokens, None, **known)
-    divisor = temperature[..., None].detach() if isinstance(temperature, torch.Tensor) else tempering.temperature
     dtype = working_dtype(logits.dtype, log_normalizer.dtype)
+    # a temperature does not decide the dtype
+    divisor = temperature.detach().to(dtype)[..., None] if isinstance(temperature, torch.Tensor) else tempering.temperature
 
     def log_prob(ids: torch.Tensor) -> torch.Tensor:
         return shard.gather(logits, ids).to(dtype) / divisor - log_normalizer[..., None]
@@ -271,7 +272,7 @@ def full_divergence_rows(
     # of which rows the better formula is, the host would have to ask
     if shard.group is not None or is_waited_for(logits):
         mine, recorded = (logits, places, tempering), (behavior_logits, behavior_places, behavior)
-        policy, of_behavior = (_Side(*side, shard.normalizers(module, *side)) for side in (mine, recorded))
+        policy, of_behavior = (_Side(*side, shard.normalizers(module, *side, dtype)) for side in (mine, recorded))
         return _of_ranks(policy, of_behavior, shard)
     if module is not None:
         tv, kl, near = module.row_divergences(logits, places, tempering, behavior_logits, behavior_places, behavior)
@@ -387,8 +388,8 @@ class _FullDivergences(torch.autograd.Function):
         shard: Shard = ctx.shard
         whole = behavior_whole = None
         if shard.group is not None:
-            whole = shard.normalizers(None, logits, rows, tempering.at(rows.key))
-            behavior_whole = shard.normalizers(None, behavior_logits, rows, behavior.at(rows.key))
+            whole = shard.normalizers(None, logits, rows, tempering.at(rows.key), dtype)
+            behavior_whole = shard.normalizers(None, behavior_logits, rows, behavior.at(rows.key), dtype)
         work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
 
         def steps() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:

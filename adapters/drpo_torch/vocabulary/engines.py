@@ -57,7 +57,7 @@ def _hindrance(name: str, matrix: torch.Tensor) -> str | None:
         return f"takes float32, float64 and bfloat16, got {name} of {matrix.dtype}"
     if not has_memory(matrix) or matrix.is_neg():
         return f"takes plain tensors, got {name} of type {type(matrix).__name__}"
-    if matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
+    if matrix.numel() and matrix.shape[-1] > 1 and matrix.stride(-1) != 1:
         return f"takes rows that are contiguous, got {name} with strides {matrix.stride()}"
     return None
 

@@ -129,7 +129,7 @@ def _check_support_ids(support: Support, size: int, valid: torch.Tensor) -> None
     if not bool(wrong.any()):
         return
     at = wrong.nonzero()[:, 0]
-    token = torch.searchsorted(support.offsets.to(torch.int64), at, right=True) - 1
+    token = torch.searchsorted(support.offsets.to(torch.int64).contiguous(), at, right=True) - 1
     at, token = at[valid[token]], token[valid[token]]
     if len(at):
         msg = (

@@ -21,7 +21,7 @@ from drpo_torch.vocabulary.head import HeadInputs
 from drpo_torch.vocabulary.most_probable import Candidates
 from drpo_torch.vocabulary.recorded import check_head
 from drpo_torch.vocabulary.row_map import check_vocabulary_size
-from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
+from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, working_dtype
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -156,10 +156,15 @@ class Shard:
         found: torch.Tensor = _Total.apply(torch.where(inside, mine, 0.0), self)  # type: ignore[no-untyped-call]
         return found.masked_fill((ids < 0) | (ids >= self.vocabulary), torch.nan)
 
-    def normalizers(self, module: ModuleType | None, z: torch.Tensor, places: Places, tempering: Tempering) -> Statistics:
-        """Statistics of rows over all ranks, by the loops of a module if there is one."""
-        mine = row_kernels(module, z.shape[-1], z.dtype, z.device).statistics(z, places, tempering)
-        none = torch.zeros((len(places), 0), dtype=mine.maximum.dtype, device=z.device)
+    def normalizers(
+        self, module: ModuleType | None, z: torch.Tensor, places: Places, tempering: Tempering, dtype: torch.dtype
+    ) -> Statistics:
+        """Statistics of rows over all ranks, in the dtype of what is subtracted from, by a module's loops if they have it."""
+        own = working_dtype(z.dtype) == dtype
+        kernels = row_kernels(module if own else None, z.shape[-1], z.dtype if own else dtype, z.device)
+        fields = kernels.statistics(z, places, tempering)
+        mine = Statistics(*(None if field is None else field.to(dtype) for field in fields))  # type: ignore[arg-type]
+        none = torch.zeros((len(places), 0), dtype=dtype, device=z.device)
         return self.merged(mine, none, none).whole
 
     def pull(self, pull: Pull, mine: Statistics, whole: Statistics, share: torch.Tensor) -> Pull:

@@ -208,7 +208,7 @@ class SupportRows(NamedTuple):
             return (words.bitwise_right_shift(ids & 31) & 1).bool() | self.whole[:, None]
         if not len(self.keys):
             return self.whole[:, None].expand_as(ids)
-        wanted = self.rows[:, None] * self.vocabulary + ids
+        wanted = (self.rows[:, None] * self.vocabulary + ids).contiguous()  # or torch warns of the copy it makes
         at = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
         return (self.keys[at] == wanted) | self.whole[:, None]
 

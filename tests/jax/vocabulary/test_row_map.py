@@ -497,3 +497,12 @@ def test_the_matrix_of_tokens_by_vocabulary_never_exists():
     program = str(jax.make_jaxpr(jax.grad(of, (0, 1)))(*shapes, *integers))
     assert f"[{n},{vocabulary}]" not in program
     assert f"bool[{chunk},{vocabulary}]" in program
+
+
+@pytest.mark.parametrize(
+    "make", [Support.from_mask, lambda mask: Support.from_bits(jnp.zeros((*mask.shape[:-1], 2), jnp.int32))]
+)
+def test_a_batch_without_tokens_has_supports(make):
+    support = make(jnp.ones((2, 0, 40), dtype=bool))
+    found = drpo_jax.token_log_prob(logits=jnp.zeros((2, 0, 40)), tokens=jnp.zeros((2, 0), jnp.int32), support=support)
+    assert found.log_prob.shape == (2, 0)
