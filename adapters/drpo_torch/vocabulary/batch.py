@@ -190,7 +190,9 @@ class TokenBatch:
         others = (given.behavior_log_prob, given.advantages, *(() if measured is None else (measured,)))
         self.given, self.row_dtype = given, working_dtype(dtype)
         self.dtype = working_dtype(dtype, *(tensor.dtype for tensor in others))
-        self.valid = Places.where(mask.reshape(-1))
+        # an objective that looks at all tokens is to see those that count, and no others
+        at_any_cost = not (isinstance(given.objective, Mode) or looks_at_one_token(given.objective))
+        self.valid = Places.where(mask.reshape(-1), at_any_cost=at_any_cost)
         # anything where the mask is False, such as −100
         self.tokens = self.valid.counted(given.tokens.reshape(-1).to(torch.int64), 0)
         self.behavior_log_prob, self.advantages, *rest = (tensor.detach().reshape(-1) for tensor in others)

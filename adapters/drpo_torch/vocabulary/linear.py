@@ -8,6 +8,7 @@ import torch
 
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_untransformed
+from drpo_torch._host import without_autocast
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
 from drpo_torch.vocabulary.chunks import Chunks
@@ -217,7 +218,7 @@ def linear_policy_loss(
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in inputs.named())
     with torch.no_grad():
         batch = TokenBatch(arguments, dtype, tempering, shard)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(hidden.device):
         head = Head(inputs, dtype, shard, needed=needed, several=len(batch.valid) > chunk_tokens)
         _Sweep(batch, head, module, (chunk_tokens, width)).run()
         result = batch.result()

@@ -8,6 +8,7 @@ import torch
 
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
+from drpo_torch._host import without_autocast
 from drpo_torch.autograd import refuse_second_derivative
 from drpo_torch.vocabulary.chunks import Chunks, Kept
 from drpo_torch.vocabulary.engines import loops, row_kernels
@@ -456,7 +457,7 @@ class _HeadSweep:
         return Chunks(head, self.tempering, self._module, rows=min(self._size, len(rows)), width=self._width)
 
     def head(self, inputs: HeadInputs, rows: Places, *, needed: bool) -> Head:
-        with torch.autocast(inputs.hidden.device.type, enabled=False):
+        with without_autocast(inputs.hidden.device):
             return Head(inputs, self._dtype, self._shard, needed=needed, several=len(rows) > self._size)
 
     def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
@@ -492,7 +493,7 @@ class _LinearLogProb(torch.autograd.Function):
         bias: torch.Tensor | None,
         sweep: _HeadSweep,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             log_probs, ids, parts, whole, shares = sweep.forward(HeadInputs(hidden, weight, bias))
         n = len(sweep.columns)
         columns = _spread(ids, sweep.rows, n)
@@ -523,7 +524,7 @@ class _LinearLogProb(torch.autograd.Function):
         columns = columns[found.index]
         kept = Kept(found, columns, whole, parts, shares[:, alive])
         pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found)).counted(found)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             head = sweep.head(HeadInputs(hidden, weight, bias), found, needed=True)
             sweep.backward(head, kept, pull)
         gradients = zip(head.gradients, (hidden, weight, bias), strict=True)

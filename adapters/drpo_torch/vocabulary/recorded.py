@@ -295,7 +295,8 @@ def _check_kind(kind: object) -> None:
 def product_dtype(hidden: torch.Tensor, weight: torch.Tensor, name: str = "") -> torch.dtype:
     """The dtype in which the head's products are taken: that of autocast, which leaves float64 alone, or of both inputs."""
     device = hidden.device.type
-    if torch.float64 not in (hidden.dtype, weight.dtype) and torch.is_autocast_enabled(device):
+    may_cast = torch.float64 not in (hidden.dtype, weight.dtype) and torch.amp.is_autocast_available(device)
+    if may_cast and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         msg = (

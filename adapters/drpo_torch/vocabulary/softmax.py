@@ -243,8 +243,11 @@ class Places:
         return cls(torch.arange(count, dtype=torch.int64, device=device), np.arange(count), valid)
 
     @classmethod
-    def where(cls, condition: torch.Tensor) -> Places:
-        """The rows at which a 1-D condition holds."""
+    def where(cls, condition: torch.Tensor, *, at_any_cost: bool = False) -> Places:
+        """The rows at which a 1-D condition holds; `at_any_cost`: no others, even if the host has to wait."""
+        if at_any_cost:
+            some = condition.nonzero()[:, 0]
+            return cls(some, some.cpu().numpy())
         return cls.first(len(condition), condition.device).where_also(condition)[0]
 
     def where_also(self, condition: torch.Tensor) -> tuple[Places, torch.Tensor | slice]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from drpo_torch._checks import check_shape, check_tensor, looks_at_values
+from drpo_torch._host import is_waited_for
 
 __all__ = ["Support", "SupportRows"]
 
@@ -181,9 +182,13 @@ class SupportRows(NamedTuple):
         # of masked tokens anything
         known = valid[token].logical_and_(support.ids >= 0).logical_and_(support.ids < vocabulary)
         keys = token.mul_(vocabulary).add_(support.ids)
-        keys = keys if bool(known.all()) else keys[known]
-        if bool((keys[1:] <= keys[:-1]).any()):
-            keys = keys.unique()  # type: ignore[no-untyped-call]
+        if is_waited_for(keys):
+            # those of nothing come last; one may come twice
+            keys = torch.where(known, keys, len(valid) * vocabulary).sort().values
+        else:
+            keys = keys if bool(known.all()) else keys[known]
+            if bool((keys[1:] <= keys[:-1]).any()):
+                keys = keys.unique()  # type: ignore[no-untyped-call]
         return cls(rows, lengths == 0, keys, None, vocabulary, slice(0, vocabulary))
 
     def at(self, rows: torch.Tensor | slice) -> SupportRows:
@@ -221,6 +226,9 @@ class SupportRows(NamedTuple):
             bits = words[self.rows][..., None].bitwise_right_shift(shifts).bitwise_and_(1)
             outside = (bits == 0).flatten(1)[:, start - first * _BITS : stop - first * _BITS]
             return outside.logical_and_(~self.whole[:, None])
+        if is_waited_for(self.rows):
+            # how many ids there are, the host would have to ask
+            return ~self.holds(torch.arange(start, stop, device=self.rows.device).expand(len(self.rows), -1))
         low, high = self.ends
         lengths = high - low
         outside = (~self.whole)[:, None].repeat(1, stop - start)
