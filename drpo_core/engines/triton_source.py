@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from drpo_core.engines.trace import RowStage, Symbol
 
-__all__ = ["Kernels", "kernels"]
+__all__ = ["FUNCTIONS", "Kernels", "kernels"]
 
 
 class Kernels(NamedTuple):
@@ -54,7 +54,7 @@ def kernels(trace: Trace, gradient: Symbol, outputs: Sequence[Symbol], dtype: np
     wide = np.dtype(np.float64)
     names = tuple(symbol.name for symbol in uniforms)
     source = f"""
-{_FUNCTIONS}
+{FUNCTIONS}
 
 @triton.jit(do_not_specialize={names})
 def tokens(
@@ -200,7 +200,7 @@ def _total(reduction: Symbol, lanes: str, dtype: np.dtype[Any]) -> str:
     return f"unordered(tl.max({lanes}, 0, keep_dims=True), tl.{dtype.name})"
 
 
-_FUNCTIONS = f"""
+FUNCTIONS = f"""
 import triton
 import triton.language as tl
 
@@ -249,3 +249,4 @@ def unordered(bits, dtype: tl.constexpr):
 {_function("log1p", _series.log1p)}
 {_function("tanh", partial(_series.tanh, double=True))}
 """
+"""What a recording's operations are in Triton, as functions by the names that recordings have for them."""

@@ -6,38 +6,28 @@ run. It is the only time that a loss waits for the device.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
-from drpo_core import UntraceableError
 from drpo_core.engines.recording import ARRAYS
 from drpo_core.engines.trace import floats_of
-from drpo_core.loss import SlowEngineWarning
 from drpo_torch.engines import triton_loop
 from drpo_torch.engines._namespace import namespace
+from drpo_torch.engines.kernel_error import NOT_TRIED, KernelError, is_captured, warn_of
 
 if TYPE_CHECKING:
     from drpo_core import Objective
     from drpo_core.engines.recording import Pass
     from drpo_core.loss import PolicyLoss
 
-__all__ = ["KernelError", "checked"]
+__all__ = ["agree", "checked"]
 
 SHAPE = (3, 200)
 """Of the batch: rows of more tokens than a program takes at a time."""
 
 TOLERANCE = {torch.float64: 2.0**-30, torch.float32: 2.0**-12, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 """Of the largest of an array: between the few roundings that two right engines differ by, and what an error of one makes."""
-
-
-class KernelError(UntraceableError):
-    """A kernel that fails here, or gives other numbers than the array expression."""
-
-    def __init__(self, finding: str) -> None:
-        """What was found."""
-        NotImplementedError.__init__(self, f"a Triton kernel {finding}; engine='arrays' runs any objective")
 
 
 def checked(
@@ -57,21 +47,16 @@ def checked(
     thresholds, like = tuple(floats_of(objective)), given["log_prob"]
     kind = (like.device, gradient_dtype, *(tensor.dtype for tensor in given.values()))
     if kind not in program.trials:
-        if _is_captured(like.device):
+        if is_captured(like.device):
             # nothing may wait for a device whose work is being recorded
-            msg = "has not been tried yet, and can't be while a CUDA graph is captured"
-            raise KernelError(msg)
+            raise KernelError(NOT_TRIED)
         program.trials[kind] = _finding(program, policy_pass, objective, given, dtype, gradient_dtype, diagnostics=diagnostics)
         if program.trials[kind] is not None:
-            _warn(objective, like, str(program.trials[kind]))
+            warn_of(f"the Triton kernel of {objective!r}", like.device, like.dtype, str(program.trials[kind]))
     finding = program.trials[kind]
     if finding is not None:
         raise KernelError(finding)
     return program.run(given, thresholds, dtype, gradient_dtype)
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _finding(
@@ -94,7 +79,7 @@ def _finding(
         wanted = policy_pass(objective, *arguments, dtype=dtype, diagnostics=diagnostics, xp=namespace())
         ours, theirs = _arrays(found), _arrays(wanted)
         dtypes = dict.fromkeys(theirs, dtype) | {"gradient": gradient_dtype}
-        wrong = [name for name, array in theirs.items() if not _agree(ours[name], array, dtypes[name])]
+        wrong = [name for name, array in theirs.items() if not agree(ours[name], array, dtypes[name])]
     except Exception as error:  # noqa: BLE001 -- a compiler may raise anything
         return f"fails with {type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return f"gives another {', '.join(wrong)} than the array expression" if wrong else None
@@ -129,7 +114,7 @@ def _sample(name: str, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.device, like.dtype)
 
 
-def _agree(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
+def agree(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether they differ by roundings; where one is not finite, the other is the same."""
     found, wanted = found.double(), wanted.to(dtype).double()
     finite = wanted.isfinite()
@@ -137,13 +122,3 @@ def _agree(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> boo
         return False
     scale = torch.where(finite, wanted, 0.0).abs().amax()
     return bool(((found - wanted)[finite].abs() <= TOLERANCE[dtype] * scale).all())
-
-
-def _warn(objective: Objective, like: torch.Tensor, finding: str) -> None:
-    device = torch.cuda.get_device_name(like.device) if like.device.type == "cuda" else like.device.type
-    msg = (
-        f"the Triton kernel of {objective!r} for {like.dtype} on {device} {finding}; array operations run instead. Please "
-        f"report this line, with torch {torch.__version__} and the version of Triton (DRPO_COMPILED=0 turns all compiled "
-        "engines off)"
-    )
-    warnings.warn(msg, SlowEngineWarning, stacklevel=2)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from drpo_core.engines.recording import Pass
     from drpo_core.engines.trace import Trace
 
-__all__ = ["Program", "program"]
+__all__ = ["Program", "module_of", "program"]
 
 BLOCK = 128
 """Tokens of a step: one a thread, so that a program's sums, some twenty, stay in registers."""
@@ -78,7 +78,8 @@ class Program:
             outputs += [field for statistic in result.diagnostics.values() for field in statistic]
         self._outputs = len(outputs)
         self._made = kernels(trace, result.gradient, outputs, dtype)
-        self._kernels = _compile(self._made.source)
+        module = module_of(self._made.source)
+        self._kernels = module["tokens"], module["finish"]
         self._trace, self._before = trace, trace.statements(result.gradient).uniform
         # a training run has one threshold, or a new one at each step
         self._known = lru_cache(maxsize=4)(self._prepare)
@@ -147,11 +148,11 @@ def _integer(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=256)
-def _compile(source: str) -> tuple[Any, Any]:
-    """The kernels of a source, which Triton compiles at their first launch and keeps on disk by what it says."""
+def module_of(source: str) -> dict[str, Any]:
+    """The names of a source's kernels, which Triton compiles at their first launch and keeps on disk by what it says."""
     name = f"<drpo {sha256(source.encode()).hexdigest()[:16]}>"
     # where Triton, and a traceback, will look for the lines
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     namespace: dict[str, Any] = {"__name__": "drpo_torch.engines.triton_kernels"}
     exec(compile(source, name, "exec"), namespace)  # noqa: S102
-    return namespace["tokens"], namespace["finish"]
+    return namespace

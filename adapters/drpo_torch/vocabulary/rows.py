@@ -89,6 +89,10 @@ class LoopRows:
             increment_version(out)
 
 
+ROWS = LoopRows
+"""What `drpo_torch.vocabulary.engines` takes of this module."""
+
+
 def row_divergences(
     logits: torch.Tensor,
     places: Places,

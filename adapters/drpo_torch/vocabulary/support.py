@@ -183,12 +183,12 @@ class SupportRows(NamedTuple):
         known = valid[token].logical_and_(support.ids >= 0).logical_and_(support.ids < vocabulary)
         keys = token.mul_(vocabulary).add_(support.ids)
         if is_waited_for(keys):
-            # those of nothing come last; one may come twice
-            keys = torch.where(known, keys, len(valid) * vocabulary).sort().values
-        else:
-            keys = keys if bool(known.all()) else keys[known]
-            if bool((keys[1:] <= keys[:-1]).any()):
-                keys = keys.unique()  # type: ignore[no-untyped-call]
+            # how many ids of a row there are in some columns, the host would have to ask; of bits it knows
+            words = _words(torch.where(known, keys, len(valid) * vocabulary), len(valid), vocabulary)
+            return cls(rows, lengths == 0, none, words, vocabulary, slice(0, vocabulary))
+        keys = keys if bool(known.all()) else keys[known]
+        if bool((keys[1:] <= keys[:-1]).any()):
+            keys = keys.unique()  # type: ignore[no-untyped-call]
         return cls(rows, lengths == 0, keys, None, vocabulary, slice(0, vocabulary))
 
     def at(self, rows: torch.Tensor | slice) -> SupportRows:
@@ -226,9 +226,6 @@ class SupportRows(NamedTuple):
             bits = words[self.rows][..., None].bitwise_right_shift(shifts).bitwise_and_(1)
             outside = (bits == 0).flatten(1)[:, start - first * _BITS : stop - first * _BITS]
             return outside.logical_and_(~self.whole[:, None])
-        if is_waited_for(self.rows):
-            # how many ids there are, the host would have to ask
-            return ~self.holds(torch.arange(start, stop, device=self.rows.device).expand(len(self.rows), -1))
         low, high = self.ends
         lengths = high - low
         outside = (~self.whole)[:, None].repeat(1, stop - start)
@@ -237,3 +234,15 @@ class SupportRows(NamedTuple):
         keys = self.keys[torch.arange(len(row), device=row.device) + skipped[row]]
         outside[row, keys - self.rows[row] * self.vocabulary - start] = False
         return outside
+
+
+def _words(keys: torch.Tensor, rows: int, vocabulary: int) -> torch.Tensor:
+    """Keys row · V + id as the bits of each row, (rows, ⌈V/32⌉); keys of a row more are of nothing, and one may come twice."""
+    width = -(-vocabulary // _BITS)
+    keys = keys.sort().values
+    row, column = keys // vocabulary, keys % vocabulary
+    again = torch.cat((torch.zeros_like(keys[:1], dtype=torch.bool), keys[1:] == keys[:-1]))
+    bit = torch.where(again, 0, torch.ones_like(keys).bitwise_left_shift(column % _BITS)).to(torch.int32)
+    words = torch.zeros((rows + 1) * width, dtype=torch.int32, device=keys.device)
+    # each bit is added once, so that the sum is their union
+    return words.index_add_(0, row * width + column // _BITS, bit).reshape(rows + 1, width)[:rows]

@@ -16,6 +16,7 @@ from drpo_torch import (
     TopKCentering,
     TopKDivergence,
     _host,
+    engines,
     full_divergences,
     linear_log_prob,
     linear_policy_loss,
@@ -23,6 +24,9 @@ from drpo_torch import (
     token_log_prob,
     top_k_divergences,
 )
+from drpo_torch.engines import trial
+from drpo_torch.vocabulary import triton_trial
+from vocabulary_functions import FLOATS
 from whole_modes import EVERYTHING
 
 from drpo_core import DPPO, DRPO
@@ -176,11 +180,11 @@ CALLS = {
 }
 
 
-def ran(call, w, temperature, support):
+def ran(call, w, temperature, support, engine="arrays"):
     names, outputs = call
     leaves = {name: w[name].detach().clone().requires_grad_() for name in names}
     more = {"temperature": TEMPERATURES[temperature](w), "support": SUPPORTS[support](w), "vocabulary_size": V}
-    found = outputs(w, leaves, **more, engine="auto" if w["mask"].device.type == "meta" else "arrays")
+    found = outputs(w, leaves, **more, engine=engine)
     smooth = [each for each in found if each.requires_grad]
     cotangents = [
         torch.ones_like(each)
@@ -198,17 +202,24 @@ each_map = pytest.mark.parametrize(("temperature", "support"), [("one", "whole")
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_nothing_looks_at_a_value(call, temperature, support):
     w = {name: tensor.to("meta") for name, tensor in world(torch.float32).items()}
-    found, gradients = ran(call, w, temperature, support)
+    found, gradients = ran(call, w, temperature, support, "auto")
     assert all(each.device.type == "meta" for each in (*found, *gradients))
 
 
 @each_map
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_the_numbers_are_those_of_the_host(call, temperature, support, monkeypatch):
+@pytest.mark.parametrize("engine", ["arrays", "compiled"])
+# NumPy says of the operations of Triton's interpreter what is no error in IEEE arithmetic
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_the_numbers_are_those_of_the_host(call, temperature, support, engine, monkeypatch):
     w = world(torch.float64)
     expected, expected_gradients = ran(call, w, temperature, support)
     monkeypatch.setattr(_host, "HOST_DEVICES", set())
-    found, gradients = ran(call, w, temperature, support)
+    monkeypatch.setattr(engines, "TRITON_DEVICES", {"cpu"})
+    # what the trial would find is seen here
+    monkeypatch.setattr(trial, "_finding", lambda *_, **__: None)
+    monkeypatch.setattr(triton_trial, "_findings", dict.fromkeys(itertools.product([w["mask"].device], FLOATS)))
+    found, gradients = ran(call, w, temperature, support, engine)
     for each, other in zip((*found, *gradients), (*expected, *expected_gradients), strict=True):
         torch.testing.assert_close(each, other, rtol=1e-9, atol=1e-11, equal_nan=True)
     for gradient, name in zip(gradients, call[0], strict=True):

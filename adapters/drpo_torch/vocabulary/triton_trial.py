@@ -1,0 +1,82 @@
+"""The first use of the row kernels in a process, once a device and dtype: the same small rows by torch's operations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from drpo_torch.engines.kernel_error import NOT_TRIED, is_captured, warn_of
+from drpo_torch.engines.trial import agree
+from drpo_torch.vocabulary.softmax import ArrayRows, Places, Pull, Tempering
+from drpo_torch.vocabulary.support import SupportRows
+from drpo_torch.vocabulary.triton_rows import BLOCK, TritonRows
+
+if TYPE_CHECKING:
+    from drpo_torch.vocabulary.softmax import RowKernels
+
+__all__ = ["finding"]
+
+ROWS, VOCABULARY = 5, BLOCK + 37
+"""Of the rows: of more logits than a step."""
+
+_findings: dict[tuple[torch.device, torch.dtype], str | None] = {}
+
+
+def finding(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels there; None if nothing is."""
+    kind = (device, dtype)
+    if kind not in _findings:
+        if is_captured(device):
+            return NOT_TRIED
+        _findings[kind] = _compared(device, dtype)
+        if _findings[kind] is not None:
+            warn_of("the Triton kernels over rows of logits", device, dtype, str(_findings[kind]))
+    return _findings[kind]
+
+
+def _compared(device: torch.device, dtype: torch.dtype) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(device)
+
+    z = (12.0 * uniform(ROWS, VOCABULARY) - 6.0).to(dtype)
+    z[0, :: VOCABULARY // 3] = -torch.inf
+    places, whole = Places.first(ROWS, device), torch.arange(ROWS, device=device) == 1
+    words = (uniform(ROWS, -(-VOCABULARY // 32)) * 2.0**31).to(torch.int32)
+    support = SupportRows(places.index, whole, places.index[:0], words, VOCABULARY, slice(0, VOCABULARY))
+    steps = {
+        "plain": Tempering(),
+        "tempered": Tempering(0.5 + uniform(ROWS), 5.0, support, VOCABULARY),
+    }
+    columns = (uniform(ROWS, 3) * VOCABULARY).to(torch.int64)
+    columns[:, 2] = columns[:, 1]
+    wrong = []
+    try:
+        for name, step in steps.items():
+            ours, theirs = (_found(rows, z, places, step, columns) for rows in _both(dtype, device))
+            wrong += [f"{name} {part}" for part, array in theirs.items() if not agree(ours[part], array, array.dtype)]
+    except Exception as error:  # noqa: BLE001 -- a compiler may raise anything
+        return f"fails with {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return f"gives another {', '.join(wrong)} than the array expression" if wrong else None
+
+
+def _both(dtype: torch.dtype, device: torch.device) -> tuple[RowKernels, RowKernels]:
+    return TritonRows(dtype), ArrayRows(VOCABULARY, dtype, device)
+
+
+def _found(
+    rows: RowKernels, z: torch.Tensor, places: Places, step: Tempering, columns: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Statistics, and a gradient with a slope and one without."""
+    statistics = rows.statistics(z, places, step, entropy=True)
+    entropy = statistics.entropy
+    assert entropy is not None
+    scale = torch.linspace(-1.0, 1.0, ROWS, dtype=entropy.dtype, device=z.device)
+    found = {"maximum": statistics.maximum, "log-sum": statistics.log_sum, "entropy": entropy}
+    for name, slope in (("gradient", None), ("gradient of entropies", scale.square())):
+        pull = Pull(columns, torch.stack((scale, scale.abs(), -scale), -1), scale - 1.0, slope)
+        found[name] = torch.empty_like(z)
+        rows.gradients(z, places, step, pull, statistics=statistics, out=found[name])
+    return found
