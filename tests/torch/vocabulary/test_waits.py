@@ -5,6 +5,7 @@ the CPU, which is taken for a device.
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +26,12 @@ from drpo_torch import (
     top_k_divergences,
 )
 from drpo_torch.engines import trial
-from drpo_torch.vocabulary import triton_trial
+from drpo_torch.engines.triton_loop import module_of
+from drpo_torch.vocabulary import triton_kernels, triton_trial
 from vocabulary_functions import FLOATS
 from whole_modes import EVERYTHING
 
-from drpo_core import DPPO, DRPO
+from drpo_core import DPPO, DRPO, SlowEngineWarning, UntraceableError
 from drpo_core.anchors import Behavior, Sequence
 from drpo_core.modes import Mode
 
@@ -195,11 +197,16 @@ def ran(call, w, temperature, support, engine="arrays"):
     return found, torch.autograd.grad(smooth, [leaves[name] for name in names], cotangents)
 
 
-each_map = pytest.mark.parametrize(("temperature", "support"), [("one", "whole"), ("per token", "ids"), ("one", "mask")])
+MAPS = [("one", "whole"), ("per token", "ids"), ("one", "mask")]
+each_map = pytest.mark.parametrize(("temperature", "support"), MAPS)
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+# every call, and every map a third of the times
+each_call_once = pytest.mark.parametrize(
+    ("call", "temperature", "support"), [(call, *MAPS[i % 3]) for i, call in enumerate(CALLS.values())], ids=CALLS
+)
 
 
-@each_map
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@each_call_once
 def test_nothing_looks_at_a_value(call, temperature, support):
     w = {name: tensor.to("meta") for name, tensor in world(torch.float32).items()}
     found, gradients = ran(call, w, temperature, support, "auto")
@@ -207,20 +214,73 @@ def test_nothing_looks_at_a_value(call, temperature, support):
 
 
 @each_map
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("engine", ["arrays", "compiled"])
+@each_call
+def test_the_numbers_are_those_of_the_host(call, temperature, support, as_on_a_gpu):
+    assert_those_of_the_host(call, temperature, support, "arrays", as_on_a_gpu)
+
+
+@each_call_once
 # NumPy says of the operations of Triton's interpreter what is no error in IEEE arithmetic
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_the_numbers_are_those_of_the_host(call, temperature, support, engine, monkeypatch):
+def test_the_numbers_of_triton_are_those_of_the_host(call, temperature, support, as_on_a_gpu):
+    assert_those_of_the_host(call, temperature, support, "compiled", as_on_a_gpu)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """A function after which the CPU is taken for a device, whose kernels have been tried."""
+
+    def take():
+        monkeypatch.setattr(_host, "HOST_DEVICES", set())
+        monkeypatch.setattr(engines, "TRITON_DEVICES", {"cpu"})
+        # what the trial would find is seen here
+        monkeypatch.setattr(trial, "_finding", lambda *_, **__: None)
+        kinds = itertools.product([torch.device("cpu")], FLOATS)
+        monkeypatch.setattr(triton_trial, "_findings", dict.fromkeys(kinds))
+
+    return take
+
+
+def assert_those_of_the_host(call, temperature, support, engine, as_on_a_gpu):
     w = world(torch.float64)
     expected, expected_gradients = ran(call, w, temperature, support)
-    monkeypatch.setattr(_host, "HOST_DEVICES", set())
-    monkeypatch.setattr(engines, "TRITON_DEVICES", {"cpu"})
-    # what the trial would find is seen here
-    monkeypatch.setattr(trial, "_finding", lambda *_, **__: None)
-    monkeypatch.setattr(triton_trial, "_findings", dict.fromkeys(itertools.product([w["mask"].device], FLOATS)))
+    as_on_a_gpu()
     found, gradients = ran(call, w, temperature, support, engine)
     for each, other in zip((*found, *gradients), (*expected, *expected_gradients), strict=True):
         torch.testing.assert_close(each, other, rtol=1e-9, atol=1e-11, equal_nan=True)
     for gradient, name in zip(gradients, call[0], strict=True):
         assert gradient.isfinite().all(), name
+
+
+# --- kernels that do not hold ---
+
+
+FAULTS = {
+    "a maximum": ("statistics", "maximum = tl.max(most, 0)", "maximum = tl.min(most, 0)", "another .*maximum"),
+    "an entropy": ("statistics", "log_sum - weighted / total", "log_sum + weighted / total", "another plain entropy"),
+    "the sampled token": ("gradients", "of_some, mask=here)", "y_some, mask=here)", "another plain gradient"),
+    "no program": ("statistics", "tl.program_id(0)", "tl.no_such_thing(0)", "fails with"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "old", "new", "finding"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_rows_of_a_kernel_that_does_not_hold_are_done_by_arrays(kernel, old, new, finding, monkeypatch):
+    source = Path(triton_kernels.__file__).read_text()
+    assert old in source
+    monkeypatch.setattr(triton_kernels, kernel, module_of(source.replace(old, new))[kernel])
+    monkeypatch.setattr(triton_trial, "_findings", {})
+    monkeypatch.setattr(engines, "TRITON_DEVICES", {"cpu"})
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([0, 1, 2])
+    with pytest.warns(SlowEngineWarning, match=f"Triton kernels over rows of logits .* {finding}.*report"):
+        found = token_log_prob(logits=logits, tokens=tokens)
+    torch.testing.assert_close(found.log_prob, logits.log_softmax(-1)[torch.arange(3), tokens])
+    with pytest.raises(UntraceableError, match=finding):
+        token_log_prob(logits=logits, tokens=tokens, engine="compiled")
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_right_kernels_hold(dtype):
+    assert triton_trial._compared(torch.device("cpu"), dtype) is None  # noqa: SLF001 -- what it finds is the test
