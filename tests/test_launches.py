@@ -1,0 +1,119 @@
+"""What a GPU would be given to do: launches, waits for the host, registers and spills, without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels for GPUs need the extra `triton`")
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+DTYPES = (torch.float32, torch.float64)
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The benchmarks' modules, which are scripts beside each other."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import device  # noqa: PLC0415
+    import launches  # noqa: PLC0415
+
+    yield launches, device
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def rows(modules):
+    """What the command prints of functions of log-probs, with fewer tokens: no count depends on how many there are."""
+    launches, _ = modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "TOKENS", 2 * launches.WIDTH)
+        found = launches.functions(per_token=True)
+    return {row["function"]: row for row in json.loads(json.dumps(found))}
+
+
+def test_functions_of_log_probs_meet_their_limits(rows):
+    limited = {name: row for name, row in rows.items() if row["limit"]}
+    assert {"policy_loss", "policy_loss of GSPO", "policy_loss of a mode with everything"} <= limited.keys()
+    for name, row in limited.items():
+        assert row["operations"]["forward"]["triton tokens"] == 1, name
+        assert 0 < row["launches"]["forward"] + row["launches"]["backward"] <= row["limit"]["launches"], name
+
+
+def test_functions_of_log_probs_never_wait(rows):
+    """The array expression neither, which runs where there is no Triton."""
+    assert rows["policy_loss, engine='arrays'"]["launches"]["forward"] > 100
+    assert {name: row["of_waits"] for name, row in rows.items() if row["of_waits"]} == {}
+
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "a condition": lambda x: bool((x > 0.0).any()),
+    "nonzero": lambda x: x.nonzero(),
+    "an index of truth values": lambda x: x[x > 0.0],
+    "an assignment to some": lambda x: x.__setitem__(x > 0.0, x.new_zeros(())),
+    "to the host": lambda x: x.to("cpu"),
+    "tolist": lambda x: x.tolist(),
+    "from the host": lambda x: torch.tensor([1.0], device=x.device),
+}
+
+
+@pytest.mark.parametrize("waiting", WAITING.values(), ids=WAITING)
+def test_a_wait_is_seen(waiting, modules):
+    _, device = modules
+    x = torch.ones(3)
+    with device.Recording(execute=True).entered() as recording:
+        waiting(x)
+    assert recording.waits.total() > 0
+
+
+def test_views_and_allocations_are_no_launches(modules):
+    _, device = modules
+    x = torch.ones(3, 4, requires_grad=True)
+    with device.Recording(execute=True).entered() as recording:
+        assert x.device.type == "cuda"
+        y = x.T[1:].reshape(3, 3).detach().expand(2, 3, 3)
+        torch.empty(3, device=x.device).new_empty(4)
+        y[:, 3:].zero_()
+    assert not recording.launches
+    with recording.entered():
+        # in a backward pass too
+        torch.autograd.grad(x.exp().sum(), x)
+    assert recording.launches["exp"] == recording.launches["sum"] == recording.launches["mul"] == 1
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Kernels with every operation that a recording may have, compiled in a process without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, str(ROOT / "tests" / "compiled_operations.py")]
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)  # noqa: S603 -- ours
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_operation_compiles_for_every_architecture(dtype, compiled):
+    found = {(row["kernel"], row["architecture"]) for row in compiled[str(dtype)] if row["registers"] > 0}
+    assert found == {(kernel, architecture) for kernel in ("tokens", "finish") for architecture in ARCHITECTURES}
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(
+            torch.float64,
+            marks=pytest.mark.xfail(reason="ptxas spills two registers rather than use more than 64; not with maxnreg=255"),
+        ),
+    ],
+    ids=str,
+)
+def test_no_register_is_spilt(dtype, compiled):
+    assert {(row["kernel"], row["architecture"]): row["spills"] for row in compiled[str(dtype)] if row["spills"]} == {}
