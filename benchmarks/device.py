@@ -104,6 +104,7 @@ class Recording:
         yield mock.patch.object(jit.JITFunction, "run", start)
         # else backward passes, too, would run where the mode has been left
         yield mock.patch.object(torch.autograd, "has_torch_function", return_value=False)
+        yield mock.patch.object(torch.cuda, "get_device_name", return_value="no GPU")
         yield mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
 
 

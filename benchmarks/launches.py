@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
@@ -356,7 +356,8 @@ def _all() -> dict[str, Any]:
 # --- tables ---
 
 
-def _functions_shown(rows: list[dict[str, Any]]) -> str:
+def table_of_functions(rows: Iterable[dict[str, Any]]) -> str:
+    """A line a function."""
     head = ("function", "forward", "reduction", "backward", "limit", "waits")
     lines = [
         (
@@ -370,15 +371,17 @@ def _functions_shown(rows: list[dict[str, Any]]) -> str:
     return _table("Kernel launches, and waits for the host (limit 0)", head, lines)
 
 
-def _kernels_shown(rows: list[dict[str, Any]]) -> str:
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+def table_of_kernels(rows: list[dict[str, Any]]) -> str:
+    """A line a kernel, with what is spilt beside the registers."""
+    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows:
         spilt = f" ({row['spills']} B spilt)" if row["spills"] else ""
-        key = row["of"], row["dtype"], row["kernel"]
-        cells.setdefault(key, {})[row["architecture"]] = f"{row['registers']}{spilt}"
-    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
-    lines = [(*key, *(found.get(each, "–") for each in architectures)) for key, found in cells.items()]
-    return _table("Registers a thread (limit 0 B spilt)", ("objective", "dtype", "kernel", *architectures), lines)
+        of_kernel = cells.setdefault((row["of"], row["kernel"]), {})
+        of_kernel.setdefault(row["dtype"], []).append(f"{row['registers']}{spilt}")
+    dtypes, architectures = (list(dict.fromkeys(row[key] for row in rows)) for key in ("dtype", "architecture"))
+    lines = [(*key, *(", ".join(found.get(dtype, ["–"])) for dtype in dtypes)) for key, found in cells.items()]
+    title = f"Registers a thread on {', '.join(architectures)} (limit 0 B spilt)"
+    return _table(title, ("objective", "kernel", *dtypes), lines)
 
 
 def _table(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -387,7 +390,7 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> st
     return "\n".join([f"**{title}**", "", *(f"| {' | '.join(map(str, line))} |" for line in lines)])
 
 
-_SHOWN = {"functions": _functions_shown, "kernels": _kernels_shown}
+_SHOWN = {"functions": table_of_functions, "kernels": table_of_kernels}
 
 
 if __name__ == "__main__":

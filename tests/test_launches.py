@@ -42,7 +42,7 @@ def test_functions_of_log_probs_meet_their_limits(rows):
     limited = {name: row for name, row in rows.items() if row["limit"]}
     assert {"policy_loss", "policy_loss of GSPO", "policy_loss of a mode with everything"} <= limited.keys()
     for name, row in limited.items():
-        assert row["operations"]["forward"]["triton tokens"] == 1, name
+        assert row["operations"]["forward"].get("triton tokens") == 1, name
         assert 0 < row["launches"]["forward"] + row["launches"]["backward"] <= row["limit"]["launches"], name
 
 
@@ -50,6 +50,14 @@ def test_functions_of_log_probs_never_wait(rows):
     """The array expression neither, which runs where there is no Triton."""
     assert rows["policy_loss, engine='arrays'"]["launches"]["forward"] > 100
     assert {name: row["of_waits"] for name, row in rows.items() if row["of_waits"]} == {}
+
+
+def test_the_page_shows_these_counts(rows, modules):
+    launches, _ = modules
+    page = (ROOT / "docs" / "explanation" / "gpu.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in launches.table_of_functions(rows.values()).splitlines() if line.startswith("|")]
+    assert len(shown) > 6
+    assert [line for line in shown if line not in page] == []
 
 
 WAITING = {
