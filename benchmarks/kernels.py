@@ -45,7 +45,8 @@ def compiled(recordings: Iterable[Recording], architectures: Iterable[int] = ARC
     launches: dict[Any, Any] = {}
     for recording in recordings:
         for kernel, arguments, options in recording.kernels:
-            launches.setdefault(kernel.cache_key, (kernel, arguments, options))
+            _, specialization, *_ = _bound(kernel, arguments, options, architecture=ARCHITECTURES[0])
+            launches.setdefault((kernel.cache_key, str(specialization), str(options)), (kernel, arguments, options))
     found, names = [], Counter[str]()
     for kernel, arguments, options in launches.values():
         names[kernel.__name__] += 1
@@ -54,19 +55,22 @@ def compiled(recordings: Iterable[Recording], architectures: Iterable[int] = ARC
     return found
 
 
-def _compiled(name: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], architecture: int) -> Compiled:
-    target = GPUTarget("cuda", architecture, WARP)
-    backend = make_backend(target)
+def _bound(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], architecture: int) -> tuple[Any, ...]:
+    """What a launch finds out of its arguments: their values by name, types with what is special to them, and the rest."""
+    backend = make_backend(GPUTarget("cuda", architecture, WARP))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"debug": False} | options
-    bound, specialization, rest = bind(*arguments, **options)
+    return (*bind(*arguments, **{"debug": False} | options), backend)
+
+
+def _compiled(name: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], architecture: int) -> Compiled:
+    bound, specialization, rest, backend = _bound(kernel, arguments, options, architecture)
     pack = kernel._pack_args  # noqa: SLF001 -- what a launch calls
-    parsed, signature, constants, attributes = pack(backend, options, bound, specialization, rest)
+    parsed, signature, constants, attributes = pack(backend, {"debug": False} | options, bound, specialization, rest)
     source, said = ASTSource(kernel, signature, constants, attributes), io.StringIO()
     with TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope(), redirect_stdout(said):
         # an empty cache, because what was compiled before says nothing
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
-        compile_source(source, target=target, options=parsed.__dict__)
+        compile_source(source, target=GPUTarget("cuda", architecture, WARP), options=parsed.__dict__)
     return Compiled(name, f"sm_{architecture}", *_of_log(said.getvalue()))
 
 

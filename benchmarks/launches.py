@@ -1,7 +1,7 @@
-"""What a GPU is given to do, counted where there is none: ``python benchmarks/launches.py [--json] [--all]``.
+"""What a GPU is given to do, counted where there is none: ``python benchmarks/launches.py [--json] [--all] [--page PAGE]``.
 
-1. Function → kernel launches and waits for the host, forward and backward, of 2,048 tokens, after a first call (in which
-   kernels are tried). `device.py` says what is counted, and how CPU tensors come to take the path of a GPU's.
+1. Function → kernel launches and waits for the host, forward and backward, of 2,048 tokens, after a first call; kernels
+   count as tried. `device.py` says what is counted, and how CPU tensors come to take the path of a GPU's.
 2. Kernel × architecture → registers a thread and bytes spilt, from Triton's own compilation to machine code (`kernels.py`).
 
 Nothing is timed. Each part has a process of its own: in the first Triton's kernels are run by its interpreter, in the second
@@ -23,6 +23,7 @@ import sys
 import warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 TOKENS, WIDTH = 2048, 128
 """Of all sequences, and of each."""
 VOCABULARY, SCALE = 1187, 128
+MEMORY = 80 << 30
+"""Bytes of the GPU, of which budgets are a share."""
 HIDDEN = 16
 CHUNK = 256
 """Tokens of a chunk of the head, by default."""
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--all", action="store_true", help="the kernels of every objective and named mode")
     parser.add_argument("--part", choices=("functions", "kernels"), help="only one of the two")
+    parser.add_argument("--page", type=Path, help="put the tables into this page, in the place of those with the same columns")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     parts = (arguments.part,) if arguments.part else ("functions", "kernels")
@@ -84,6 +88,9 @@ def main() -> None:
         print(json.dumps(functions() if part == "functions" else _kernels(every=arguments.all)))
         return
     found = {part: _of_process(part, ["--all"] * arguments.all) for part in parts}
+    if arguments.page:
+        for part, rows in found.items():
+            _replace_table(arguments.page, _SHOWN[part](rows))
     if arguments.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
@@ -101,18 +108,21 @@ def _of_process(part: str, options: list[str]) -> Any:
 # --- launches and waits ---
 
 
-def functions(*, per_token: bool = False) -> list[dict[str, Any]]:
-    """A row a function; `per_token`: only of those that take log-probs."""
+def functions() -> list[dict[str, Any]]:
+    """A row a function."""
     from device import Recording  # noqa: PLC0415 -- torch takes a second
 
     rows = []
-    with _scaled(), warnings.catch_warnings():
+    with _scaled(), _tried(), warnings.catch_warnings():
         # what the interpreter's NumPy says of IEEE arithmetic
         warnings.simplefilter("ignore", RuntimeWarning)
-        for case in (*of_tokens(), *(() if per_token else of_vocabulary())):
-            _recorded(case, Recording(execute=True))
-            # what is given log-probs launches the same whatever its kernels find
-            rows.append(_row(case, *_recorded(case, Recording(execute=not case.per_token))))
+        for case in (*of_tokens(), *of_vocabulary()):
+            _recorded(case, Recording(execute=False))
+            recordings = _recorded(case, Recording(execute=False))
+            # where the host learns no value, none decides what is launched
+            if any(recording.waits for recording in recordings):
+                recordings = _recorded(case, Recording(execute=True))
+            rows.append(_row(case, *recordings))
     return rows
 
 
@@ -177,10 +187,28 @@ def _scaled() -> Iterator[None]:
     """Budgets and blocks that are of the vocabulary's size, divided as the vocabulary is."""
     from drpo_torch.vocabulary import head, softmax  # noqa: PLC0415
 
-    with ExitStack() as stack:
-        for module, name in ((softmax, "_DEVICE_BYTES"), (head, "_WEIGHT_ROWS")):
-            if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, getattr(module, name) // SCALE))
+    budget = int(MEMORY * softmax._DEVICE_SHARE) // SCALE  # noqa: SLF001
+    with (
+        mock.patch.object(softmax, "_device_bytes", return_value=budget),
+        mock.patch.object(head, "_WEIGHT_ROWS", head._WEIGHT_ROWS // SCALE),  # noqa: SLF001
+    ):
+        yield
+
+
+@contextmanager
+def _tried() -> Iterator[None]:
+    """Kernels count as tried: they are not run here, and have no results to compare."""
+    from drpo_core.engines import recording  # noqa: PLC0415
+    from drpo_torch.engines import trial  # noqa: PLC0415
+    from drpo_torch.vocabulary import triton_trial  # noqa: PLC0415
+
+    with (
+        mock.patch.object(trial, "_finding", return_value=None),
+        mock.patch.object(triton_trial, "_compared", return_value=None),
+        mock.patch.dict(triton_trial._findings),  # noqa: SLF001
+        # what is found here must not be believed afterwards
+        mock.patch.object(recording, "_programs", {}),
+    ):
         yield
 
 
@@ -298,29 +326,73 @@ def with_everything() -> Any:
 # --- registers and spills ---
 
 
-def kernels_of(objectives: dict[str, Any], dtypes: tuple[str, ...] = DTYPES) -> Iterator[dict[str, Any]]:
-    """A row a kernel, architecture and dtype of the tensors."""
-    import torch  # noqa: PLC0415
-    from drpo_torch import policy_loss  # noqa: PLC0415
-    from drpo_torch.engines import trial  # noqa: PLC0415
-
+def kernels_of(calls: dict[str, Callable[[str], object]], dtypes: tuple[str, ...] = DTYPES) -> Iterator[dict[str, Any]]:
+    """A row a kernel, architecture and dtype of the tensors that a call makes."""
     from device import Recording  # noqa: PLC0415
     from kernels import compiled  # noqa: PLC0415
 
-    # there is no result to compare
-    with mock.patch.object(trial, "_finding", return_value=None), warnings.catch_warnings():
+    with _scaled(), _tried(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for dtype in dtypes:
-            found = tokens(getattr(torch, dtype))
-            for name, objective in objectives.items():
+        for name, call in calls.items():
+            for dtype in dtypes:
                 with Recording(execute=False).entered() as recording:
-                    policy_loss(objective, **arguments_for(objective, found))
+                    call(dtype)
+                if name in ROWS:
+                    recording.kernels = [launch for launch in recording.kernels if launch[0].__name__ not in OF_TOKENS_ALONE]
                 for kernel in compiled([recording]):
                     yield {"of": name, "dtype": dtype, **kernel._asdict()}
 
 
 def _kernels(*, every: bool) -> list[dict[str, Any]]:
-    return list(kernels_of(_all() if every else _some()))
+    objectives = _all() if every else _some()
+    return list(kernels_of({name: partial(_loss_of, objective) for name, objective in objectives.items()} | ROWS))
+
+
+def _loss_of(objective: Any, dtype: str) -> object:
+    import torch  # noqa: PLC0415
+    from drpo_torch import policy_loss  # noqa: PLC0415
+
+    return policy_loss(objective, **arguments_for(objective, tokens(getattr(torch, dtype))))
+
+
+def _rows_of_logits(dtype: str, **options: Any) -> object:
+    import torch  # noqa: PLC0415
+    from drpo_core import DRPO  # noqa: PLC0415
+    from drpo_torch import logits_policy_loss  # noqa: PLC0415
+
+    logits = torch.randn((TOKENS, VOCABULARY)).to(getattr(torch, dtype)).requires_grad_()
+    return logits_policy_loss(DRPO(delta=0.15), logits=logits, **_beside(), **options).loss
+
+
+def _rows_of_a_head(dtype: str) -> object:
+    """With all that may come between the head's output and the policy's logits."""
+    import torch  # noqa: PLC0415
+    from drpo_core import DRPO  # noqa: PLC0415
+    from drpo_torch import Support, linear_policy_loss  # noqa: PLC0415
+
+    hidden, weight = (torch.randn((n, HIDDEN)).to(getattr(torch, dtype)).requires_grad_() for n in (TOKENS, VOCABULARY))
+    support = Support(bits=torch.full((TOKENS, -(-VOCABULARY // 32)), -1, dtype=torch.int32))
+    step = {"temperature": torch.full((TOKENS,), 0.7), "logit_softcap": 30.0, "support": support}
+    head = {"hidden": hidden, "weight": weight, "entropy_coefficient": 0.01}
+    return linear_policy_loss(DRPO(delta=0.15), **head, **_beside(), **step).loss
+
+
+def _beside() -> dict[str, torch.Tensor]:
+    """The arguments of `TOKENS` tokens that go with logits."""
+    import torch  # noqa: PLC0415
+
+    found = {name: tensor.flatten() for name, tensor in tokens().items()}
+    names = ("behavior_log_prob", "advantages", "mask")
+    return {"tokens": torch.zeros(TOKENS, dtype=torch.int64)} | {name: found[name] for name in names}
+
+
+ROWS: dict[str, Callable[[str], object]] = {
+    "rows of logits": _rows_of_logits,
+    "the same, entropy": partial(_rows_of_logits, entropy_coefficient=0.01),
+    "the same, soft-capped, tempered, in a support": _rows_of_a_head,
+}
+OF_TOKENS_ALONE = ("tokens", "finish")
+"""Kernels that are in other rows of the table."""
 
 
 def _some() -> dict[str, Any]:
@@ -340,8 +412,6 @@ def _some() -> dict[str, Any]:
 
 def _all() -> dict[str, Any]:
     """Every objective at its last typical threshold, and every named mode once."""
-    from pathlib import Path  # noqa: PLC0415
-
     from drpo_core.objectives import OBJECTIVES, label  # noqa: PLC0415
 
     # the table of named modes is the documentation's
@@ -382,6 +452,15 @@ def table_of_kernels(rows: list[dict[str, Any]]) -> str:
     lines = [(*key, *(", ".join(found.get(dtype, ["–"])) for dtype in dtypes)) for key, found in cells.items()]
     title = f"Registers a thread on {', '.join(architectures)} (limit 0 B spilt)"
     return _table(title, ("objective", "kernel", *dtypes), lines)
+
+
+def _replace_table(page: Path, shown: str) -> None:
+    head, *rows = (line for line in shown.splitlines() if line.startswith("|"))
+    lines = page.read_text(encoding="utf-8").splitlines()
+    first = last = lines.index(head)
+    while lines[last].startswith("|"):
+        last += 1
+    page.write_text("\n".join([*lines[:first], head, *rows, *lines[last:]]) + "\n", encoding="utf-8")
 
 
 def _table(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -30,23 +30,20 @@ def modules():
 
 @pytest.fixture(scope="module")
 def rows(modules):
-    """What the command prints of functions of log-probs, with fewer tokens: no count depends on how many there are."""
+    """What the command prints of functions."""
     launches, _ = modules
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "TOKENS", 2 * launches.WIDTH)
-        found = launches.functions(per_token=True)
-    return {row["function"]: row for row in json.loads(json.dumps(found))}
+    return {row["function"]: row for row in json.loads(json.dumps(launches.functions()))}
 
 
 def test_functions_of_log_probs_meet_their_limits(rows):
-    limited = {name: row for name, row in rows.items() if row["limit"]}
+    limited = {name: row for name, row in rows.items() if row["limit"] and row["per_token"]}
     assert {"policy_loss", "policy_loss of GSPO", "policy_loss of a mode with everything"} <= limited.keys()
     for name, row in limited.items():
         assert row["operations"]["forward"].get("triton tokens") == 1, name
         assert 0 < row["launches"]["forward"] + row["launches"]["backward"] <= row["limit"]["launches"], name
 
 
-def test_functions_of_log_probs_never_wait(rows):
+def test_nothing_waits(rows):
     """The array expression neither, which runs where there is no Triton."""
     assert rows["policy_loss, engine='arrays'"]["launches"]["forward"] > 100
     assert {name: row["of_waits"] for name, row in rows.items() if row["of_waits"]} == {}
