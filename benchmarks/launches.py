@@ -326,8 +326,10 @@ def with_everything() -> Any:
 # --- registers and spills ---
 
 
-def kernels_of(calls: dict[str, Callable[[str], object]], dtypes: tuple[str, ...] = DTYPES) -> Iterator[dict[str, Any]]:
-    """A row a kernel, architecture and dtype of the tensors that a call makes."""
+def kernels_of(
+    calls: dict[str, Callable[[str], object]], dtypes: tuple[str, ...] = DTYPES, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """A row a kernel, architecture and dtype of the tensors that a call makes; `options` are those of `kernels.compiled`."""
     from device import Recording  # noqa: PLC0415
     from kernels import compiled  # noqa: PLC0415
 
@@ -339,7 +341,7 @@ def kernels_of(calls: dict[str, Callable[[str], object]], dtypes: tuple[str, ...
                     call(dtype)
                 if name in ROWS:
                     recording.kernels = [launch for launch in recording.kernels if launch[0].__name__ not in OF_TOKENS_ALONE]
-                for kernel in compiled([recording]):
+                for kernel in compiled([recording], **options):
                     yield {"of": name, "dtype": dtype, **kernel._asdict()}
 
 

@@ -1,4 +1,4 @@
-"""A pass in which every operation of a recording comes at every place it can: registers and spills of its kernels, as JSON.
+"""Registers and spills, as JSON, of kernels with every operation of a recording at every place, and of those over rows.
 
 ``python tests/compiled_operations.py``, without TRITON_INTERPRET: Triton has to compile. Run by tests/test_launches.py.
 """
@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from device import Recording
 from kernels import compiled
-from launches import tokens
+from launches import ROWS, kernels_of, tokens
 
+DTYPES = ("float32", "float64")
 NAMES = ("log_prob", "behavior_log_prob", "advantages", "mask", "coefficients")
 TEMPLATES = trace._TEMPLATES  # noqa: SLF001 -- so that an operation that is added is in here
 
@@ -55,6 +56,14 @@ def launched(dtype):
     return recording
 
 
+def rows_of_logits(dtype):
+    """The kernels over rows, with all that they may do; in float64 for one architecture, to save seconds."""
+    name = list(ROWS)[-1]
+    options = {"architectures": (90,)} if dtype == "float64" else {}
+    return list(kernels_of({name: ROWS[name]}, (dtype,), **options))
+
+
 if __name__ == "__main__":
-    rows = {str(dtype): compiled([launched(dtype)]) for dtype in (torch.float32, torch.float64)}
-    print(json.dumps({dtype: [kernel._asdict() for kernel in found] for dtype, found in rows.items()}))  # noqa: T201
+    of_rows = {name: rows_of_logits(name) for name in DTYPES}
+    of_tokens = {name: [kernel._asdict() for kernel in compiled([launched(getattr(torch, name))])] for name in DTYPES}
+    print(json.dumps({name: of_tokens[name] + of_rows[name] for name in DTYPES}))  # noqa: T201

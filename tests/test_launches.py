@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("triton", reason="kernels for GPUs need the extra `triton`")
 import torch
 
 ROOT = Path(__file__).parents[1]
-DTYPES = (torch.float32, torch.float64)
+DTYPES = ("float32", "float64")
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 
 
@@ -95,7 +96,7 @@ def test_views_and_allocations_are_no_launches(modules):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Kernels with every operation that a recording may have, compiled in a process without Triton's interpreter."""
+    """Kernels with every operation that there may be, compiled in a process without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, str(ROOT / "tests" / "compiled_operations.py")]
@@ -103,22 +104,21 @@ def compiled():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_operation_compiles_for_every_architecture(dtype, compiled):
-    found = {(row["kernel"], row["architecture"]) for row in compiled[str(dtype)] if row["registers"] > 0}
-    assert found == {(kernel, architecture) for kernel in ("tokens", "finish") for architecture in ARCHITECTURES}
+    found = {(row["kernel"], row["architecture"]) for row in compiled[dtype] if row["registers"] > 0}
+    of_rows = ARCHITECTURES if dtype == "float32" else {"sm_90"}
+    assert found == {*product(("tokens", "finish"), ARCHITECTURES), *product(("statistics", "gradients"), of_rows)}
 
 
 @pytest.mark.parametrize(
     "dtype",
     [
-        torch.float32,
+        "float32",
         pytest.param(
-            torch.float64,
-            marks=pytest.mark.xfail(reason="ptxas spills two registers rather than use more than 64; not with maxnreg=255"),
+            "float64", marks=pytest.mark.xfail(reason="ptxas spills a few rather than use more than 64; not with maxnreg=255")
         ),
     ],
-    ids=str,
 )
 def test_no_register_is_spilt(dtype, compiled):
-    assert {(row["kernel"], row["architecture"]): row["spills"] for row in compiled[str(dtype)] if row["spills"]} == {}
+    assert {(row["kernel"], row["architecture"]): row["spills"] for row in compiled[dtype] if row["spills"]} == {}
