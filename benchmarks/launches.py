@@ -413,14 +413,14 @@ def _some() -> dict[str, Any]:
 
 
 def _all() -> dict[str, Any]:
-    """Every objective at its last typical threshold, and every named mode once."""
+    """Every objective at its first typical threshold, and every named mode once."""
     from drpo_core.objectives import OBJECTIVES, label  # noqa: PLC0415
 
     # the table of named modes is the documentation's
     sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "_ext"))
     from named_modes import rows  # noqa: PLC0415
 
-    objectives = [family.make(family.typical[-1] if family.typical else None) for family in OBJECTIVES]
+    objectives = [family.make(family.typical[0] if family.typical else None) for family in OBJECTIVES]
     named = {row.mode: row.call for row in reversed([*rows()])}
     return {label(objective): objective for objective in objectives} | {call: mode for mode, call in named.items()}
 
