@@ -500,13 +500,13 @@ def compiled_mode(
     coefficients_of: Callable[[Array], Array],
     *arrays: Array | None,
     compiled: Callable[..., PolicyLoss] | None = None,
-    one: Array | None = None,
+    one: Callable[[], Array] = lambda: np.ones((), np.float32),
     **options: Any,
 ) -> PolicyLoss | None:
     """`mode_pass` as a compiled loop; None where the mode can't be compiled as a whole.
 
     `coefficients_of`: those of the reduction, from the mask of the tokens that it counts. The arrays are those of
-    `mode_pass`, without coefficients. `compiled`: what runs a pass, `compiled_pass` by default; `one`: its 0-d array of a 1.
+    `mode_pass`, without coefficients. `compiled`: what runs a pass, `compiled_pass` by default; `one` makes a 0-d 1 for it.
     """
     before, after = arrays[:4], arrays[4:]
     compiled, counted = compiled or compiled_pass, before[-1]
@@ -515,8 +515,7 @@ def compiled_mode(
         return None
     try:
         if mode.corrections and not mode.count_masked:
-            one = np.ones((), np.float32) if one is None else one
-            found = compiled(mode, *before, one, *after, **options | {"diagnostics": False}, run=counted_pass)
+            found = compiled(mode, *before, one(), *after, **options | {"diagnostics": False}, run=counted_pass)
             counted = found.gradient != 0.0
         return compiled(mode, *before, coefficients_of(counted), *after, **options, run=mode_pass)
     except UntraceableError:

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Functions", "functions", "negated", "wide_vectors"]
+__all__ = ["Functions", "functions", "wide_vectors"]
 
 
 class Functions(NamedTuple):

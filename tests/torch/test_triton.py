@@ -206,7 +206,7 @@ def test_right_kernels_are_tried_once_a_kind_of_tensors(monkeypatch):
 
 def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(recording, "_programs", {})
-    monkeypatch.setattr(trial, "_is_captured", lambda _: True)
+    monkeypatch.setattr(trial, "is_captured", lambda _: True)
     data = batch((2, 5))
     assert_same(evaluated(SUBJECT, data, "auto"), of_the_core(SUBJECT, data))
     with pytest.raises(UntraceableError, match="CUDA graph"):

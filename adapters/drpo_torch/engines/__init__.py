@@ -87,7 +87,10 @@ def run_mode(
     loop = loop_for(engine, *tensors)
     if loop is None:
         return None
-    one = torch.ones((), dtype=dtype, device=tensors[0].device)  # type: ignore[union-attr]
+
+    def one() -> torch.Tensor:
+        return torch.ones((), dtype=dtype, device=tensors[0].device)  # type: ignore[union-attr]
+
     options: dict[str, Any] = {"dtype": dtype, "gradient_dtype": dtype, "diagnostics": diagnostics}
     return compiled_mode(mode, coefficients_of, *tensors, compiled=loop, one=one, **options)
 

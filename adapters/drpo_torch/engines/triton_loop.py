@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from drpo_core.engines.recording import Pass
     from drpo_core.engines.trace import Trace
 
-__all__ = ["Program", "module_of", "program"]
+__all__ = ["REGISTERS", "Program", "module_of", "program"]
 
 BLOCK = 128
 """Tokens of a step: one a thread, so that a program's sums, some twenty, stay in registers."""
@@ -42,6 +42,10 @@ def program(
     """
     number = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
     return program_of(Program, policy_pass, objective, number, diagnostics=diagnostics, names=names)
+
+
+REGISTERS: dict[str, int] = {} if torch.version.hip else {"maxnreg": 255}
+"""As many as there are, where the compiler would otherwise put some into memory to have more programs at a time."""
 
 
 class Grid(NamedTuple):
@@ -104,8 +108,8 @@ class Program:
         sizes = (grid.rows, grid.width, grid.parts, grid.span, grid.items, grid.programs)
         tokens, finish = self._kernels
         of_tokens = bits if dtype == torch.float64 else uniforms
-        tokens[(grid.programs,)](*strided, gradient, grid.width, sums, maxima, *of_tokens, *sizes, BLOCK=BLOCK)
-        finish[(1,)](sums, maxima, results, *bits, grid.programs, BLOCK=MOST_PROGRAMS)
+        tokens[(grid.programs,)](*strided, gradient, grid.width, sums, maxima, *of_tokens, *sizes, BLOCK=BLOCK, **REGISTERS)
+        finish[(1,)](sums, maxima, results, *bits, grid.programs, BLOCK=MOST_PROGRAMS, **REGISTERS)
         loss, *fields = results.unbind()
         left, statistics = iter(fields), self._statistics
         return PolicyLoss(loss, gradient, None if statistics is None else map_diagnostics(lambda _: next(left), statistics))

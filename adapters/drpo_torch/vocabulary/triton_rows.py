@@ -13,6 +13,7 @@ import torch
 import triton
 from torch.autograd.graph import increment_version
 
+from drpo_torch.engines.triton_loop import REGISTERS
 from drpo_torch.vocabulary import triton_kernels
 from drpo_torch.vocabulary.softmax import ArrayRows, Statistics, working_dtype
 
@@ -34,6 +35,8 @@ class TritonRows:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = working_dtype(dtype)
+        # of float32 they take few enough
+        self._registers = REGISTERS if self.dtype == torch.float64 else {}
 
     def statistics(
         self,
@@ -48,7 +51,14 @@ class TritonRows:
         found = torch.empty((4, len(places)), dtype=self.dtype, device=z.device)
         if len(places):
             triton_kernels.statistics[(len(places),)](
-                *_rows(z, places), *self._step(tempering), found, len(places), entropy, BLOCK=_block(z), num_warps=WARPS
+                *_rows(z, places),
+                *self._step(tempering),
+                found,
+                len(places),
+                entropy,
+                BLOCK=_block(z),
+                num_warps=WARPS,
+                **self._registers,
             )
         maximum, log_sum, total, entropies = found.unbind()
         return Statistics(maximum, log_sum, entropies if entropy else None, total)
@@ -86,6 +96,7 @@ class TritonRows:
             BLOCK=_block(z),
             COLUMNS=triton.next_power_of_2(max(1, columns)),
             num_warps=WARPS,
+            **self._registers,
         )
         # autograd must learn of what no operation of torch's has written
         if not out.is_inference():
