@@ -160,9 +160,10 @@ def policy_loss(
     diagnostics
         Whether to compute them, in the same pass over the tokens.
     engine
-        ``"compiled"``: one loop over CPU tensors, which numba (extra `compiled`) compiles for an objective at its first
-        use, in a second or two. ``"arrays"``: torch's operations, on a CPU in chunks that stay in the cache. ``"auto"``:
-        compiled where that is possible. Under `torch.compile` and `torch.func` all are the same array expression.
+        ``"compiled"``: one loop, which is compiled for an objective at its first use, in a second or two: by numba (extra
+        `compiled`) over CPU tensors, by Triton (extra `triton`) over those of a GPU. ``"arrays"``: torch's operations, on a
+        CPU in chunks that stay in the cache. ``"auto"``: compiled where that is possible. Under `torch.compile` and
+        `torch.func` all are the same array expression.
     across
         Where sequences are divided over ranks: see `drpo_torch.distributed.across`.
 
@@ -180,9 +181,10 @@ def policy_loss(
     ValueError
         If the shapes differ, a number is out of its range, or the engine is unknown or does not work on this device.
     ImportError
-        If ``engine="compiled"`` finds no numba.
+        If ``engine="compiled"`` finds no numba, or on a GPU no Triton.
     UntraceableError
-        If ``engine="compiled"`` can't compile what the objective does; the other engines run any.
+        If ``engine="compiled"`` can't compile what the objective does, or what was compiled for a GPU gives other numbers
+        there; the other engines run any.
     RuntimeError
         On a second derivative or forward-mode differentiation, which are not implemented.
 

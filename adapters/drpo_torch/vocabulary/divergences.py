@@ -74,8 +74,8 @@ def full_divergences(
         See `drpo_torch.token_log_prob`; both policies' logits are divided.
     engine
         Of the forward pass. ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds,
-        once a process; on the CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they
-        exist, otherwise torch's operations.
+        once a process; on the CPU, for rows that are contiguous, and not for float16. On a GPU, Triton's kernels find the
+        normalisers. ``"auto"``: the loops where they exist, otherwise torch's operations.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def full_divergences(
         If the shapes differ, a number is out of its range, an id of the support is outside the vocabulary (on the CPU), the
         engine is unknown, or ``engine="compiled"`` can't take these tensors.
     ImportError
-        If ``engine="compiled"`` finds no numba.
+        If ``engine="compiled"`` finds no numba, or on a GPU no Triton.
     RuntimeError
         On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
 

@@ -128,9 +128,9 @@ def linear_policy_loss(
     diagnostics
         Whether to compute them, in the same pass over the tokens.
     engine
-        What takes the softmaxes and their gradient. ``"arrays"``: torch's operations. ``"compiled"``: loops that numba
-        compiles in a few seconds, once a process; on the CPU, and not for float16 products. ``"auto"``: the loops where they
-        exist, otherwise torch's operations.
+        What takes the softmaxes and their gradient. ``"arrays"``: torch's operations. ``"compiled"``: loops that are
+        compiled in a few seconds, once a process: by numba on the CPU, and not for float16 products; by Triton on a GPU.
+        ``"auto"``: the loops where they exist, otherwise torch's operations.
 
     Returns
     -------
@@ -146,7 +146,7 @@ def linear_policy_loss(
         CPU), a `FullDivergence` is asked for in parts of the vocabulary, the engine is unknown, or ``engine="compiled"``
         can't take these tensors.
     ImportError
-        If ``engine="compiled"`` finds no numba.
+        If ``engine="compiled"`` finds no numba, or on a GPU no Triton.
     RuntimeError
         On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
 

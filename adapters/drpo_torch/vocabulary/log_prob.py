@@ -108,9 +108,9 @@ def token_log_prob(
         own columns and the same of everything else, and gets the same results to the bit, and the gradient of its columns. A
         DTensor that is Shard(-1) on a mesh of one dimension needs no group. See `docs/how-to/tensor-parallelism.md`.
     engine
-        ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds, once a process; on the
-        CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they exist, otherwise torch's
-        operations.
+        ``"arrays"``: torch's operations. ``"compiled"``: loops that are compiled in a few seconds, once a process: by numba
+        on the CPU, for rows that are contiguous, and not for float16; by Triton on a GPU, for any rows. ``"auto"``: the loops
+        where they exist, otherwise torch's operations.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def token_log_prob(
         is out of its range, `top_k` and `top_k_ids` are both given, the engine is unknown, or ``engine="compiled"`` can't take
         these logits.
     ImportError
-        If ``engine="compiled"`` finds no numba.
+        If ``engine="compiled"`` finds no numba, or on a GPU no Triton.
     RuntimeError
         On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
 
@@ -230,7 +230,7 @@ def linear_log_prob(
         If shapes disagree, a number is out of its range, `top_k` and `top_k_ids` are both given, a valid token's id is outside
         the vocabulary or its support (on the CPU), the engine is unknown, or ``engine="compiled"`` can't take these tensors.
     ImportError
-        If ``engine="compiled"`` finds no numba.
+        If ``engine="compiled"`` finds no numba, or on a GPU no Triton.
     RuntimeError
         On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
 

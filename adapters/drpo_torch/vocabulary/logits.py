@@ -106,9 +106,9 @@ def logits_policy_loss(
     diagnostics
         Whether to compute them, in the same pass over the tokens.
     engine
-        ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds, once a process; on the
-        CPU, for rows that are contiguous, and not for float16. ``"auto"``: the loops where they exist, otherwise torch's
-        operations.
+        ``"arrays"``: torch's operations. ``"compiled"``: loops that are compiled in a few seconds, once a process: by numba
+        on the CPU, for rows that are contiguous, and not for float16; by Triton on a GPU, for any rows. ``"auto"``: the loops
+        where they exist, otherwise torch's operations.
 
     Returns
     -------
@@ -123,7 +123,7 @@ def logits_policy_loss(
         If shapes disagree, a number is out of its range, a valid token's id is outside the vocabulary or its support (on the
         CPU), the engine is unknown, or ``engine="compiled"`` can't take these logits.
     ImportError
-        If ``engine="compiled"`` finds no numba.
+        If ``engine="compiled"`` finds no numba, or on a GPU no Triton.
     RuntimeError
         On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
 
