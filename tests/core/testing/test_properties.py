@@ -72,7 +72,7 @@ RATIO_FORMS = [ASYMMETRIC_DRPO, SPO(eps=0.2), DPPO(delta=0.05, divergence="binar
 RATIO_FORMS += [SAPO(tau_positive=1.0, tau_negative=1.05), TOPR()]
 NO_DIVERGENCES = {"divergences": {}}  # they don't depend on the objective: once a backend is enough
 
-AGAIN = {"cost": 2.0}  # half of the cases: the formulas are those that another implementation has all of them for
+AGAIN = {"cost": 4.0}  # a quarter of the cases: the formulas are those that another implementation has all of them for
 AGAIN_WITHOUT = AGAIN | NO_DIVERGENCES
 
 # their arithmetic is float32 wherever dtype is not the question; JAX then runs with x64 off
@@ -165,7 +165,7 @@ def test_torch_inductor(check):
     check()
 
 
-COMPILED_ANEW = {"cost": 4.0}  # for each dtype and shape
+COMPILED_ANEW = {"cost": 6.0}  # for each dtype and shape
 
 ON_JAX = [
     from_core(ASYMMETRIC_DRPO, "jax"),
