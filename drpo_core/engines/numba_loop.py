@@ -128,18 +128,20 @@ class Program:
         parts = -(-n // (rows * width))
         totals = np.zeros((parts, len(self._sums)))
         most = np.full((parts, len(self._maxima)), self._lowest, integer(dtype))
-        known, uniforms = self._known(thresholds)
+        # by their bits: 0 and −0 are equal, and NaN is not
+        known, uniforms = self._known(np.array(thresholds, np.float64).tobytes())
         flat = [array.view(np.uint8) if array.dtype == np.bool_ else array for array in map(arrays.__getitem__, self._inputs)]  # type: ignore[union-attr]
 
         def run(first: int, last: int) -> None:
             self._loop(*flat, uniforms, gradient, share, width, rows, first, last, totals, most)
 
         spread(run, parts, min(threads, max(1, n // TOKENS_PER_THREAD)))
-        values = known | dict(zip(self._sums, totals.sum(axis=0).tolist(), strict=True))
+        values = known | dict(zip(self._sums, totals.sum(axis=0), strict=True))
         if self._maxima:
             largest = flipped(np.max(most, axis=0, initial=self._lowest)).view(dtype)
-            values |= dict(zip(self._maxima, largest.tolist(), strict=True))
-        exec(self._after, values)  # noqa: S102
+            values |= dict(zip(self._maxima, largest, strict=True))
+        with np.errstate(all="ignore"):
+            exec(self._after, values)  # noqa: S102
         number = dtype.type
         loss, statistics = number(values[self._loss]), self._statistics
         return loss, None if statistics is None else map_diagnostics(lambda name: number(values[name]), statistics)
@@ -153,9 +155,9 @@ class Program:
             raise ValueError(msg)
         return max(-(-n // (width * SEGMENTS)), -(-BLOCK // width)), width
 
-    def _prepare(self, thresholds: tuple[float, ...]) -> tuple[dict[str, Any], NDArray[Any]]:
+    def _prepare(self, thresholds: bytes) -> tuple[dict[str, Any], NDArray[Any]]:
         """All values that are known before the tokens, and those that the loop needs."""
-        known = self._trace.on_host(self._before, {f"p{i}": value for i, value in enumerate(thresholds)})
+        known = self._trace.on_host(self._before, {f"p{i}": value for i, value in enumerate(np.frombuffer(thresholds))})
         return known, np.array([known[name] for name in self._uniforms], self._dtype)
 
 

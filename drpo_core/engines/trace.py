@@ -66,7 +66,7 @@ _EXTREMA = {"maximum": "select({0} < {1}, {1}, {0})", "minimum": "select({0} > {
 _TEMPLATES = _FLOAT_TEMPLATES | _BOOL_TEMPLATES | {"where": "select({}, {}, {})"}
 ROW_REDUCTIONS = ("row_sum", "row_max")
 _ON_HOST: dict[str, Any] = {
-    **{name: getattr(math, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "tanh")},
+    **{name: getattr(np, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "tanh")},
     "abs": abs,
     "negated": operator.not_,
     "zero": 0.0,
@@ -74,7 +74,7 @@ _ON_HOST: dict[str, Any] = {
     "infinity": math.inf,
     "select": lambda condition, x, y: x if condition else y,
 }
-"""What the templates' names are for Python floats."""
+"""What the templates' names are for NumPy's scalars, whose arithmetic is IEEE's: Python's raises on 1/0."""
 
 
 class UntraceableError(NotImplementedError):
@@ -408,9 +408,10 @@ class Trace:
         return _source(symbol for symbol in self._symbols.values() if symbol.name in needed)
 
     def on_host(self, statements: list[str], given: dict[str, Any]) -> dict[str, Any]:
-        """All values by name, after statements on Python floats; `given` has those that they start from."""
-        values = _ON_HOST | self.constants | given
-        exec("\n".join(statements), values)  # noqa: S102
+        """All values by name, after statements on float64; `given` has those that they start from."""
+        values = _ON_HOST | {name: np.float64(value) for name, value in (self.constants | given).items()}
+        with np.errstate(all="ignore"):
+            exec("\n".join(statements), values)  # noqa: S102
         return values
 
     def _is_cleared(self, symbol: Symbol) -> bool:

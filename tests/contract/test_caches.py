@@ -141,7 +141,8 @@ class Returns:
 RUNS = [
     (subject, engine)
     for subject in SUBJECTS
-    if "objective" in parameters_of(subject) and SUBJECTS[subject].call is None
+    # a weight that is the same for all outcomes needs no centring, whose term is 0 then
+    if "objective" in parameters_of(subject) and SUBJECTS[subject].call is None and "score_centering" not in subject
     for engine in axes_of(subject).get("engine", (Engine.AUTO,))
 ]
 IDS = [f"{subject} {engine.value}" for subject, engine in RUNS]

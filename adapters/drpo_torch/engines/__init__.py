@@ -164,6 +164,6 @@ def _as_tensors(result: PolicyLoss, *, dtype: torch.dtype, gradient_dtype: torch
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:
     """A view for NumPy; 16-bit floats, of which it has only one kind, in float32."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_neg()
     array: NDArray[Any] = (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
     return array

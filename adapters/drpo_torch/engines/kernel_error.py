@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import version
 
 import torch
 
@@ -30,7 +31,7 @@ def warn_of(kernel: str, device: torch.device, dtype: torch.dtype, finding: str)
     """Say once what was found, and how to report it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     msg = (
-        f"{kernel} for {dtype} on {name} {finding}; array operations run instead. Please report this line, with torch "
-        f"{torch.__version__} and the version of Triton (DRPO_COMPILED=0 turns all compiled engines off)"
+        f"{kernel} for {dtype} on {name} {finding}; array operations run instead. Please report this line, of torch "
+        f"{torch.__version__} and Triton {version('triton')} (DRPO_COMPILED=0 turns all compiled engines off)"
     )
     warnings.warn(msg, SlowEngineWarning, stacklevel=2)

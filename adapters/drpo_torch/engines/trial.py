@@ -6,12 +6,14 @@ run. It is the only time that a loss waits for the device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from drpo_core.engines.recording import ARRAYS
 from drpo_core.engines.trace import floats_of
+from drpo_core.modes import Mode
+from drpo_core.objectives import label
 from drpo_torch.engines import triton_loop
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.engines.kernel_error import NOT_TRIED, KernelError, is_captured, warn_of
@@ -52,11 +54,19 @@ def checked(
             raise KernelError(NOT_TRIED)
         program.trials[kind] = _finding(program, policy_pass, objective, given, dtype, gradient_dtype, diagnostics=diagnostics)
         if program.trials[kind] is not None:
-            warn_of(f"the Triton kernel of {objective!r}", like.device, like.dtype, str(program.trials[kind]))
+            warn_of(f"the Triton kernel of {_name(objective)}", like.device, like.dtype, str(program.trials[kind]))
     finding = program.trials[kind]
     if finding is not None:
         raise KernelError(finding)
-    return program.run(given, thresholds, dtype, gradient_dtype)
+    try:
+        return program.run(given, thresholds, dtype, gradient_dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # other sizes and strides are compiled for themselves
+        program.trials[kind] = finding = _failure(error)
+        warn_of(f"the Triton kernel of {_name(objective)}", like.device, like.dtype, finding)
+        raise KernelError(finding) from error
 
 
 def _finding(
@@ -70,19 +80,27 @@ def _finding(
     diagnostics: bool,
 ) -> str | None:
     """What is wrong with the kernels on a small batch of the same dtypes; None if nothing is."""
-    batch = {name: _sample(name, tensor) for name, tensor in given.items()}
-    arguments = [batch.get(name) for name in ARRAYS]
-    while arguments[-1] is None:
-        arguments.pop()
     try:
+        batch = {name: _sample(name, tensor) for name, tensor in given.items()}
+        arguments = [batch.get(name) for name in ARRAYS]
+        while arguments[-1] is None:
+            arguments.pop()
         found = program.run(batch, tuple(floats_of(objective)), dtype, gradient_dtype)
         wanted = policy_pass(objective, *arguments, dtype=dtype, diagnostics=diagnostics, xp=namespace())
         ours, theirs = _arrays(found), _arrays(wanted)
         dtypes = dict.fromkeys(theirs, dtype) | {"gradient": gradient_dtype}
         wrong = [name for name, array in theirs.items() if not agree(ours[name], array, dtypes[name])]
     except Exception as error:  # noqa: BLE001 -- a compiler may raise anything
-        return f"fails with {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        return _failure(error)
     return f"gives another {', '.join(wrong)} than the array expression" if wrong else None
+
+
+def _failure(error: Exception) -> str:
+    return f"fails with {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def _name(objective: Objective) -> str:
+    return repr(objective) if isinstance(objective, Mode) else label(objective)
 
 
 def _arrays(result: PolicyLoss) -> dict[str, torch.Tensor]:
@@ -94,16 +112,17 @@ def _arrays(result: PolicyLoss) -> dict[str, torch.Tensor]:
 
 def _sample(name: str, like: torch.Tensor) -> torch.Tensor:
     """Values that the argument may have: tokens of all probabilities, on and off policy, some masked and NaN there."""
-    generator = torch.Generator().manual_seed(0)
-    uniform, normal = torch.rand(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
-    valid, steps = uniform > 0.2, torch.randn(SHAPE, generator=generator)
+    # whatever the default device is
+    made: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    uniform, normal, steps = torch.rand(SHAPE, **made), torch.randn(SHAPE, **made), torch.randn(SHAPE, **made)
+    valid = uniform > 0.2
     valid[-1, : SHAPE[1] // 2] = False
     if name == "mask":
         values = valid
     elif name == "advantages":
         values = torch.where(normal.abs() < 0.1, 0.0, normal)
     elif name == "coefficients":
-        values = torch.rand((SHAPE[0], 1), generator=generator)
+        values = torch.rand((SHAPE[0], 1), **made)
     elif name == "divergence":
         values = 0.3 * uniform
     else:

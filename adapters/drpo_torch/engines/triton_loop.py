@@ -98,25 +98,33 @@ class Program:
     ) -> PolicyLoss:
         """A pass over checked, detached tensors; the coefficients broadcast to the shape of the others."""
         made, like = self._made, given["log_prob"]
-        grid, matrices = _laid_out([given[name] for name in made.inputs], like.shape, whole_rows=made.rows)
         gradient = torch.empty(like.shape, dtype=gradient_dtype, device=like.device)
+        # of no token there is no program, and of no program each sum is 0
+        grid, matrices = Grid(0, 0, BLOCK), list[torch.Tensor]()
+        if like.numel():
+            tensors = [given[name].resolve_neg() for name in made.inputs]
+            grid, matrices = _laid_out(tensors, like.shape, whole_rows=made.rows)
         sums = torch.empty((made.sums, grid.programs), dtype=torch.float64, device=like.device)
         maxima = torch.empty((made.maxima, grid.programs), dtype=_integer(dtype), device=like.device)
         results = torch.empty(self._outputs, dtype=dtype, device=like.device)
-        uniforms, bits = self._known(thresholds)
+        uniforms, bits = self._known(np.array(thresholds, np.float64).tobytes())
         strided = [each for matrix in matrices for each in (matrix, *matrix.stride())]
         sizes = (grid.rows, grid.width, grid.parts, grid.span, grid.items, grid.programs)
-        tokens, finish = self._kernels
         of_tokens = bits if dtype == torch.float64 else uniforms
-        tokens[(grid.programs,)](*strided, gradient, grid.width, sums, maxima, *of_tokens, *sizes, BLOCK=BLOCK, **REGISTERS)
-        finish[(1,)](sums, maxima, results, *bits, grid.programs, BLOCK=MOST_PROGRAMS, **REGISTERS)
+        tokens, finish = self._kernels
+        # where the tensors are, whichever device is the current one
+        with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
+            if grid.programs:
+                arrays = (*strided, gradient, grid.width, sums, maxima)
+                tokens[(grid.programs,)](*arrays, *of_tokens, *sizes, BLOCK=BLOCK, **REGISTERS)
+            finish[(1,)](sums, maxima, results, *bits, grid.programs, BLOCK=MOST_PROGRAMS, **REGISTERS)
         loss, *fields = results.unbind()
         left, statistics = iter(fields), self._statistics
         return PolicyLoss(loss, gradient, None if statistics is None else map_diagnostics(lambda _: next(left), statistics))
 
-    def _prepare(self, thresholds: tuple[float, ...]) -> tuple[list[float], list[int]]:
+    def _prepare(self, thresholds: bytes) -> tuple[list[float], list[int]]:
         """The values that the kernels need of those that are known before the tokens, and their bits as float64."""
-        known = self._trace.on_host(self._before, {f"p{i}": value for i, value in enumerate(thresholds)})
+        known = self._trace.on_host(self._before, {f"p{i}": value for i, value in enumerate(np.frombuffer(thresholds))})
         values = np.array([known[name] for name in self._made.uniforms], np.float64)
         return values.tolist(), values.view(np.int64).tolist()
 

@@ -245,10 +245,10 @@ class Places:
     @classmethod
     def where(cls, condition: torch.Tensor, *, at_any_cost: bool = False) -> Places:
         """The rows at which a 1-D condition holds; `at_any_cost`: no others, even if the host has to wait."""
-        if at_any_cost:
-            some = condition.nonzero()[:, 0]
-            return cls(some, some.cpu().numpy())
-        return cls.first(len(condition), condition.device).where_also(condition)[0]
+        if is_waited_for(condition) and not at_any_cost:
+            return cls.first(len(condition), condition.device, condition)
+        some = condition.nonzero()[:, 0]
+        return cls(some, some.cpu().numpy())
 
     def where_also(self, condition: torch.Tensor) -> tuple[Places, torch.Tensor | slice]:
         """Those of the rows at which a condition on them holds, and their numbers among these."""

@@ -18,6 +18,14 @@ tanh = module_of(FUNCTIONS)["tanh"]
 
 
 @triton.jit
+def _exact(value, number: tl.constexpr):
+    """A number in the dtype of the arithmetic; float64 comes as its bits, because a float may arrive as float32."""
+    if number == tl.float64:
+        return tl.cast(value, tl.int64).to(tl.float64, bitcast=True)
+    return tl.cast(value, number)
+
+
+@triton.jit
 def _logits(
     z_at,
     begin,
@@ -73,10 +81,10 @@ def statistics(
     r = tl.program_id(0)
     number = found_at.dtype.element_ty
     begin = tl.load(index_at + r) * row_stride
-    temperature = tl.cast(temperature_of_all, number)
+    temperature = _exact(temperature_of_all, number)
     if PER_ROW:
         temperature = tl.load(temperature_at + r)
-    cap = tl.cast(cap_of_all, number)
+    cap = _exact(cap_of_all, number)
     word_row, whole = words_at, False
     if SUPPORTED:
         word_row = words_at + tl.load(support_rows_at + r) * words_stride
@@ -197,10 +205,10 @@ def gradients(
         moves = moves | (slope != 0.0)
     if moves:
         maximum, log_sum = tl.load(maximum_at + r), tl.load(log_sum_at + r)
-        temperature = tl.cast(temperature_of_all, number)
+        temperature = _exact(temperature_of_all, number)
         if PER_ROW:
             temperature = tl.load(temperature_at + r)
-        cap = tl.cast(cap_of_all, number)
+        cap = _exact(cap_of_all, number)
         word_row, whole = words_at, False
         if SUPPORTED:
             word_row = words_at + tl.load(support_rows_at + r) * words_stride
@@ -220,6 +228,8 @@ def gradients(
             v = some + words_start
             word = tl.load(word_row + (v >> 5), mask=here, other=0)
             of_some = tl.where((((word >> (v & 31)) & 1) != 0) | whole, of_some, 0.0)
+        # `out` may be z: no warp may write before all have read
+        tl.debug_barrier()
         for start in range(0, width, BLOCK):
             column = start + lane
             inside = column < width

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import triton
 from torch.autograd.graph import increment_version
@@ -49,7 +50,9 @@ class TritonRows:
     ) -> Statistics:
         """See `RowKernels`."""
         found = torch.empty((4, len(places)), dtype=self.dtype, device=z.device)
-        if len(places):
+        if not len(places):
+            return self._made(found, entropy=entropy)
+        with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
             triton_kernels.statistics[(len(places),)](
                 *_rows(z, places),
                 *self._step(tempering),
@@ -60,6 +63,10 @@ class TritonRows:
                 num_warps=WARPS,
                 **self._registers,
             )
+        return self._made(found, entropy=entropy)
+
+    @staticmethod
+    def _made(found: torch.Tensor, *, entropy: bool) -> Statistics:
         maximum, log_sum, total, entropies = found.unbind()
         return Statistics(maximum, log_sum, entropies if entropy else None, total)
 
@@ -83,21 +90,22 @@ class TritonRows:
             return
         numbers = (statistics.maximum, statistics.log_sum, pull.scale, pull.scale if pull.slope is None else pull.slope)
         columns = pull.columns.shape[1]
-        triton_kernels.gradients[(len(places),)](
-            *_rows(z, places),
-            out,
-            *out.stride(),
-            *self._step(tempering),
-            *(number.to(self.dtype).contiguous() for number in numbers),
-            pull.columns.contiguous(),
-            pull.at.to(self.dtype).contiguous(),
-            columns,
-            pull.slope is not None,
-            BLOCK=_block(z),
-            COLUMNS=triton.next_power_of_2(max(1, columns)),
-            num_warps=WARPS,
-            **self._registers,
-        )
+        with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
+            triton_kernels.gradients[(len(places),)](
+                *_rows(z, places),
+                out,
+                *out.stride(),
+                *self._step(tempering),
+                *(number.to(self.dtype).contiguous() for number in numbers),
+                pull.columns.contiguous(),
+                pull.at.to(self.dtype).contiguous(),
+                columns,
+                pull.slope is not None,
+                BLOCK=_block(z),
+                COLUMNS=triton.next_power_of_2(max(1, columns)),
+                num_warps=WARPS,
+                **self._registers,
+            )
         # autograd must learn of what no operation of torch's has written
         if not out.is_inference():
             increment_version(out)
@@ -112,13 +120,17 @@ class TritonRows:
             words = (support.words, support.words.stride(0), support.rows, support.whole, support.columns.start)
         return (
             of_rows,
-            1.0 if per_row else float(temperature),
-            float(tempering.softcap or 0.0),
+            self._exact(1.0 if per_row else float(temperature)),
+            self._exact(float(tempering.softcap or 0.0)),
             per_row,
             tempering.softcap is not None,
             support is not None,
             *words,
         )
+
+    def _exact(self, value: float) -> float | int:
+        """The number, or its bits, as the kernels take it."""
+        return int(np.float64(value).view(np.int64)) if self.dtype == torch.float64 else value
 
 
 def _rows(z: torch.Tensor, places: Places) -> tuple[Any, ...]:
