@@ -10,7 +10,7 @@ import re
 OPEN: tuple[tuple[str, str, str], ...] = (
     (
         r"^drpo_torch\.linear_policy_loss$",
-        r"^AssertionError: gradient of weight: 0, expected \S+ \([12] of ",
+        r"^AssertionError: gradient of (weight: 0|hidden: \S+), expected \S+ \([12] of ",
         "1 − π of a token that is certain to rounding is 0, where the other entries of its row still have a gradient",
     ),
     (
