@@ -4,6 +4,7 @@ The devices exist in one process that does everything (sharding.py); the tests j
 dtype's precision relative to the loss or to the largest element of the gradient.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import several_devices
 from drpo_jax import policy_loss
 from drpo_jax.distributed import across, all_reduce_diagnostics, global_coefficients, global_normalizer
+from made_once import made_once
 from mode_oracles import arguments_for, batch
 
 from drpo_core import DRPO, PPOClip, merge_diagnostics, summarize, token_diagnostics, token_mean
@@ -27,10 +29,8 @@ WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 un
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sharding") / "results.json"
-    script = Path(__file__).with_name("sharding.py")
-    several_devices.run("-W", "ignore", script, path)
-    return json.loads(path.read_text())
+    run = functools.partial(several_devices.run, "-W", "ignore", Path(__file__).with_name("sharding.py"))
+    return json.loads(made_once(tmp_path_factory, "jax_sharding.json", run).read_text())
 
 
 @pytest.mark.parametrize("dtype", WITHIN)

@@ -4,6 +4,7 @@ The devices exist in one process that does everything (explicit_axes.py); the te
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import drpo_jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 import several_devices
 from drpo_jax._sharding import is_explicitly_sharded
+from made_once import made_once
 
 SCRIPT = Path(__file__).with_name("explicit_axes.py")
 VOCABULARY_FUNCTIONS = {
@@ -27,9 +29,8 @@ LAYOUTS = ("sequences", "tokens", "sequences × tokens", "vocabulary")
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    path = tmp_path_factory.mktemp("explicit") / "results.json"
-    several_devices.run("-W", "ignore", SCRIPT, path, timeout=550)
-    return json.loads(path.read_text())
+    run = partial(several_devices.run, "-W", "ignore", SCRIPT, timeout=550)
+    return json.loads(made_once(tmp_path_factory, "explicit_axes.json", run).read_text())
 
 
 @pytest.fixture(scope="module")

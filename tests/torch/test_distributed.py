@@ -15,6 +15,7 @@ import pytest
 import torch
 from drpo_torch import linear_reduction
 from drpo_torch.distributed import global_normalizer
+from made_once import made_once
 from vocabulary_ranks import cases
 
 from drpo_core import token_mean
@@ -23,9 +24,7 @@ REDUCTIONS = ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum
 WITHIN = {"float64": 1e-12 / 2**-52, "float32": 8.0}  # relative 1e-12, and 8 units in the last place
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sharding") / "results.json"
+def measure(path):
     script = Path(__file__).with_name("sharding.py")
     run = subprocess.run(  # noqa: S603 -- this interpreter, a file of ours
         [sys.executable, "-W", "ignore", script, path],
@@ -36,7 +35,11 @@ def measured(tmp_path_factory):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    return json.loads(made_once(tmp_path_factory, "torch_sharding.json", measure).read_text())
 
 
 @pytest.fixture(scope="module")
