@@ -113,7 +113,7 @@ def functions() -> list[dict[str, Any]]:
     from device import Recording  # noqa: PLC0415 -- torch takes a second
 
     rows = []
-    with _scaled(), _tried(), warnings.catch_warnings():
+    with _scaled(), tried(), warnings.catch_warnings():
         # what the interpreter's NumPy says of IEEE arithmetic
         warnings.simplefilter("ignore", RuntimeWarning)
         for case in (*of_tokens(), *of_vocabulary()):
@@ -196,7 +196,7 @@ def _scaled() -> Iterator[None]:
 
 
 @contextmanager
-def _tried() -> Iterator[None]:
+def tried() -> Iterator[None]:
     """Kernels count as tried: they are not run here, and have no results to compare."""
     from drpo_core.engines import recording  # noqa: PLC0415
     from drpo_torch.engines import trial  # noqa: PLC0415
@@ -333,7 +333,7 @@ def kernels_of(
     from device import Recording  # noqa: PLC0415
     from kernels import compiled  # noqa: PLC0415
 
-    with _scaled(), _tried(), warnings.catch_warnings():
+    with _scaled(), tried(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, call in calls.items():
             for dtype in dtypes:

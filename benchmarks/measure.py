@@ -33,7 +33,21 @@ class Case(NamedTuple):
     """What its rounds may take altogether."""
 
 
-def interleave(case: Case, *, share: float = 1.0, least: int = 3, most: int = 41) -> dict[str, list[float]]:
+def elapsed(function: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def interleave(
+    case: Case,
+    *,
+    share: float = 1.0,
+    least: int = 3,
+    most: int = 41,
+    clock: Callable[[Callable[[], object]], float] = elapsed,
+) -> dict[str, list[float]]:
     """Seconds of each function in each round, after one call to warm up (and compile); at least `least` rounds."""
     for function in case.functions.values():
         function()
@@ -46,9 +60,7 @@ def interleave(case: Case, *, share: float = 1.0, least: int = 3, most: int = 41
             break
         shuffle(order)
         for label in order:
-            start = time.perf_counter()
-            case.functions[label]()
-            seconds[label].append(time.perf_counter() - start)
+            seconds[label].append(clock(case.functions[label]))
     return seconds
 
 
@@ -58,8 +70,8 @@ def others() -> Iterator[list[float]]:
     found: list[float] = []
     started, busy, own = time.perf_counter(), _busy(), time.process_time()
     yield found
-    elapsed = time.perf_counter() - started
-    found.append(max(0.0, (_busy() - busy - (time.process_time() - own)) / elapsed))
+    passed = time.perf_counter() - started
+    found.append(max(0.0, (_busy() - busy - (time.process_time() - own)) / passed))
 
 
 def _busy() -> float:

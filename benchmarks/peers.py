@@ -115,6 +115,31 @@ def log_probs() -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     return found
 
 
+def liger_log_softmax() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """Log-probs by its Triton kernel, which has no backward pass, of logits (1, n + 1, V) and ids (1, n)."""
+    try:
+        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax  # noqa: PLC0415
+    except ImportError:
+        return None
+    return partial(fused_selective_log_softmax, temperature=1.0)
+
+
+def liger_grpo() -> Callable[..., torch.Tensor] | None:
+    """Its GRPO loss by Triton kernels, of logits (1, n + 1, V), and of ids and log μ, (1, n); an advantage a sequence."""
+    try:
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss  # noqa: PLC0415
+    except ImportError:
+        return None
+
+    def loss(logits: torch.Tensor, ids: torch.Tensor, behavior: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        # the mean of these is every reduction's at the same mask
+        per_token = triton_grpo_loss(logits, behavior, None, ids, advantages, temperature=1.0, beta=0.0, inplace=False)[0]
+        mean: torch.Tensor = per_token.mean()
+        return mean
+
+    return loss
+
+
 def linear_log_probs() -> dict[str, Callable[..., Any]]:
     """Log-probs of sampled tokens, and entropies or None, from hidden states and the LM head."""
     found: dict[str, Callable[..., Any]] = {}
@@ -154,12 +179,23 @@ def _verl_fused_head() -> Callable[..., Any] | None:
     return fused
 
 
-def heads() -> dict[str, Head]:
-    """Losses from hidden states and the LM head."""
+def head_labels(chunk: int = 128) -> tuple[str, ...]:
+    """What `heads` may find."""
+    return (
+        "verl `FusedLinearForPPO`",
+        "Liger `LigerFusedLinearGRPOLoss`, its own GRPO loss",
+        f"torch `linear_cross_entropy`, chunks of {chunk}, its own mean",
+        f"torch `linear_cross_entropy`, chunks of {chunk}, per token",
+    )
+
+
+def heads(chunk: int = 128) -> dict[str, Head]:
+    """Losses from hidden states and the LM head; torch's takes so many tokens at a time."""
     found: dict[str, Head] = {}
+    of_verl, of_liger, of_torch, of_torch_per_token = head_labels(chunk)
     fused = _verl_fused_head()
     if fused is not None:
-        found["verl `FusedLinearForPPO`"] = lambda h, w, ids, _mu, _a, loss: loss(fused(h, w, ids)[0])
+        found[of_verl] = lambda h, w, ids, _mu, _a, loss: loss(fused(h, w, ids)[0])
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: PLC0415
     except ImportError:
@@ -170,23 +206,23 @@ def heads() -> dict[str, Head]:
         def grpo(h: Any, w: Any, ids: Any, mu: Any, advantages: Any, _loss: Any) -> Any:
             # sequences of 128 tokens, which it takes one at a time; an advantage a sequence
             def rows(x: Any) -> Any:
-                return x.reshape(-1, 128, *x.shape[1:])
+                return x.reshape(-1, min(128, len(x)), *x.shape[1:])
 
             ones = torch.ones_like(rows(ids))
             return liger(rows(h), w, rows(ids), ones, rows(advantages)[:, 0], old_per_token_logps=rows(mu))[0]
 
-        found["Liger `LigerFusedLinearGRPOLoss`, its own GRPO loss"] = grpo
+        found[of_liger] = grpo
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options is not None:
 
         def cross_entropy(h: Any, w: Any, ids: Any, _mu: Any, _a: Any, loss: Any) -> Any:
-            chunks = options(batch_chunk_size=128)
+            chunks = options(batch_chunk_size=chunk)
             function = torch.nn.functional.linear_cross_entropy
             return loss(-function(h, w, ids, reduction="none", options=chunks))
 
         def mean(h: Any, w: Any, ids: Any, _mu: Any, _a: Any, _loss: Any) -> Any:
-            return torch.nn.functional.linear_cross_entropy(h, w, ids, options=options(batch_chunk_size=128))
+            return torch.nn.functional.linear_cross_entropy(h, w, ids, options=options(batch_chunk_size=chunk))
 
-        found["torch `linear_cross_entropy`, chunks of 128, its own mean"] = mean
-        found["torch `linear_cross_entropy`, chunks of 128, per token"] = cross_entropy
+        found[of_torch] = mean
+        found[of_torch_per_token] = cross_entropy
     return found
