@@ -84,9 +84,9 @@ class UntraceableError(NotImplementedError):
     objective is at fault.
     """
 
-    def __init__(self, operation: str) -> None:
-        """Name the operation."""
-        super().__init__(f"{operation} can't be compiled; engine='arrays' runs any objective")
+    def __init__(self, operation: str, finding: str = "can't be compiled") -> None:
+        """Name the operation, and say what was found of it."""
+        super().__init__(f"{operation} {finding}; engine='arrays' runs any objective")
 
 
 def _operator(name: str, *, reflected: bool = False) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ class KernelError(UntraceableError):
 
     def __init__(self, finding: str) -> None:
         """What was found."""
-        NotImplementedError.__init__(self, f"a Triton kernel {finding}; engine='arrays' runs any objective")
+        super().__init__("a Triton kernel", finding)
 
 
 def is_captured(device: torch.device) -> bool:

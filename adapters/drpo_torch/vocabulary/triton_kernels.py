@@ -75,7 +75,7 @@ def statistics(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Max x, log Σ e^(x − max x), that sum and the entropy of each row, in the rows of a matrix (4, rows)."""
+    """Of each row max x, log Σ e^(x − max x), that sum and the entropy, to the rows of a matrix (4, rows)."""
     r = tl.program_id(0)
     number = found_at.dtype.element_ty
     begin = tl.load(index_at + r) * row_stride
@@ -141,7 +141,7 @@ def statistics(
 
 @triton.jit
 def _derivative(x, z, maximum, log_sum, scale, slope, temperature, cap, SLOPED: tl.constexpr, CAPPED: tl.constexpr):
-    """P (scale − slope (x − max x)), and ∂x/∂z."""
+    """The derivative in x, p (scale − slope (x − max x)), and ∂x/∂z."""
     d = tl.minimum(x - maximum, 0.0)
     p = tl.exp(d - log_sum)
     factor = scale
