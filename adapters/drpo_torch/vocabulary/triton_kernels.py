@@ -12,6 +12,8 @@ import triton.language as tl
 from drpo_core.engines.triton_source import FUNCTIONS
 from drpo_torch.engines.triton_loop import module_of
 
+__all__ = ["gradients", "statistics"]
+
 tanh = module_of(FUNCTIONS)["tanh"]
 
 
