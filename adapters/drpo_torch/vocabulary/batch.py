@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from drpo_core.reduction import Reduction
     from drpo_torch.vocabulary.recorded import Centering, Divergence
     from drpo_torch.vocabulary.shards import Shard
-    from drpo_torch.vocabulary.softmax import Statistics, Tempering
+    from drpo_torch.vocabulary.softmax import Softmaxes, Tempering
     from drpo_torch.vocabulary.support import Support
 
 __all__ = ["Arguments", "Found", "TokenBatch", "VocabularyLoss", "looks_at_one_token"]
@@ -193,8 +193,8 @@ class TokenBatch:
         # an objective that looks at all tokens is to see those that count, and no others
         at_any_cost = not (isinstance(given.objective, Mode) or looks_at_one_token(given.objective))
         self.valid = Places.where(mask.reshape(-1), at_any_cost=at_any_cost)
-        # anything where the mask is False, such as −100
-        self.tokens = self.valid.counted(given.tokens.reshape(-1).to(torch.int64), 0)
+        # where the mask is False they may be anything, such as −100
+        self.tokens = given.tokens.reshape(-1).to(torch.int64)
         self.behavior_log_prob, self.advantages, *rest = (tensor.detach().reshape(-1) for tensor in others)
         self.measured = rest[0] if rest else None
         self.reduction = reduction_of(given.objective, given.reduction)
@@ -207,8 +207,8 @@ class TokenBatch:
         if isinstance(given.centering, FullCentering):
             behavior = BehaviorLogits(given.centering, tempering)
             self.full_term = FullTerm(given.objective, behavior, self.advantages, given.engine, self.row_dtype, shard)
-        self.log_prob = self._zeros()
-        self.entropy = self._zeros() if given.entropy else None
+        self.log_prob: torch.Tensor | None = None
+        self.entropy: torch.Tensor | None = None
         self.passes: list[PolicyLoss] = []
 
     @property
@@ -228,7 +228,8 @@ class TokenBatch:
             r.ids for r in (self.given.centering, self.given.divergence) if isinstance(r, (TopKCentering, TopKDivergence))
         ]
         ids = [rows.counted(ids.reshape(-1, ids.shape[-1])[key].to(torch.int64), 0) for ids in recorded]
-        return torch.cat((self.tokens[key, None], *ids), dim=-1)
+        sampled = self.tokens[key, None]
+        return torch.cat((sampled, *ids), dim=-1) if ids else sampled
 
     def full_divergence(
         self, module: ModuleType | None, rows: Places, logits: torch.Tensor, places: Places
@@ -248,31 +249,31 @@ class TokenBatch:
         self,
         rows: Places,
         columns: torch.Tensor,
-        log_prob: torch.Tensor,
-        whole: Statistics,
+        whole: Softmaxes,
         full_divergence: torch.Tensor | None,
         logits: torch.Tensor,
         places: Places,
     ) -> Found:
-        """What `step` needs of rows, from their statistics; their logits, at these places, are for a `FullCentering` only.
+        """What `step` needs of rows, from their softmaxes; their logits, at these places, are for a `FullCentering` only.
 
         The divergence comes first: C_v depends on it.
         """
+        statistics, _, log_prob = whole
         divergence, centering = self._divergence(rows.key, columns, log_prob, full_divergence), None
         if self.full_term is not None:
             tempering = self.tempering.at(rows.key)
-            centering = self.full_term.measure(rows, logits, places, tempering, whole, divergence)
-        return Found(rows, columns, log_prob, whole.log_sum, whole.entropy, divergence, centering)
+            centering = self.full_term.measure(rows, logits, places, tempering, statistics, divergence)
+        return Found(rows, columns, log_prob, statistics.log_sum, statistics.entropy, divergence, centering)
 
     def step(self, found: Found) -> Pull:
         """∂(reduced loss)/∂logits of these tokens; keeps what `result` needs."""
-        rows = found.rows
-        key, sampled = rows.key, rows.counted(found.log_prob[:, 0])
-        self.log_prob[key] = sampled
-        if self.entropy is not None and found.entropy is not None:
-            self.entropy[key] = rows.counted(found.entropy)
+        rows, sampled = found.rows, found.log_prob[:, 0]
+        key = rows.key
+        self.log_prob = self._kept(self.log_prob, sampled, rows)
+        if self.given.entropy and found.entropy is not None:
+            self.entropy = self._kept(self.entropy, found.entropy, rows)
         valid = torch.ones(len(rows), dtype=torch.bool, device=sampled.device) if rows.valid is None else rows.valid
-        mode, coefficients = self._resolved(key)
+        mode, coefficients = self._resolved(key, valid)
         scaled = mode.scaled(coefficients)
         batch = Batch(sampled, mode.anchor_log_prob, self.advantages[key], valid, scaled, found.divergence)
         result = run_pass(
@@ -285,7 +286,7 @@ class TokenBatch:
         )
         result = mode.added(result, coefficients, xp=namespace())
         slope: torch.Tensor = result.gradient
-        pull = Pull(found.columns[:, :1], slope[:, None], -slope)
+        pull = Pull(found.columns[:, :1], slope[:, None])
         # the gradient is as large as a chunk: not for longer than it takes
         result = result._replace(gradient=None)
         if self.given.entropy_coefficient and found.entropy is not None:
@@ -296,7 +297,7 @@ class TokenBatch:
             value, pull = self._centred(pull, found, coefficients)
             result = result._replace(loss=result.loss + value)
         self.passes.append(result)
-        return pull.counted(rows)
+        return pull
 
     def result(self) -> VocabularyLoss:
         """All that has been learnt, without a backward pass."""
@@ -311,8 +312,9 @@ class TokenBatch:
             losses, _, every = zip(*self.passes, strict=True)
             loss, diagnostics = torch.stack(losses).sum(), merge_diagnostics(*every) if self.given.diagnostics else None
         shape = self.given.mask.shape
-        entropy = None if self.entropy is None else self.entropy.reshape(shape)
-        return VocabularyLoss(loss, diagnostics, self.log_prob.reshape(shape), entropy)
+        log_prob, entropy = (None if found is None else found.reshape(shape) for found in (self.log_prob, self.entropy))
+        assert log_prob is not None
+        return VocabularyLoss(loss, diagnostics, log_prob, entropy)
 
     def _divergence(
         self, key: torch.Tensor | slice, columns: torch.Tensor, log_prob: torch.Tensor, full: torch.Tensor | None
@@ -341,7 +343,7 @@ class TokenBatch:
             of_tokens = self.advantages[key], found.divergence, self._outside(key, columns[:, 1:])
             value, at = top_k_terms(self.given.objective, centering, key, log_prob, *of_tokens)
             at = at.to(self.row_dtype) * coefficients[:, None]
-            pull = pull._replace(columns=columns, at=torch.cat((pull.at, at), -1), scale=pull.scale - at.sum(-1))
+            pull = pull._replace(columns=columns, at=torch.cat((pull.at, at), -1), scale=pull.of_softmax - at.sum(-1))
             return found.rows.counted(coefficients * value).sum(), pull
         assert self.full_term is not None
         assert found.centering is not None
@@ -349,7 +351,7 @@ class TokenBatch:
         counted = found.rows.counted(coefficients)
         everywhere = CenteredRows(self.full_term, found.rows.index, found.divergence, counted, size)
         return found.rows.counted(coefficients * value).sum(), pull._replace(
-            scale=pull.scale - coefficients * total, everywhere=everywhere
+            scale=pull.of_softmax - coefficients * total, everywhere=everywhere
         )
 
     def _outside(self, key: torch.Tensor | slice, ids: torch.Tensor) -> torch.Tensor | None:
@@ -368,12 +370,13 @@ class TokenBatch:
         coefficients = reduction_coefficients(self.reduction, counted, dtype=self.dtype, **options, xp=namespace())
         return torch.broadcast_to(coefficients.detach(), counted.shape).reshape(-1)
 
-    def _resolved(self, key: torch.Tensor | slice) -> tuple[Resolved, torch.Tensor]:
+    def _resolved(self, key: torch.Tensor | slice, valid: torch.Tensor) -> tuple[Resolved, torch.Tensor]:
         """The objective or mode for these tokens, and their coefficients; a mode sees all tokens at once."""
         given = self.given
         if not isinstance(given.objective, Mode):
-            behavior = self.behavior_log_prob[key]
-            return Resolved(given.objective, behavior, None, torch.ones_like(behavior) > 0.0, None, {}), self.coefficients[key]
+            return Resolved(given.objective, self.behavior_log_prob[key], None, valid, None, {}), self.coefficients[key]
+        # `step` has learnt those of all
+        assert self.log_prob is not None
         mode = resolve(
             given.objective,
             self.log_prob.reshape(given.mask.shape),
@@ -400,8 +403,15 @@ class TokenBatch:
         )
         return mode, coefficients[key]
 
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros(self.given.mask.numel(), dtype=self.row_dtype, device=self.given.mask.device)
+    def _kept(self, kept: torch.Tensor | None, values: torch.Tensor, rows: Places) -> torch.Tensor:
+        """What is known of all tokens, with the values of some; 0 at those of which nothing is."""
+        count = self.given.mask.numel()
+        if len(rows) == count:
+            return values.contiguous()
+        if kept is None:
+            kept = torch.zeros(count, dtype=self.row_dtype, device=values.device)
+        kept[rows.key] = values
+        return kept
 
 
 def looks_at_one_token(objective: Objective) -> bool:

@@ -8,11 +8,11 @@ import torch
 
 from drpo_torch.vocabulary.engines import row_kernels
 from drpo_torch.vocabulary.most_probable import most_probable
-from drpo_torch.vocabulary.shards import merged, part_pull, within
-from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
+from drpo_torch.vocabulary.shards import part_pull
+from drpo_torch.vocabulary.softmax import Places, Pull, Softmaxes, Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
     from drpo_torch.vocabulary.head import Head
@@ -28,19 +28,28 @@ _ROWS_MOVED = 16
 class Kept(NamedTuple):
     """A chunk's results that its gradient needs: for each part of the vocabulary, statistics and share of the probability.
 
-    `whole`: the statistics of all parts, on all ranks.
+    `whole`: the statistics of all parts, on all ranks. No shares of a part that is the whole.
     """
 
     rows: Places
     columns: torch.Tensor
     whole: Statistics
     statistics: list[Statistics]
-    shares: torch.Tensor
+    shares: torch.Tensor | None
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Kept]) -> Kept:
+        """Several chunks, in their order, as one."""
+        rows, columns, whole, statistics, shares = zip(*chunks, strict=True)
+        parts = [Statistics.joined(part) for part in zip(*statistics, strict=True)]
+        every = None if shares[0] is None else torch.cat(shares, dim=1)
+        return cls(rows[0].joined(rows[1:]), torch.cat(columns), Statistics.joined(whole), parts, every)
 
     def at(self, rows: Places, alive: torch.Tensor | slice) -> Kept:
         """The same of some of the tokens, which are these rows, and have these numbers among those here."""
         statistics = [of_part.at(alive) for of_part in self.statistics]
-        return Kept(rows, self.columns[alive], self.whole.at(alive), statistics, self.shares[:, alive])
+        shares = None if self.shares is None else self.shares[:, alive]
+        return Kept(rows, self.columns[alive], self.whole.at(alive), statistics, shares)
 
 
 class Chunks:
@@ -53,7 +62,6 @@ class Chunks:
         starts = range(0, max(1, vocabulary), max(1, width))
         self.parts = [slice(start, min(start + width, vocabulary)) for start in starts]
         self._storage = torch.empty(rows * width, dtype=head.dtype, device=device)
-        self._every = Places.first(rows, device)
         widths = {part.stop - part.start for part in self.parts}
         self._kernels = {size: row_kernels(module, size, head.dtype, device) for size in widths}
 
@@ -72,34 +80,33 @@ class Chunks:
         keep: bool = False,
         top_k: int | None = None,
         look: Callable[[torch.Tensor, Places], None] | None = None,
-    ) -> tuple[torch.Tensor, Statistics, Kept]:
-        """Log-probs of the columns (rows, C), the statistics of the rows, and what `backward` needs.
+    ) -> tuple[Softmaxes, Kept]:
+        """The softmaxes of the rows with log-probs of the columns (rows, C), and what `backward` needs.
 
         `look` is shown each part's logits and their places. `keep`: softmaxes are left in the logits' place. `top_k`: as many
         most probable tokens are columns too, after those given.
         """
-        head, shard, every, statistics = self.head, self.head.shard, self._every[: len(rows)], []
+        head, shard, every, found = self.head, self.head.shard, rows.numbered(), []
         hidden, tempering = head.rows(rows), self.tempering.at(rows.key)
-        picked = torch.zeros(columns.shape, dtype=head.row_dtype, device=hidden.device)
         first: Candidates | None = None
         for part in self.parts:
             z = self._view(len(rows), part)
             head.logits(hidden, part, z)
-            index, inside = within(columns - shard.start, part)
-            if z.shape[1]:
-                picked = torch.where(inside, tempering.of_columns(z.gather(-1, index), columns), picked)
             if look is not None:
                 look(z, every)
             kernels, of_part = self._kernels[z.shape[1]], tempering.part(shard.of_whole(part))
             if top_k is not None:
-                found = most_probable(z, every, of_part, top_k, shard.start + part.start)
-                first = found if first is None else first.beside(found, top_k)
-            statistics.append(kernels.statistics(z, every, of_part, entropy=entropy, keep=z if keep else None))
-        of_rank, shares = merged(statistics)
-        whole, share, picked = shard.merged(of_rank, picked, columns)
+                these = most_probable(z, every, of_part, top_k, shard.start + part.start)
+                first = these if first is None else first.beside(these, top_k)
+            wanted = shard.wanted(columns, None if len(self.parts) == 1 else part)
+            found.append(kernels.softmaxes(z, every, of_part, wanted, entropy=entropy, keep=z if keep else None))
+        of_rank, shares = shard.joined(found, every, columns)
+        whole, share = shard.merged(of_rank, every, columns)
+        if share is not None:
+            shares = share[None] if shares is None else shares * share
         if top_k is not None and first is not None:
-            columns, picked = shard.with_most_probable(first, top_k, columns, picked, tempering)
-        return whole.log_prob(picked), whole, Kept(rows, columns, whole, statistics, shares * share)
+            whole, columns = shard.with_most_probable(first, top_k, whole, columns, every, tempering)
+        return whole, Kept(rows, columns, whole.statistics, [part.statistics for part in found], shares)
 
     def backward(self, kept: Kept, pull: Pull, *, recompute: bool, softmax: bool = False) -> None:
         """Add the gradients of a chunk's tokens to the head's; `pull`: of the whole rows, by the columns of `forward`.
@@ -108,21 +115,22 @@ class Chunks:
         """
         head = self.head
         # 0 in a product does not silence a NaN
-        hidden, every = kept.rows.counted(head.rows(kept.rows)), self._every[: len(kept.rows)]
-        tempering = self.tempering.at(kept.rows.key)
-        pull, chunk = head.begin(hidden, pull, tempering.temperature)
-        pull = pull._replace(columns=pull.columns - head.shard.start)
-        for part, share, statistics in zip(self.parts, kept.shares, kept.statistics, strict=True):
+        hidden, every = kept.rows.counted(head.rows(kept.rows)), kept.rows.numbered()
+        tempering, alone = self.tempering.at(kept.rows.key), kept.shares is None
+        pull, chunk = head.begin(hidden, pull, tempering.temperature, kept.rows)
+        shares = [None] if kept.shares is None else kept.shares
+        for part, share, statistics in zip(self.parts, shares, kept.statistics, strict=True):
             gradient = self._view(len(kept.rows), part)
             if recompute:
                 head.logits(hidden, part, gradient)
-            of_part = part_pull(pull, part, share, statistics, kept.whole.maximum).counted(kept.rows)
-            kernels = self._kernels[gradient.shape[1]]
-            of_columns = tempering.part(head.shard.of_whole(part))
+            ids, kernels, of_part = head.shard.of_whole(part), self._kernels[gradient.shape[1]], pull
+            if share is not None:
+                of_part = part_pull(pull, ids, share, statistics, kept.whole.maximum).counted(kept.rows)
+            of_columns = tempering.part(ids)
             # what is derived at all columns needs their log-probs
             of_rows = statistics if pull.everywhere is None else kept.whole
             kernels.gradients(gradient, every, of_columns, of_part, statistics=of_rows, out=gradient, kept=softmax)
-            if recompute or head.shard.group is not None:
+            if not alone:
                 # in a part where every logit is −inf, softmax is NaN
                 gradient.masked_fill_((statistics.maximum == -torch.inf)[:, None], 0.0)
             head.add(gradient, part, chunk)
@@ -130,13 +138,13 @@ class Chunks:
 
     def held(self, rows: int) -> tuple[torch.Tensor, Places]:
         """What the buffer holds of so many rows after `forward`: logits of the last part, or their softmaxes; their places."""
-        return self._view(rows, self.parts[-1]), self._every[:rows]
+        return self._view(rows, self.parts[-1]), Places.first(rows, self._storage.device)
 
     def close_up(self, alive: torch.Tensor, rows: int) -> None:
         """Move the rows of logits that are alive to the first places, in this order."""
         z = self._view(rows, self.parts[0])
         # those before the first gap stay; on a device, to count them would be to wait
-        stay = int((alive == self._every.index[: len(alive)]).sum()) if alive.device.type == "cpu" else 0
+        stay = int((alive == torch.arange(len(alive))).sum()) if alive.device.type == "cpu" else 0
         for start in range(stay, len(alive), _ROWS_MOVED):
             # a row moves to the front, over rows that have moved already: several may be read before any is written
             moved = z[alive[start : start + _ROWS_MOVED]]

@@ -86,11 +86,12 @@ class Head:
         """Logits of hidden states over a part of the vocabulary."""
         head_logits(hidden, self.weight[part], None if self.bias is None else self.bias[part], out=out)
 
-    def begin(self, hidden: torch.Tensor, pull: Pull, temperature: float | torch.Tensor) -> tuple[Pull, Chunk]:
+    def begin(self, hidden: torch.Tensor, pull: Pull, temperature: float | torch.Tensor, rows: Places) -> tuple[Pull, Chunk]:
         """The pull of the tokens of a chunk as ∂logits are to be formed from it, and their part in the products."""
         total = torch.zeros(hidden.shape, dtype=self.row_dtype, device=hidden.device)
         if self.dtype != torch.float16:
             return pull, Chunk(hidden, total, None, None)
+        pull = pull.counted(rows)
         # ∂logits of a row are at most this large, and add up to at most twice as much
         size = pull.size(self.shard.vocabulary) / temperature
         shift = power_of_two_below(_FLOAT16_BITS, size * self._reach)

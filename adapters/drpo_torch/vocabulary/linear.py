@@ -8,7 +8,7 @@ import torch
 
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_untransformed
-from drpo_torch._host import without_autocast
+from drpo_torch._host import is_waited_for, without_autocast
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
 from drpo_torch.vocabulary.chunks import Chunks
@@ -256,9 +256,9 @@ class _Sweep:
             # the objective has to see all tokens before the first gradient
             every = [self._forward(rows) for rows in chunks]
             pull = self.batch.step(Found.joined([found for found, _ in every]))
-            parts = torch.split(torch.arange(len(pull.scale), device=pull.scale.device), self.chunk_tokens)
-            for (_, kept), part in zip(every, parts, strict=True):
-                self._backward(kept, pull.at_rows(part))
+            starts = range(0, len(pull.at), self.chunk_tokens)
+            for (_, kept), start in zip(every, starts, strict=True):
+                self._backward(kept, pull.at_rows(slice(start, start + self.chunk_tokens)))
         self.head.finish()
 
     def _forward(self, rows: Places) -> tuple[Found, Kept]:
@@ -271,23 +271,23 @@ class _Sweep:
             divergence = batch.full_divergence(self.chunks.module, rows, z, places)
 
         columns = batch.columns(rows)
-        log_prob, whole, kept = self.chunks.forward(rows, columns, entropy=batch.needs_entropy, keep=self.softmax, look=look)
-        return batch.find(rows, columns, log_prob, whole, divergence, *self.chunks.held(len(rows))), kept
+        whole, kept = self.chunks.forward(rows, columns, entropy=batch.needs_entropy, keep=self.softmax, look=look)
+        return batch.find(rows, columns, whole, divergence, *self.chunks.held(len(rows))), kept
 
     def _backward(self, kept: Kept, pull: Pull) -> None:
         """Add the gradients of the tokens of a chunk that have one, from ∂loss/∂logits."""
         if not self.head.needed:
             return
-        count = len(pull.scale)
-        rows, alive = kept.rows.where_also(pull.moves)
-        if len(rows) == 0:
-            return
-        if isinstance(alive, torch.Tensor) and len(rows) < count:
-            if not self.recompute:
-                self.chunks.close_up(alive, count)
-            kept, pull = kept.at(rows, alive), pull.at_rows(alive)
-        else:
-            kept = kept._replace(rows=rows)
+        # a device's kernels see for themselves which rows have none
+        if not is_waited_for(pull.at):
+            count = len(pull.at)
+            rows, alive = kept.rows.where_also(pull.moves)
+            if len(rows) == 0:
+                return
+            if isinstance(alive, torch.Tensor) and len(rows) < count:
+                if not self.recompute:
+                    self.chunks.close_up(alive, count)
+                kept, pull = kept.at(rows, alive), pull.at_rows(alive)
         self.chunks.backward(kept, pull, recompute=self.recompute, softmax=self.softmax)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from drpo_core._checks import check_number
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
-from drpo_torch._host import without_autocast
+from drpo_torch._host import is_waited_for, without_autocast
 from drpo_torch.autograd import refuse_second_derivative
 from drpo_torch.vocabulary.chunks import Chunks, Kept
 from drpo_torch.vocabulary.engines import loops, row_kernels
@@ -24,7 +24,7 @@ from drpo_torch.vocabulary.most_probable import most_probable
 from drpo_torch.vocabulary.recorded import product_dtype, products_like
 from drpo_torch.vocabulary.row_map import row_map
 from drpo_torch.vocabulary.shards import Shard, shard_of_head, shard_of_logits
-from drpo_torch.vocabulary.softmax import Places, Pull, Statistics
+from drpo_torch.vocabulary.softmax import Places, Pull, Softmaxes, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -299,8 +299,8 @@ def _checked(
         more = top_k_ids.reshape(len(columns), top_k_ids.shape[-1])
         columns = torch.cat((columns.to(torch.int64), more.to(torch.int64)), dim=-1)
     rows = Places.first(len(columns), columns.device) if mask is None else Places.where(mask.reshape(-1))
-    # anything where the mask is False, such as −100
-    return rows.counted(columns.to(torch.int64), 0), rows
+    # where the mask is False they may be anything, such as −100
+    return columns.to(torch.int64), rows
 
 
 def _check_top_k(top_k: object, top_k_ids: torch.Tensor | None, vocabulary: int) -> int | None:
@@ -315,11 +315,11 @@ def _check_top_k(top_k: object, top_k_ids: torch.Tensor | None, vocabulary: int)
 
 def _shaped(found: tuple[Any, ...], shape: torch.Size, *, given: bool) -> TokenLogProb:
     """The results of flat tokens at their places; those of K more tokens if some were `given`, or if there are some."""
-    log_probs, entropy, log_normalizer, columns = found
-    log_prob, top_k, ids = log_probs[:, 0], None, None
-    if given or log_probs.shape[1] > 1:
+    log_prob, entropy, log_normalizer, columns = found
+    top_k = ids = None
+    if given or columns.shape[1] > 1:
         # results that share memory could not each be changed in place
-        log_prob, top_k, ids = log_prob.clone(), log_probs[:, 1:].clone(), columns[:, 1:].clone()
+        log_prob, top_k, ids = log_prob[:, 0].clone(), log_prob[:, 1:].clone(), columns[:, 1:].clone()
         if not given:
             # what has no probability is a constant
             top_k = top_k.masked_fill(top_k.detach() == -torch.inf, -torch.inf)
@@ -328,47 +328,51 @@ def _shaped(found: tuple[Any, ...], shape: torch.Size, *, given: bool) -> TokenL
     return TokenLogProb(log_prob.reshape(shape), entropy, log_normalizer.reshape(shape), top_k, ids)
 
 
-def _spread(values: torch.Tensor, rows: Places, count: int) -> torch.Tensor:
-    """The values at their rows, and 0 at the others."""
-    zeros = torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device)
-    return zeros.index_copy_(0, rows.index, rows.counted(values))
-
-
-_Cotangents: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]"
-"""Those of the log-probs (rows, C), of the entropies, if there are any, and of the log-normalisers."""
+_Cotangents: TypeAlias = "tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]"
+"""Those of the log-probs (N, C), of the entropies and of the log-normalisers; None for 0."""
 
 
 def _picked(cotangents: _Cotangents, rows: Places) -> _Cotangents:
-    of_log_probs, of_entropy, of_normalizer = cotangents
-    return of_log_probs[rows.index], None if of_entropy is None else of_entropy[rows.index], of_normalizer[rows.index]
+    return tuple(None if cotangent is None else cotangent[rows.key] for cotangent in cotangents)  # type: ignore[return-value]
 
 
-def _reached(
-    rows: Places, of_log_probs: torch.Tensor, of_entropy: torch.Tensor | None, of_normalizer: torch.Tensor
-) -> tuple[Places, torch.Tensor | slice]:
+def _reached(rows: Places, cotangents: _Cotangents) -> tuple[Places, torch.Tensor | slice]:
     """Those of the rows that a cotangent reaches, and their numbers among these."""
-    every = (of_log_probs != 0.0).any(-1) | (of_normalizer != 0.0)
-    if of_entropy is not None:
-        every |= of_entropy != 0.0
-    return rows.where_also(every[rows.index])
+    reached = [cotangent.reshape(len(cotangent), -1) for cotangent in _picked(cotangents, rows) if cotangent is not None]
+    return rows.where_also(torch.stack([(cotangent != 0.0).any(-1) for cotangent in reached]).any(0))
 
 
-def _pull(
-    columns: torch.Tensor,
-    statistics: Statistics,
-    tempering: Tempering,
-    of_log_probs: torch.Tensor,
-    of_entropy: torch.Tensor | None,
-    of_normalizer: torch.Tensor,
-) -> Pull:
+def _pull(columns: torch.Tensor, rows: Places, statistics: Statistics, tempering: Tempering, cotangents: _Cotangents) -> Pull:
     """∂log π(c)/∂x = 1[c] − π, ∂log Z/∂x = π, ∂H/∂x = −π (log π + H), times cotangents."""
-    if tempering.support is not None:
+    of_log_probs, of_entropy, of_normalizer = cotangents
+    if of_log_probs is None:
+        of_log_probs = torch.zeros(columns.shape, dtype=statistics.log_sum.dtype, device=columns.device)
+    elif tempering.support is not None:
         # an id outside the support has a constant log π
-        of_log_probs = of_log_probs.masked_fill(~tempering.support.holds(columns), 0.0)
-    pull = Pull(columns, of_log_probs, of_normalizer - of_log_probs.sum(-1))
+        of_log_probs = of_log_probs.masked_fill(~tempering.support.holds(rows.counted(columns, 0)), 0.0)
+    pull = Pull(columns, of_log_probs)
+    if of_normalizer is not None:
+        pull = pull._replace(scale=of_normalizer + pull.of_softmax)
     if of_entropy is None or statistics.entropy is None:
         return pull
     return pull.with_entropy(of_entropy, statistics.log_sum, statistics.entropy)
+
+
+def _made(
+    ctx: Any,  # noqa: ANN401
+    found: Softmaxes,
+    ids: torch.Tensor,
+    rows: Places,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """The outputs, of `count` tokens: log-probs, entropies, log-normalisers and the columns, which have no gradient."""
+    entropy, columns = found.statistics.entropy, rows.spread(ids, count)
+    ctx.mark_non_differentiable(columns)
+    # what is not reached has no cotangent, rather than one of zeros
+    ctx.set_materialize_grads(False)
+    # kept for the backward pass too, it must not be changed in place
+    entropies = None if entropy is None else rows.spread(entropy, count).clone()
+    return rows.spread(found.log_prob, count), entropies, rows.spread(found.log_normalizer, count), columns
 
 
 class _TokenLogProb(torch.autograd.Function):
@@ -392,45 +396,45 @@ class _TokenLogProb(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         of_rows, z, ids = tempering.at(rows.key), logits[:, : tempering.size], columns[rows.key]
         kernels = row_kernels(module, z.shape[-1], z.dtype, z.device)
-        mine = kernels.statistics(z, rows, of_rows, entropy=entropy)
-        found, share, picked = shard.merged(mine, shard.picked(z, rows, ids, of_rows), ids)
+        mine = kernels.softmaxes(z, rows, of_rows, shard.wanted(ids), entropy=entropy)
+        found, share = shard.merged(mine, rows, ids)
         if top_k is not None:
             first = most_probable(z, rows, of_rows, top_k, shard.start)
-            ids, picked = shard.with_most_probable(first, top_k, ids, picked, of_rows)
-        log_probs, columns = found.log_prob(picked), _spread(ids, rows, len(logits))
-        ctx.mark_non_differentiable(columns)
-        fields = [field for statistics in (found, mine) for field in statistics if field is not None]
-        ctx.save_for_backward(logits, columns, share, *fields)
+            found, ids = shard.with_most_probable(first, top_k, found, ids, rows, of_rows)
+        outputs = _made(ctx, found, ids, rows, len(logits))
+        fields = [field for each in (found, mine) for field in each.statistics if field is not None]
+        ctx.save_for_backward(logits, outputs[-1], share, *fields)
         ctx.rows, ctx.tempering, ctx.entropy, ctx.overwrite = rows, tempering, entropy, overwrite
         ctx.module, ctx.shard = module, shard
-        n = len(logits)
-        entropies = None if found.entropy is None else _spread(found.entropy, rows, n)
-        return _spread(log_probs, rows, n), entropies, _spread(found.log_normalizer, rows, n), columns
+        return outputs
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401
-        of_log_probs: torch.Tensor,
+        of_log_probs: torch.Tensor | None,
         of_entropy: torch.Tensor | None,
-        of_normalizer: torch.Tensor,
+        of_normalizer: torch.Tensor | None,
         _: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         cotangents = of_log_probs, of_entropy, of_normalizer
         refuse_second_derivative()
         refuse_transformed_cotangents(*cotangents)
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
         logits, columns, share, *fields = ctx.saved_tensors
-        half, (rows, alive) = len(fields) // 2, _reached(ctx.rows, *cotangents)
+        # a device's kernels see for themselves which rows nothing reaches
+        waited_for, half = is_waited_for(logits), len(fields) // 2
+        rows, alive = (ctx.rows, slice(None)) if waited_for else _reached(ctx.rows, cotangents)
         whole, mine = (Statistics.of(some, entropy=ctx.entropy).at(alive) for some in (fields[:half], fields[half:]))
         tempering, size = ctx.tempering.at(rows.key), ctx.tempering.size
-        pull = _pull(columns[rows.index], whole, tempering, *_picked(cotangents, rows)).counted(rows)
-        moves = pull.moves
-        pull = ctx.shard.pull(pull, mine, whole, share[alive])
+        every = _pull(columns[rows.key], rows, whole, tempering, _picked(cotangents, rows))
+        pull = ctx.shard.pull(every, mine, whole, None if share is None else share[alive])
         gradient = logits.detach() if ctx.overwrite else gradient_like(logits)
         z = logits[:, :size]
         kernels = row_kernels(ctx.module, z.shape[-1], z.dtype, z.device)
         kernels.gradients(z, rows, tempering, pull, statistics=mine, out=gradient[:, :size])
         gradient[:, size:].zero_()
-        ctx.shard.clear_(gradient, rows, moves, mine)
+        ctx.shard.clear_(gradient, rows, every, mine)
         return gradient, None, None, None, None, None, None, None, None
 
 
@@ -460,18 +464,17 @@ class _HeadSweep:
         with without_autocast(inputs.hidden.device):
             return Head(inputs, self._dtype, self._shard, needed=needed, several=len(rows) > self._size)
 
-    def forward(self, inputs: HeadInputs) -> tuple[torch.Tensor, torch.Tensor, list[Statistics], Statistics, torch.Tensor]:
-        """Log-probs of columns, and which; statistics of the parts of the vocabulary, of all of it, and the parts' shares."""
+    def forward(self, inputs: HeadInputs) -> tuple[Softmaxes, list[Statistics], torch.Tensor | None, torch.Tensor]:
+        """Softmaxes over all of the vocabulary, statistics of its parts and their shares, and the ids of the log-probs."""
         head = self.head(inputs, self.rows, needed=False)
         chunks = self.chunks(head, self.rows)
         found = [
             chunks.forward(rows, self.columns[rows.key], entropy=self.entropy, top_k=self._top_k)
             for rows in (self.rows.chunks(self._size) if len(self.rows) else (self.rows,))
         ]
-        log_probs, whole, kept = zip(*found, strict=True)
-        parts = [Statistics.joined(part) for part in zip(*(one.statistics for one in kept), strict=True)]
-        columns, shares = torch.cat([one.columns for one in kept]), torch.cat([one.shares for one in kept], dim=1)
-        return torch.cat(log_probs), columns, parts, Statistics.joined(whole), shares
+        softmaxes, kept = zip(*found, strict=True)
+        whole = Kept.joined(kept)
+        return Softmaxes.joined(softmaxes), whole.statistics, whole.shares, whole.columns
 
     def backward(self, head: Head, kept: Kept, pull: Pull) -> None:
         """Add up the head's gradients; everything is of the same rows."""
@@ -494,38 +497,37 @@ class _LinearLogProb(torch.autograd.Function):
         sweep: _HeadSweep,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         with without_autocast(hidden.device):
-            log_probs, ids, parts, whole, shares = sweep.forward(HeadInputs(hidden, weight, bias))
-        n = len(sweep.columns)
-        columns = _spread(ids, sweep.rows, n)
-        ctx.mark_non_differentiable(columns)
-        fields = [field for part in (*parts, whole) for field in part if field is not None]
-        ctx.save_for_backward(hidden, weight, bias, columns, shares, *fields)
-        ctx.sweep, ctx.rows = sweep, sweep.rows
-        entropies = None if whole.entropy is None else _spread(whole.entropy, sweep.rows, n)
-        return _spread(log_probs, sweep.rows, n), entropies, _spread(whole.log_normalizer, sweep.rows, n), columns
+            found, parts, shares, ids = sweep.forward(HeadInputs(hidden, weight, bias))
+        outputs = _made(ctx, found, ids, sweep.rows, len(sweep.columns))
+        fields = [field for part in (*parts, found.statistics) for field in part if field is not None]
+        ctx.save_for_backward(hidden, weight, bias, outputs[-1], shares, *fields)
+        ctx.sweep = sweep
+        return outputs
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401
-        of_log_probs: torch.Tensor,
+        of_log_probs: torch.Tensor | None,
         of_entropy: torch.Tensor | None,
-        of_normalizer: torch.Tensor,
+        of_normalizer: torch.Tensor | None,
         _: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         cotangents = of_log_probs, of_entropy, of_normalizer
         refuse_second_derivative()
         refuse_transformed_cotangents(*cotangents)
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
         hidden, weight, bias, columns, shares, *fields = ctx.saved_tensors
-        sweep, rows = ctx.sweep, ctx.rows
+        sweep = ctx.sweep
         size = 4 if sweep.entropy else 3
         every = [Statistics.of(fields[i : i + size], entropy=sweep.entropy) for i in range(0, len(fields), size)]
-        found, alive = _reached(rows, *cotangents)
+        rows, alive = _reached(sweep.rows, cotangents)
         *parts, whole = (statistics.at(alive) for statistics in every)
-        columns = columns[found.index]
-        kept = Kept(found, columns, whole, parts, shares[:, alive])
-        pull = _pull(columns, whole, sweep.tempering.at(found.key), *_picked(cotangents, found)).counted(found)
+        columns = columns[rows.key]
+        kept = Kept(rows, columns, whole, parts, None if shares is None else shares[:, alive])
+        pull = _pull(columns, rows, whole, sweep.tempering.at(rows.key), _picked(cotangents, rows))
         with without_autocast(hidden.device):
-            head = sweep.head(HeadInputs(hidden, weight, bias), found, needed=True)
+            head = sweep.head(HeadInputs(hidden, weight, bias), rows, needed=True)
             sweep.backward(head, kept, pull)
         gradients = zip(head.gradients, (hidden, weight, bias), strict=True)
         return *(None if g is None else g.to(tensor.dtype) for g, tensor in gradients), None

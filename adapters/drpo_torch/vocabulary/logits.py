@@ -202,27 +202,27 @@ class _Sweep:
         # a softmax that is in the working dtype already waits in the gradient's place for its coefficient
         kept = into is not None and kernels.keeps and logits.dtype == batch.row_dtype and batch.pulls_as_softmax
         columns = batch.columns(rows)
-        picked = shard.picked(z, rows, columns, tempering)
         # before a softmax takes the place of the logits
         divergence = batch.full_divergence(self.module, rows, z, rows)
-        mine = kernels.statistics(z, rows, tempering, entropy=batch.needs_entropy, keep=into if kept else None)
-        found, share, picked = shard.merged(mine, picked, columns)
-        pull = batch.step(batch.find(rows, columns, found.log_prob(picked), found, divergence, z, rows))
+        options: dict[str, Any] = {"entropy": batch.needs_entropy, "keep": into if kept else None}
+        mine = kernels.softmaxes(z, rows, tempering, shard.wanted(columns), **options)
+        found, share = shard.merged(mine, rows, columns)
+        every = batch.step(batch.find(rows, columns, found, divergence, z, rows))
         self.result = batch.result()
         if gradient is None or into is None:
             return None
-        moves = pull.moves
-        pull = shard.pull(pull, mine, found, share)
+        pull = shard.pull(every, mine.statistics, found.statistics, share)
         unit = None
         if logits.dtype == torch.float16:
+            pull = pull.counted(rows)
             unit = torch.ones(len(logits), dtype=batch.row_dtype, device=logits.device)
             shift = power_of_two_below(_FLOAT16_BITS, pull.size(z.shape[-1]) / tempering.temperature)
             pull, unit[rows.key] = pull.scaled(shift), 1.0 / shift
         # what is derived at all columns needs their log-probs
-        of_rows = mine if pull.everywhere is None else found
+        of_rows = (mine if pull.everywhere is None else found).statistics
         kernels.gradients(z, rows, tempering, pull, statistics=of_rows, out=into, kept=kept)
         gradient[:, size:].zero_()
-        shard.clear_(gradient, rows, moves, mine)
+        shard.clear_(gradient, rows, every, mine.statistics)
         return unit
 
 

@@ -17,7 +17,17 @@ from torch.autograd.graph import increment_version
 
 from drpo_core.engines.elementary import functions, wide_vectors
 from drpo_torch.engines.threads import in_threads
-from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, ArrayRows, Places, Pull, Statistics, Tempering, working_dtype
+from drpo_torch.vocabulary.softmax import (
+    LARGEST_LOG_RATIO,
+    ArrayRows,
+    Places,
+    Pull,
+    Softmaxes,
+    Statistics,
+    Tempering,
+    Wanted,
+    working_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,21 +49,23 @@ class LoopRows:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.kernels = working_dtype(dtype), _kernels(dtype)
 
-    def statistics(
+    def softmaxes(
         self,
         z: torch.Tensor,
         places: Places,
         tempering: Tempering,
+        wanted: Wanted,
         *,
         entropy: bool = False,
         keep: torch.Tensor | None = None,  # noqa: ARG002 -- a softmax taken again costs no more than one that is read
-    ) -> Statistics:
+    ) -> Softmaxes:
         """See `RowKernels`."""
         rows, out = _Rows.of(z, places), np.empty((3, len(places)), self.kernels.dtype)
         step = _numbers(tempering, len(places)), _Columns.of(tempering, len(places))
         _in_threads(lambda first, last: self.kernels.statistics(*rows, *step, first, last, out), places, z)
         maximum, total, entropies = (torch.from_numpy(row.copy()) for row in out)
-        return Statistics(maximum, total.log(), entropies if entropy else None, total)
+        statistics = Statistics(maximum, total.log(), entropies if entropy else None, total)
+        return Softmaxes.of(statistics, places, wanted, wanted.logits(z, places, tempering))
 
     def gradients(
         self,
@@ -72,8 +84,9 @@ class LoopRows:
             others.gradients(z, places, tempering, pull, statistics=statistics, out=out)
             return
         rows, into = _Rows.of(z, places), _Rows.of(out, places)
-        slope = torch.zeros_like(pull.scale) if pull.slope is None else pull.slope
-        every = (statistics.maximum, statistics.total, pull.scale, slope)
+        scale = pull.of_softmax
+        slope = torch.zeros_like(scale) if pull.slope is None else pull.slope
+        every = (statistics.maximum, statistics.total, scale, slope)
         coefficients = np.stack([field.detach().to(self.dtype).numpy() for field in every])
         at, columns = pull.at.detach().to(self.dtype).numpy(), pull.columns.numpy()
         step = _numbers(tempering, len(places)), _Columns.of(tempering, len(places))

@@ -9,7 +9,7 @@ have a gradient, is then the same everywhere, and so are the collectives.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,22 +21,14 @@ from drpo_torch.vocabulary.head import HeadInputs
 from drpo_torch.vocabulary.most_probable import Candidates
 from drpo_torch.vocabulary.recorded import check_head
 from drpo_torch.vocabulary.row_map import check_vocabulary_size
-from drpo_torch.vocabulary.softmax import Places, Pull, Statistics, working_dtype
+from drpo_torch.vocabulary.softmax import Places, Pull, Softmaxes, Statistics, Wanted, within, working_dtype
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from drpo_torch.vocabulary.softmax import Tempering
 
-__all__ = ["Merged", "Shard", "local_part", "merged", "part_pull", "shard_of_head", "shard_of_logits", "within"]
-
-
-class Merged(NamedTuple):
-    """Of rows over all ranks: their statistics, this rank's share of the probability, and the logits of the ids asked for."""
-
-    whole: Statistics
-    share: torch.Tensor
-    picked: torch.Tensor
+__all__ = ["Shard", "local_part", "part_pull", "shard_of_head", "shard_of_logits"]
 
 
 class Shard:
@@ -97,36 +89,55 @@ class Shard:
             dist.all_reduce(mine, group=self.group)
         return mine
 
-    def picked(self, z: torch.Tensor, places: Places, columns: torch.Tensor, tempering: Tempering) -> torch.Tensor:
-        """Logits x of ids (rows, C), 0 where another rank holds them."""
-        if self.group is None:
-            return tempering.of_columns(z[places.index[:, None], columns], columns)
-        index, inside = within(columns - self.start, slice(0, self.width))
-        stored = z[places.index[:, None], index] if self.width else torch.zeros_like(index, dtype=z.dtype)
-        return torch.where(inside, tempering.of_columns(stored, columns.clamp(0, self.vocabulary - 1)), 0.0)
+    def wanted(self, ids: torch.Tensor, part: slice | None = None) -> Wanted:
+        """Ids of the vocabulary as what is wanted of some of this rank's columns, of all by default."""
+        alone = self.group is None and part is None
+        return Wanted(ids, self.start + (part.start if part else 0), math.nan if alone else -math.inf)
 
-    def merged(self, mine: Statistics, picked: torch.Tensor, columns: torch.Tensor) -> Merged:
-        """From the statistics of this rank's columns and its part of the logits of ids (rows, C): one collective.
+    def merged(self, mine: Softmaxes, rows: Places, ids: torch.Tensor) -> tuple[Softmaxes, torch.Tensor | None]:
+        """The softmaxes over all ranks, and this rank's share of the probability, None for all of it: one collective.
 
-        Of 2 + C numbers a token and rank, or 3 + C with entropies.
+        Of 2 + C numbers a token and rank for C ids, or 3 + C with entropies.
         """
         if self.group is None:
-            return Merged(mine, torch.ones_like(mine.maximum), picked)
-        fields = [mine.maximum, mine.log_sum, *(() if mine.entropy is None else (mine.entropy,))]
-        every = self.gathered(torch.cat((torch.stack(fields, -1), picked), -1))
+            return mine, None
+        statistics = mine.statistics
+        fields = [statistics.maximum, statistics.log_sum, *(() if statistics.entropy is None else (statistics.entropy,))]
+        every = self.gathered(torch.cat((torch.stack(fields, -1), mine.log_prob), -1))
+        some = torch.ones_like(statistics.total)
         of_ranks = [
-            Statistics.of([*part.unbind(-1), torch.ones_like(mine.total)], entropy=mine.entropy is not None)
-            for part in every[..., : len(fields)]
+            Softmaxes(
+                Statistics.of([*part[:, : len(fields)].unbind(-1), some], entropy=statistics.entropy is not None),
+                some,
+                part[:, len(fields) :],
+            )
+            for part in every
         ]
-        whole, shares = merged(of_ranks)
-        # an id that no rank holds
-        nowhere = (columns < 0) | (columns >= self.vocabulary)
-        return Merged(whole, shares[self.rank], every[..., len(fields) :].sum(0).masked_fill_(nowhere, torch.nan))
+        whole, shares = self.joined(of_ranks, rows, ids)
+        return whole, None if shares is None else shares[self.rank]
+
+    def joined(self, parts: list[Softmaxes], rows: Places, ids: torch.Tensor) -> tuple[Softmaxes, torch.Tensor | None]:
+        """Softmaxes of rows from those of parts of their columns, and each part's share of the probability, (parts, rows).
+
+        No shares of a single part.
+        """
+        if len(parts) == 1:
+            return parts[0], None
+        statistics, log_shares = _merged([part.statistics for part in parts])
+        # of the part, then within it: each id is in one of them, and has −∞ from the others
+        log_probs = torch.stack([part.log_prob for part in parts])
+        nothing = log_shares == -torch.inf
+        log_prob = (log_probs + log_shares[..., None]).masked_fill_(nothing[..., None], -torch.inf).amax(0)
+        # an id that is nowhere
+        log_prob = log_prob.masked_fill_((ids < 0) | (ids >= self.vocabulary), torch.nan)
+        statistics = statistics.counted(rows)
+        log_normalizer = statistics.maximum + statistics.log_sum
+        return Softmaxes(statistics, log_normalizer, rows.counted(log_prob)), log_shares.exp()
 
     def with_most_probable(
-        self, mine: Candidates, count: int, columns: torch.Tensor, picked: torch.Tensor, tempering: Tempering
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and their logits x, (rows, C), with the most probable after them, of all ranks: one collective.
+        self, mine: Candidates, count: int, whole: Softmaxes, ids: torch.Tensor, rows: Places, tempering: Tempering
+    ) -> tuple[Softmaxes, torch.Tensor]:
+        """Softmaxes whose log-probs, and ids, (rows, C), go on with the most probable tokens of all ranks: one collective.
 
         Of `count` pairs of 8 bytes a token and rank.
         """
@@ -134,10 +145,10 @@ class Shard:
         if self.group is not None:
             padded = mine.padded(count, self.vocabulary)
             pairs = torch.stack((padded.z.double().view(torch.int64), padded.ids))
-            z, ids = (every.movedim(0, 1).flatten(1) for every in self.gathered(pairs).unbind(1))
-            first = Candidates(z.view(torch.float64).to(mine.z.dtype), ids).first(count)
-        x = tempering.of_columns(first.z, first.ids)
-        return torch.cat((columns, first.ids), -1), torch.cat((picked, x), -1)
+            z, every = (each.movedim(0, 1).flatten(1) for each in self.gathered(pairs).unbind(1))
+            first = Candidates(z.view(torch.float64).to(mine.z.dtype), every).first(count)
+        log_prob = rows.counted(whole.statistics.log_prob(tempering.of_columns(first.z, first.ids)))
+        return whole._replace(log_prob=torch.cat((whole.log_prob, log_prob), -1)), torch.cat((ids, first.ids), -1)
 
     def softmax(self, x: torch.Tensor, whole: Statistics | None, step: slice, *, out: torch.Tensor) -> None:
         """The rank's part of the softmax of a few rows, from the normalisers of all of them."""
@@ -162,28 +173,32 @@ class Shard:
         """Statistics of rows over all ranks, in the dtype of what is subtracted from, by a module's loops if they have it."""
         own = working_dtype(z.dtype) == dtype
         kernels = row_kernels(module if own else None, z.shape[-1], z.dtype if own else dtype, z.device)
-        fields = kernels.statistics(z, places, tempering)
-        mine = Statistics(*(None if field is None else field.to(dtype) for field in fields))  # type: ignore[arg-type]
-        none = torch.zeros((len(places), 0), dtype=dtype, device=z.device)
-        return self.merged(mine, none, none).whole
+        none = torch.empty((len(places), 0), dtype=torch.int64, device=z.device)
+        found = kernels.softmaxes(z, places, tempering, self.wanted(none))
+        fields = (None if field is None else field.to(dtype) for field in found.statistics)
+        mine = Softmaxes(Statistics(*fields), found.log_normalizer, found.log_prob.to(dtype))  # type: ignore[arg-type]
+        return self.merged(mine, places, none)[0].statistics
 
-    def pull(self, pull: Pull, mine: Statistics, whole: Statistics, share: torch.Tensor) -> Pull:
+    def pull(self, pull: Pull, mine: Statistics, whole: Statistics, share: torch.Tensor | None) -> Pull:
         """The pull on this rank's columns, counted from its own start and maximum."""
-        if self.group is None:
+        if share is None:
             return pull
         moves = pull.moves
-        pull = part_pull(pull, slice(self.start, self.start + self.width), share, mine, whole.maximum)
+        pull = part_pull(pull, self.of_whole(slice(0, self.width)), share, mine, whole.maximum)
         return pull.counted(Places.first(len(moves), moves.device, moves)) if is_waited_for(moves) else pull
 
-    def clear_(self, gradient: torch.Tensor, rows: Places, moves: torch.Tensor, mine: Statistics) -> None:
-        """0 in place of what row kernels do not write: at rows that are not here, and where nothing moves or exists."""
+    def clear_(self, gradient: torch.Tensor, rows: Places, pull: Pull, mine: Statistics) -> None:
+        """0 in place of what row kernels do not write: at rows that are not here, and where nothing moves or exists.
+
+        The pull is that on all ranks.
+        """
         if is_waited_for(gradient):
             if self.group is not None:
                 gradient.masked_fill_(self.without(mine)[:, None], 0.0)
             return
         # a dropped token's row may hold a NaN, which 0 does not silence
         without = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
-        without[rows.key] = ~moves | self.without(mine)
+        without[rows.key] = ~pull.moves | self.without(mine)
         gradient.index_fill_(0, without.nonzero()[:, 0], 0.0)
 
     def without(self, mine: Statistics) -> torch.Tensor:
@@ -204,40 +219,30 @@ class _Total(torch.autograd.Function):
         return cotangent, None
 
 
-def merged(parts: list[Statistics]) -> tuple[Statistics, torch.Tensor]:
-    """The statistics of rows from those of parts of them, and each part's share of the probability, (parts, rows)."""
-    if len(parts) == 1:
-        return parts[0], torch.ones_like(parts[0].maximum)[None]
+def _merged(parts: list[Statistics]) -> tuple[Statistics, torch.Tensor]:
+    """The statistics of rows from those of parts of them, and the log of each part's share of the probability."""
     maxima = torch.stack([part.maximum for part in parts])
     nothing = maxima == -torch.inf
     log_sums = torch.stack([part.log_sum for part in parts]).masked_fill_(nothing, 0.0)
     maximum = maxima.amax(0)
     log_sum = torch.logsumexp(maxima - maximum + log_sums, 0)
     log_shares = maxima - maximum + log_sums - log_sum
-    shares = log_shares.exp()
     entropy = None
     if parts[0].entropy is not None:
         # chain rule: of the part, then within it
         entropies = torch.stack([part.entropy for part in parts])  # type: ignore[misc]
-        entropy = (entropies - log_shares).mul_(shares).masked_fill_(nothing, 0.0).sum(0)
-    return Statistics(maximum, log_sum, entropy, torch.ones_like(maximum)), shares
+        entropy = (entropies - log_shares).mul_(log_shares.exp()).masked_fill_(nothing, 0.0).sum(0)
+    return Statistics(maximum, log_sum, entropy, torch.ones_like(maximum)), log_shares
 
 
 def part_pull(pull: Pull, part: slice, share: torch.Tensor, statistics: Statistics, maximum: torch.Tensor) -> Pull:
     """The pull on a part of the vocabulary, whose share of the probability and statistics are these."""
     index, inside = within(pull.columns, part)
-    scale, slope = pull.scale, pull.slope
+    scale, slope = pull.of_softmax, pull.slope
     if slope is not None:
         # a part's logits are counted from its own maximum
         scale, slope = scale - slope * (statistics.maximum - maximum).nan_to_num(), slope * share
     return Pull(index, torch.where(inside, pull.at, 0.0), scale * share, slope, pull.everywhere)
-
-
-def within(columns: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids counted from the start of a part of the vocabulary, clamped to it, and whether they are in it."""
-    size = part.stop - part.start
-    index = columns - part.start
-    return index.clamp(0, max(0, size - 1)), (index >= 0) & (index < size)
 
 
 def shard_of_logits(logits: Any, group: object, size: int | None) -> tuple[torch.Tensor, Shard]:  # noqa: ANN401

@@ -30,11 +30,14 @@ __all__ = [
     "Places",
     "Pull",
     "RowKernels",
+    "Softmaxes",
     "Statistics",
     "Tempering",
+    "Wanted",
     "Workspace",
     "power_of_two_below",
     "rows_at_once",
+    "within",
     "working_dtype",
 ]
 
@@ -120,11 +123,6 @@ class Statistics(NamedTuple):
     entropy: torch.Tensor | None
     total: torch.Tensor
 
-    @property
-    def log_normalizer(self) -> torch.Tensor:
-        """log Σ e^x."""  # noqa: D403 -- log is a function
-        return self.maximum + self.log_sum
-
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """The log-probs x − log Σ e^x of columns (rows, …), without rounding to the size of the logits."""
         extra = (1,) * (x.ndim - 1)
@@ -135,9 +133,17 @@ class Statistics(NamedTuple):
         """The statistics of some of the rows."""
         return Statistics(*(None if field is None else field[rows] for field in self))  # type: ignore[arg-type]
 
+    def counted(self, rows: Places) -> Statistics:
+        """The statistics, 0 at rows that do not count."""
+        if rows.valid is None:
+            return self
+        return Statistics(*(None if field is None else rows.counted(field) for field in self))  # type: ignore[arg-type]
+
     @classmethod
     def joined(cls, parts: Sequence[Statistics]) -> Statistics:
         """The statistics of several lots of rows, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
     @classmethod
@@ -145,6 +151,58 @@ class Statistics(NamedTuple):
         """The statistics from those of their fields that are not None."""
         maximum, log_sum, *rest = fields
         return cls(maximum, log_sum, rest[0] if entropy else None, rest[-1])
+
+
+class Wanted(NamedTuple):
+    """Ids of the vocabulary, (rows, C), whose log-probs are wanted of columns that begin at the id `start`.
+
+    `elsewhere` is the log-prob of an id that is none of these columns: NaN if there are no others, else −∞.
+    """
+
+    ids: torch.Tensor
+    start: int = 0
+    elsewhere: float = math.nan
+
+    def logits(self, z: torch.Tensor, places: Places, tempering: Tempering) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits x of the ids, and which of them are columns of z: None if all are. Of the others, some logits."""
+        index, inside = self.ids, None
+        # on the host alone, ids have been checked
+        if self.start or not math.isnan(self.elsewhere) or is_waited_for(z):
+            index, inside = within(index, slice(self.start, self.start + z.shape[-1]))
+        key = places.key
+        stored = z[key].gather(-1, index) if isinstance(key, slice) else z[places.index[:, None], index]
+        return tempering.of_columns(stored, index + self.start), inside
+
+
+class Softmaxes(NamedTuple):
+    """What one pass learns of the softmaxes of rows: statistics, log Σ e^x, and log-probs of the ids wanted, (rows, C).
+
+    At rows that do not count everything is 0.
+    """
+
+    statistics: Statistics
+    log_normalizer: torch.Tensor
+    log_prob: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, statistics: Statistics, places: Places, wanted: Wanted, logits: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> Softmaxes:
+        """From the statistics of rows and `Wanted.logits`."""
+        x, inside = logits
+        log_prob = statistics.log_prob(x)
+        if inside is not None:
+            log_prob = torch.where(inside, log_prob, wanted.elsewhere)
+        statistics = statistics.counted(places)
+        return cls(statistics, statistics.maximum + statistics.log_sum, places.counted(log_prob))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Softmaxes]) -> Softmaxes:
+        """Those of several lots of rows, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        statistics, log_normalizers, log_probs = zip(*parts, strict=True)
+        return cls(Statistics.joined(statistics), torch.cat(log_normalizers), torch.cat(log_probs))
 
 
 class Everywhere(Protocol):
@@ -176,35 +234,42 @@ class Everywhere(Protocol):
 class Pull(NamedTuple):
     """∂/∂x of a function of softmaxes, p (scale − slope (x − max x)) + `at` some columns; an entry or (columns) C a row.
 
-    `everywhere` adds derivatives at all columns.
+    Without a `scale` it is −Σ `at`, as it is of log-probs: ∂log p(c)/∂x = 1[c] − p. `everywhere` adds derivatives at all
+    columns. What it is at rows that do not count is of no influence.
     """
 
     columns: torch.Tensor
     at: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor | None = None
     slope: torch.Tensor | None = None
     everywhere: Everywhere | None = None
+
+    @property
+    def of_softmax(self) -> torch.Tensor:
+        """The scale."""
+        return -self.at.sum(-1) if self.scale is None else self.scale
 
     def counted(self, rows: Places) -> Pull:
         """The pull, 0 at rows that do not count; what there is everywhere is so already."""
         if rows.valid is None:
             return self
-        slope = None if self.slope is None else rows.counted(self.slope)
-        return self._replace(at=rows.counted(self.at), scale=rows.counted(self.scale), slope=slope)
+        scale, slope = (None if field is None else rows.counted(field) for field in (self.scale, self.slope))
+        return self._replace(at=rows.counted(self.at), scale=scale, slope=slope)
 
     @property
     def moves(self) -> torch.Tensor:
         """The rows where it is not 0."""
-        moves = (self.at != 0.0).any(-1) | (self.scale != 0.0)
+        moves = (self.at != 0.0).any(-1)
+        moves = moves if self.scale is None else moves | (self.scale != 0.0)
         moves = moves if self.slope is None else moves | (self.slope != 0.0)
         return moves if self.everywhere is None else moves | self.everywhere.moves
 
     def size(self, vocabulary: int) -> torch.Tensor:
         """A bound of the largest of a row's derivatives, and of half of what they add up to."""
         # half of what those at columns and of the softmax add up to; Σ p (max x − x) is an entropy less a log-sum
-        of_softmax = (
-            self.scale.abs() if self.slope is None else self.scale.abs() + self.slope.abs() * math.log(max(1, vocabulary))
-        )
+        of_softmax = self.of_softmax.abs()
+        if self.slope is not None:
+            of_softmax = of_softmax + self.slope.abs() * math.log(max(1, vocabulary))
         if self.columns.shape[1] == 1 and self.slope is None and self.everywhere is None:
             return torch.maximum(self.at.abs()[:, 0], of_softmax)
         size = self.at.abs().sum(-1) + of_softmax
@@ -212,19 +277,19 @@ class Pull(NamedTuple):
 
     def with_entropy(self, cotangent: torch.Tensor, log_sum: torch.Tensor, entropy: torch.Tensor) -> Pull:
         """The pull with that of the entropies, ∂H/∂x = −π (log π + H), times a cotangent a row."""
-        return self._replace(scale=self.scale + cotangent * (log_sum - entropy), slope=cotangent)
+        return self._replace(scale=self.of_softmax + cotangent * (log_sum - entropy), slope=cotangent)
 
     def at_rows(self, rows: torch.Tensor | slice) -> Pull:
         """The pull of some of the rows."""
-        slope = None if self.slope is None else self.slope[rows]
+        scale, slope = (None if field is None else field[rows] for field in (self.scale, self.slope))
         everywhere = None if self.everywhere is None else self.everywhere.at_rows(rows)
-        return Pull(self.columns[rows], self.at[rows], self.scale[rows], slope, everywhere)
+        return Pull(self.columns[rows], self.at[rows], scale, slope, everywhere)
 
     def scaled(self, factor: torch.Tensor) -> Pull:
         """The pull times a factor a row."""
-        slope = None if self.slope is None else self.slope * factor
+        scale, slope = (None if field is None else field * factor for field in (self.scale, self.slope))
         everywhere = None if self.everywhere is None else self.everywhere.scaled(factor)
-        return Pull(self.columns, self.at * factor[:, None], self.scale * factor, slope, everywhere)
+        return Pull(self.columns, self.at * factor[:, None], scale, slope, everywhere)
 
 
 class Places:
@@ -234,13 +299,19 @@ class Places:
     count; elsewhere it is None. What the others hold may be anything, and their gradient is 0.
     """
 
-    def __init__(self, index: torch.Tensor, on_host: NDArray[np.int64], valid: torch.Tensor | None = None) -> None:
-        self.index, self.on_host, self.valid = index, on_host, valid
+    def __init__(
+        self,
+        on_host: NDArray[np.int64],
+        device: torch.device,
+        valid: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+    ) -> None:
+        self.on_host, self.device, self.valid, self._index = on_host, device, valid, index
 
     @classmethod
     def first(cls, count: int, device: torch.device, valid: torch.Tensor | None = None) -> Places:
         """The rows 0, 1, … count − 1."""
-        return cls(torch.arange(count, dtype=torch.int64, device=device), np.arange(count), valid)
+        return cls(np.arange(count), device, valid)
 
     @classmethod
     def where(cls, condition: torch.Tensor, *, at_any_cost: bool = False) -> Places:
@@ -248,21 +319,25 @@ class Places:
         if is_waited_for(condition) and not at_any_cost:
             return cls.first(len(condition), condition.device, condition)
         some = condition.nonzero()[:, 0]
-        return cls(some, some.cpu().numpy())
+        return cls(some.cpu().numpy(), some.device, index=some)
 
     def where_also(self, condition: torch.Tensor) -> tuple[Places, torch.Tensor | slice]:
         """Those of the rows at which a condition on them holds, and their numbers among these."""
         if is_waited_for(condition):
             valid = condition if self.valid is None else self.valid & condition
-            return Places(self.index, self.on_host, valid), slice(0, len(self))
+            return Places(self.on_host, self.device, valid, self._index), slice(0, len(self))
         some = condition.nonzero()[:, 0]
-        return Places(self.index[some], self.on_host[some.numpy()]), some
+        return Places(self.on_host[some.numpy()], self.device, index=self.index[some]), some
 
     def joined(self, others: Sequence[Places]) -> Places:
         """These rows and then the others."""
         every = (self, *others)
         valid = None if self.valid is None else torch.cat([each.valid for each in every if each.valid is not None])
-        return Places(torch.cat([each.index for each in every]), np.concatenate([each.on_host for each in every]), valid)
+        return Places(np.concatenate([each.on_host for each in every]), self.device, valid)
+
+    def numbered(self) -> Places:
+        """The numbers of these rows among them: 0, 1, …, of which the same count."""
+        return Places.first(len(self), self.device, self.valid)
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -270,7 +345,15 @@ class Places:
 
     def __getitem__(self, step: slice) -> Places:
         """Some of the rows, by their number among these."""
-        return Places(self.index[step], self.on_host[step], None if self.valid is None else self.valid[step])
+        valid, index = (None if tensor is None else tensor[step] for tensor in (self.valid, self._index))
+        return Places(self.on_host[step], self.device, valid, index)
+
+    @property
+    def index(self) -> torch.Tensor:
+        """The indices, int64."""
+        if self._index is None:
+            self._index = torch.from_numpy(self.on_host).to(self.device)
+        return self._index
 
     @property
     def key(self) -> slice | torch.Tensor:
@@ -289,7 +372,14 @@ class Places:
         """Values (rows, …), replaced where a row does not count."""
         if self.valid is None:
             return values
-        return values.masked_fill(~self.valid.reshape(-1, *(1,) * (values.ndim - 1)), otherwise)
+        return torch.where(self.valid.reshape(-1, *(1,) * (values.ndim - 1)), values, otherwise)
+
+    def spread(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        """The values at these rows of `count`, and 0 at the others; the values themselves if there are no others."""
+        if len(self) == count:
+            return values
+        zeros = torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device)
+        return zeros.index_copy_(0, self.index, values)
 
 
 class Workspace:
@@ -316,25 +406,26 @@ class Workspace:
 
 
 class RowKernels(Protocol):
-    """Statistics of softmaxes of rows, and gradients through them: all the work that grows with the vocabulary.
+    """Softmaxes of rows, and gradients through them: all the work that grows with the vocabulary.
 
     `places` says which rows of the logits z (…, V), and of `out` or `keep`. Everything else, the tempering too, has one entry
     a row of these.
     """
 
     keeps: bool
-    """True if `statistics` can leave the softmax itself in `keep`, for `gradients` to start from."""
+    """True if `softmaxes` can leave the softmax itself in `keep`, for `gradients` to start from."""
 
-    def statistics(
+    def softmaxes(
         self,
         z: torch.Tensor,
         places: Places,
         tempering: Tempering,
+        wanted: Wanted,
         *,
         entropy: bool = False,
         keep: torch.Tensor | None = None,
-    ) -> Statistics:
-        """Statistics of the softmax of each row; the softmax itself goes to `keep`, which may be z."""
+    ) -> Softmaxes:
+        """What is learnt of the softmax of each row; the softmax itself goes to `keep`, which may be z."""
         ...
 
     def gradients(
@@ -348,10 +439,11 @@ class RowKernels(Protocol):
         out: torch.Tensor,
         kept: bool = False,
     ) -> None:
-        """∂/∂z to the rows of `out`, which may be z; with `kept`, `out` holds what `statistics` has left there.
+        """∂/∂z to the rows of `out`, which may be z; with `kept`, `out` holds what `softmaxes` has left there.
 
-        Rows where `pull` is 0 become 0. On the host's own memory they may become NaN if what they hold is not finite: it
-        leaves such rows out before. `kept` excludes a pull everywhere.
+        Rows that do not count, or where `pull` is 0, become 0. On the host's own memory they may become NaN if what they hold
+        is not finite: it leaves such rows out before. `kept` excludes a pull everywhere. The columns of the pull are those of
+        z; one outside them is nowhere, or at a row that does not count.
         """
         ...
 
@@ -364,16 +456,19 @@ class ArrayRows:
     def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
         self.work = Workspace(vocabulary, working_dtype(dtype), device)
 
-    def statistics(
+    def softmaxes(
         self,
         z: torch.Tensor,
         places: Places,
         tempering: Tempering,
+        wanted: Wanted,
         *,
         entropy: bool = False,
         keep: torch.Tensor | None = None,
-    ) -> Statistics:
+    ) -> Softmaxes:
         """See `RowKernels`."""
+        # before a softmax takes the place of the logits
+        logits = wanted.logits(z, places, tempering)
         count, like = len(places), self.work.x
         maxima, log_sums, totals = (torch.empty(count, dtype=like.dtype, device=like.device) for _ in range(3))
         entropies = torch.empty_like(maxima) if entropy else None
@@ -392,7 +487,7 @@ class ArrayRows:
             maxima[step], log_sums[step], totals[step] = maximum[:, 0], log_sum, total
             if entropies is not None:
                 torch.sub(log_sum, self._mean(p, x, buffer).div_(total), out=entropies[step])
-        return Statistics(maxima, log_sums, entropies, totals)
+        return Softmaxes.of(Statistics(maxima, log_sums, entropies, totals), places, wanted, logits)
 
     def gradients(
         self,
@@ -406,8 +501,9 @@ class ArrayRows:
         kept: bool = False,
     ) -> None:
         """See `RowKernels`."""
-        scale = pull.scale / statistics.total if kept else pull.scale
-        still = ~pull.moves if is_waited_for(z) else None
+        scale, columns = pull.of_softmax, places.counted(pull.columns, 0)
+        scale = scale / statistics.total if kept else scale
+        moves = places.counted(pull.moves, otherwise=False) if is_waited_for(z) else None
         for step, buffer, p_buffer in self.work.steps(len(places)):
             key, of_step = places[step].key, tempering.at(step)
             if kept:
@@ -426,11 +522,11 @@ class ArrayRows:
                     p.mul_(x.mul_(-pull.slope[step, None] / total).add_(scale[step, None] / total))
                 if everywhere is not None:
                     p.add_(everywhere)
-            p.scatter_add_(-1, pull.columns[step], pull.at[step])
+            p.scatter_add_(-1, columns[step], pull.at[step])
             of_step.pull_back_(p, p if kept else stored)
-            if still is not None:
+            if moves is not None:
                 # 0 does not silence a NaN
-                p.masked_fill_(still[step, None], 0.0)
+                p.masked_fill_(~moves[step, None], 0.0)
             if not isinstance(key, slice):
                 out.index_copy_(0, key, p.to(out.dtype))
             elif not kept:
@@ -452,20 +548,24 @@ class EmptyRows:
 
     keeps = False
 
-    def statistics(
+    def softmaxes(
         self,
         z: torch.Tensor,
         places: Places,
         tempering: Tempering,
+        wanted: Wanted,
         *,
         entropy: bool = False,
         keep: torch.Tensor | None = None,
-    ) -> Statistics:
+    ) -> Softmaxes:
         """See `RowKernels`."""
         del tempering, keep
-        maximum = torch.full((len(places),), -torch.inf, dtype=working_dtype(z.dtype), device=z.device)
-        zeros = torch.zeros_like(maximum)
-        return Statistics(maximum, zeros, zeros if entropy else None, torch.ones_like(maximum))
+        nothing = torch.full((len(places),), -torch.inf, dtype=working_dtype(z.dtype), device=z.device)
+        zeros = torch.zeros_like(nothing)
+        statistics = Statistics(nothing, zeros, zeros if entropy else None, torch.ones_like(nothing))
+        return Softmaxes(
+            statistics, nothing, torch.full(wanted.ids.shape, wanted.elsewhere, dtype=nothing.dtype, device=z.device)
+        )
 
     def gradients(
         self,
@@ -493,6 +593,13 @@ def rows_at_once(vocabulary: int, dtype: torch.dtype, device: torch.device) -> i
     """How many rows of so many numbers are worked on at a time."""
     budget = _device_bytes(device) if is_waited_for(device) else _CPU_BYTES_PER_THREAD * torch.get_num_threads()
     return max(1, budget // max(1, vocabulary * dtype.itemsize))
+
+
+def within(columns: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids counted from the start of a part of the vocabulary, clamped to it, and whether they are in it."""
+    size = part.stop - part.start
+    index = columns - part.start
+    return index.clamp(0, max(0, size - 1)), (index >= 0) & (index < size)
 
 
 def power_of_two_below(limit: int, bound: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from drpo_core.engines.triton_source import FUNCTIONS
 from drpo_torch.engines.triton_loop import module_of
 
-__all__ = ["gradients", "statistics"]
+__all__ = ["gradients", "softmaxes"]
 
 tanh = module_of(FUNCTIONS)["tanh"]
 
@@ -23,6 +23,40 @@ def _exact(value, number: tl.constexpr):
     if number == tl.float64:
         return tl.cast(value, tl.int64).to(tl.float64, bitcast=True)
     return tl.cast(value, number)
+
+
+@triton.jit
+def _row(r, first_row, index_at, INDEXED: tl.constexpr):
+    """The row of the matrix that is the r-th of those to be done."""
+    row = first_row + r
+    if INDEXED:
+        row = tl.load(index_at + r)
+    return row
+
+
+@triton.jit
+def _step(
+    r,
+    number: tl.constexpr,
+    temperature_at,
+    temperature_of_all,
+    cap_of_all,
+    PER_ROW: tl.constexpr,
+    SUPPORTED: tl.constexpr,
+    words_at,
+    words_stride,
+    support_rows_at,
+    whole_at,
+):
+    """A row's temperature, soft-cap, words of its support, and whether that is the whole vocabulary."""
+    temperature = _exact(temperature_of_all, number)
+    if PER_ROW:
+        temperature = tl.load(temperature_at + r)
+    word_row, whole = words_at, False
+    if SUPPORTED:
+        word_row = words_at + tl.load(support_rows_at + r) * words_stride
+        whole = tl.load(whole_at + r) != 0
+    return temperature, _exact(cap_of_all, number), word_row, whole
 
 
 @triton.jit
@@ -54,13 +88,17 @@ def _logits(
     return tl.where(inside, x, -float("inf")), z
 
 
-@triton.jit(do_not_specialize=["temperature_of_all", "cap_of_all"])
-def statistics(
+@triton.jit(do_not_specialize=["temperature_of_all", "cap_of_all", "elsewhere"])
+def softmaxes(
     z_at,
     row_stride: tl.int64,
     column_stride: tl.int64,
     width,
+    first_row,
     index_at,
+    INDEXED: tl.constexpr,
+    valid_at,
+    MASKED: tl.constexpr,
     temperature_at,
     temperature_of_all,
     cap_of_all,
@@ -72,73 +110,108 @@ def statistics(
     support_rows_at,
     whole_at,
     words_start,
+    ids_at,
+    ids_stride: tl.int64,
+    id_stride: tl.int64,
+    first_id,
+    ids,
+    IDS: tl.constexpr,
+    elsewhere,
+    log_prob_at,
     found_at,
     rows,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each row max x, log Σ e^(x − max x), that sum and the entropy, to the rows of a matrix (4, rows)."""
-    r = tl.program_id(0)
+    """Of each row max x, log Σ e^(x − max x), that sum, log Σ e^x and the entropy, to the rows of a matrix; log-probs of ids.
+
+    All is 0 of a row that does not count.
+    """
+    r = tl.program_id(0).to(tl.int64)
     number = found_at.dtype.element_ty
-    begin = tl.load(index_at + r) * row_stride
-    temperature = _exact(temperature_of_all, number)
-    if PER_ROW:
-        temperature = tl.load(temperature_at + r)
-    cap = _exact(cap_of_all, number)
-    word_row, whole = words_at, False
-    if SUPPORTED:
-        word_row = words_at + tl.load(support_rows_at + r) * words_stride
-        whole = tl.load(whole_at + r) != 0
-    lane = tl.arange(0, BLOCK)
-    # each lane has a maximum of its own, and sums of exponentials that are relative to it
-    most = tl.full((BLOCK,), -float("inf"), number)
-    total = tl.zeros((BLOCK,), number)
-    weighted = tl.zeros((BLOCK,), number)
-    for start in range(0, width, BLOCK):
-        column = start + lane
-        x, _ = _logits(
-            z_at,
-            begin,
-            column_stride,
-            column,
-            column < width,
-            temperature,
-            cap,
-            word_row,
-            words_start,
-            whole,
-            CAPPED,
+    counts = True
+    if MASKED:
+        counts = tl.load(valid_at + r) != 0
+    c = tl.arange(0, IDS)
+    wanted = c < ids
+    if counts:
+        begin = _row(r, first_row, index_at, INDEXED) * row_stride
+        temperature, cap, word_row, whole = _step(
+            r,
+            number,
+            temperature_at,
+            temperature_of_all,
+            cap_of_all,
+            PER_ROW,
             SUPPORTED,
+            words_at,
+            words_stride,
+            support_rows_at,
+            whole_at,
         )
-        higher = tl.maximum(most, x)
-        # NaN where nothing is finite yet
-        fall = tl.where(most == higher, 0.0, most - higher)
-        d = tl.where(x == higher, 0.0, x - higher)
-        shrink, e = tl.exp(fall), tl.exp(d)
-        # of −inf as the highest, e^0
-        e = tl.where(x == -float("inf"), 0.0, e)
+        lane = tl.arange(0, BLOCK)
+        # each lane has a maximum of its own, and sums of exponentials that are relative to it
+        most = tl.full((BLOCK,), -float("inf"), number)
+        total, weighted = tl.zeros((BLOCK,), number), tl.zeros((BLOCK,), number)
+        for start in range(0, width, BLOCK):
+            column = start + lane
+            x, _ = _logits(
+                z_at,
+                begin,
+                column_stride,
+                column,
+                column < width,
+                temperature,
+                cap,
+                word_row,
+                words_start,
+                whole,
+                CAPPED,
+                SUPPORTED,
+            )
+            higher = tl.maximum(most, x)
+            # NaN where nothing is finite yet
+            fall = tl.where(most == higher, 0.0, most - higher)
+            d = tl.where(x == higher, 0.0, x - higher)
+            shrink, e = tl.exp(fall), tl.exp(d)
+            # of −inf as the highest, e^0
+            e = tl.where(x == -float("inf"), 0.0, e)
+            if ENTROPY:
+                # where the exponential is 0, −inf times it would be a NaN
+                weighted = shrink * (weighted + tl.where(total == 0.0, 0.0, total * fall)) + tl.where(e == 0.0, 0.0, e * d)
+            total = total * shrink + e
+            # +inf less itself
+            total = tl.where(x == float("inf"), float("nan"), total)
+            total = tl.where(x == x, total, x)
+            most = higher
+        maximum = tl.max(most, 0)
+        fall = tl.where(most == maximum, 0.0, most - maximum)
+        shrink = tl.exp(fall)
         if ENTROPY:
-            # where the exponential is 0, −inf times it would be a NaN
-            weighted = shrink * (weighted + tl.where(total == 0.0, 0.0, total * fall)) + tl.where(e == 0.0, 0.0, e * d)
-        total = total * shrink + e
-        # +inf less itself
-        total = tl.where(x == float("inf"), float("nan"), total)
-        total = tl.where(x == x, total, x)
-        most = higher
-    maximum = tl.max(most, 0)
-    fall = tl.where(most == maximum, 0.0, most - maximum)
-    shrink = tl.exp(fall)
-    if ENTROPY:
-        weighted = tl.sum(shrink * (weighted + tl.where(total == 0.0, 0.0, total * fall)), 0)
-    total = tl.sum(total * shrink, 0)
-    # of a row of −inf, 0/0
-    total = tl.where(total == 0.0, float("nan"), total)
-    log_sum = tl.log(total)
-    tl.store(found_at + r, maximum)
-    tl.store(found_at + rows + r, log_sum)
-    tl.store(found_at + 2 * rows + r, total)
-    if ENTROPY:
-        tl.store(found_at + 3 * rows + r, log_sum - weighted / total)
+            weighted = tl.sum(shrink * (weighted + tl.where(total == 0.0, 0.0, total * fall)), 0)
+        total = tl.sum(total * shrink, 0)
+        # of a row of −inf, 0/0
+        total = tl.where(total == 0.0, float("nan"), total)
+        log_sum = tl.log(total)
+        tl.store(found_at + r, maximum)
+        tl.store(found_at + rows + r, log_sum)
+        tl.store(found_at + 2 * rows + r, total)
+        tl.store(found_at + 3 * rows + r, maximum + log_sum)
+        if ENTROPY:
+            tl.store(found_at + 4 * rows + r, log_sum - weighted / total)
+        some = tl.load(ids_at + r * ids_stride + c * id_stride, mask=wanted, other=0) - first_id
+        here = wanted & (some >= 0) & (some < width)
+        x_some, _ = _logits(
+            z_at, begin, column_stride, some, here, temperature, cap, word_row, words_start, whole, CAPPED, SUPPORTED
+        )
+        # two tanh of one argument may differ in their last bit
+        log_prob = tl.minimum(x_some - maximum, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_sum
+        log_prob = tl.where(here, log_prob, elsewhere)
+        tl.store(log_prob_at + r * ids + c, log_prob, mask=wanted)
+    else:
+        for field in tl.static_range(5 if ENTROPY else 4):
+            tl.store(found_at + field * rows + r, tl.zeros((), number))
+        tl.store(log_prob_at + r * ids + c, tl.zeros((IDS,), number), mask=wanted)
 
 
 @triton.jit
@@ -164,7 +237,11 @@ def gradients(
     row_stride: tl.int64,
     column_stride: tl.int64,
     width,
+    first_row,
     index_at,
+    INDEXED: tl.constexpr,
+    valid_at,
+    MASKED: tl.constexpr,
     out_at,
     out_row_stride: tl.int64,
     out_column_stride: tl.int64,
@@ -183,38 +260,57 @@ def gradients(
     log_sum_at,
     scale_at,
     slope_at,
-    columns_at,
     at_at,
+    at_stride: tl.int64,
+    at_column_stride: tl.int64,
+    columns_at,
+    columns_stride: tl.int64,
+    id_stride: tl.int64,
+    first_id,
     columns,
+    COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr,
     SLOPED: tl.constexpr,
     BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
-    """∂/∂z of each row: (p (scale − slope (x − max x)) + `at` some columns) ∂x/∂z."""
-    r = tl.program_id(0)
-    number = scale_at.dtype.element_ty
-    row = tl.load(index_at + r)
+    """∂/∂z of each row: (p (scale − slope (x − max x)) + `at` some columns) ∂x/∂z; 0 of a row that does not count."""
+    r = tl.program_id(0).to(tl.int64)
+    number = maximum_at.dtype.element_ty
+    row = _row(r, first_row, index_at, INDEXED)
     begin, into = row * row_stride, row * out_row_stride
-    scale, slope = tl.load(scale_at + r), tl.load(slope_at + r)
     c = tl.arange(0, COLUMNS)
     wanted = c < columns
-    at = tl.load(at_at + r * columns + c, mask=wanted, other=0.0)
+    if MASKED:
+        wanted = wanted & (tl.load(valid_at + r + 0 * c) != 0)
+    at = tl.load(at_at + r * at_stride + c * at_column_stride, mask=wanted, other=0.0)
     lane = tl.arange(0, BLOCK)
-    moves = (tl.sum((at != 0.0).to(tl.int32), 0) > 0) | (scale != 0.0)
+    scale, slope = -tl.sum(at, 0), tl.zeros((), number)
+    moves = tl.sum((at != 0.0).to(tl.int32), 0) > 0
+    if SCALED:
+        scale = tl.load(scale_at + r)
+        moves = moves | (scale != 0.0)
     if SLOPED:
+        slope = tl.load(slope_at + r)
         moves = moves | (slope != 0.0)
+    if MASKED:
+        moves = moves & (tl.load(valid_at + r) != 0)
     if moves:
         maximum, log_sum = tl.load(maximum_at + r), tl.load(log_sum_at + r)
-        temperature = _exact(temperature_of_all, number)
-        if PER_ROW:
-            temperature = tl.load(temperature_at + r)
-        cap = _exact(cap_of_all, number)
-        word_row, whole = words_at, False
-        if SUPPORTED:
-            word_row = words_at + tl.load(support_rows_at + r) * words_stride
-            whole = tl.load(whole_at + r) != 0
+        temperature, cap, word_row, whole = _step(
+            r,
+            number,
+            temperature_at,
+            temperature_of_all,
+            cap_of_all,
+            PER_ROW,
+            SUPPORTED,
+            words_at,
+            words_stride,
+            support_rows_at,
+            whole_at,
+        )
         # the few columns with more to them, before the row is overwritten; those of other parts are not here
-        some = tl.load(columns_at + r * columns + c, mask=wanted, other=-1)
+        some = tl.load(columns_at + r * columns_stride + c * id_stride, mask=wanted, other=-1) - first_id
         here = wanted & (some >= 0) & (some < width)
         x_some, z_some = _logits(
             z_at, begin, column_stride, some, here, temperature, cap, word_row, words_start, whole, CAPPED, SUPPORTED

@@ -1,6 +1,6 @@
 """`drpo_torch.vocabulary.softmax.RowKernels` as Triton kernels over the memory of a GPU: one program a row.
 
-Statistics are taken in one pass over a row, gradients in another, which may overwrite it. Rows are read where they lie, in
+Softmaxes are taken in one pass over a row, gradients in another, which may overwrite it. Rows are read where they lie, in
 their own dtype, with any strides; their arithmetic is in float32, or float64 for float64. A row without a gradient is not
 read.
 """
@@ -16,10 +16,10 @@ from torch.autograd.graph import increment_version
 
 from drpo_torch.engines.triton_loop import REGISTERS
 from drpo_torch.vocabulary import triton_kernels
-from drpo_torch.vocabulary.softmax import ArrayRows, Statistics, working_dtype
+from drpo_torch.vocabulary.softmax import ArrayRows, Softmaxes, Statistics, working_dtype
 
 if TYPE_CHECKING:
-    from drpo_torch.vocabulary.softmax import Places, Pull, Tempering
+    from drpo_torch.vocabulary.softmax import Places, Pull, Tempering, Wanted
 
 __all__ = ["TritonRows"]
 
@@ -39,36 +39,37 @@ class TritonRows:
         # of float32 they take few enough
         self._registers = REGISTERS if self.dtype == torch.float64 else {}
 
-    def statistics(
+    def softmaxes(
         self,
         z: torch.Tensor,
         places: Places,
         tempering: Tempering,
+        wanted: Wanted,
         *,
         entropy: bool = False,
         keep: torch.Tensor | None = None,  # noqa: ARG002 -- a softmax taken again costs no more than one that is read
-    ) -> Statistics:
+    ) -> Softmaxes:
         """See `RowKernels`."""
-        found = torch.empty((4, len(places)), dtype=self.dtype, device=z.device)
-        if not len(places):
-            return self._made(found, entropy=entropy)
-        with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
-            triton_kernels.statistics[(len(places),)](
-                *_rows(z, places),
-                *self._step(tempering),
-                found,
-                len(places),
-                entropy,
-                BLOCK=_block(z),
-                num_warps=WARPS,
-                **self._registers,
-            )
-        return self._made(found, entropy=entropy)
-
-    @staticmethod
-    def _made(found: torch.Tensor, *, entropy: bool) -> Statistics:
-        maximum, log_sum, total, entropies = found.unbind()
-        return Statistics(maximum, log_sum, entropies if entropy else None, total)
+        fields = 5 if entropy else 4
+        found = torch.empty((fields, len(places)), dtype=self.dtype, device=z.device)
+        log_prob = torch.empty(wanted.ids.shape, dtype=self.dtype, device=z.device)
+        if len(places):
+            with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
+                triton_kernels.softmaxes[(len(places),)](
+                    *_rows(z, places),
+                    *self._step(tempering),
+                    *_columns(wanted.ids, wanted.start),
+                    wanted.elsewhere,
+                    log_prob,
+                    found,
+                    len(places),
+                    entropy,
+                    BLOCK=_block(z),
+                    num_warps=WARPS,
+                    **self._registers,
+                )
+        maximum, log_sum, total, log_normalizer, *entropies = found.unbind()
+        return Softmaxes(Statistics(maximum, log_sum, entropies[0] if entropy else None, total), log_normalizer, log_prob)
 
     def gradients(
         self,
@@ -88,21 +89,23 @@ class TritonRows:
             return
         if not len(places):
             return
-        numbers = (statistics.maximum, statistics.log_sum, pull.scale, pull.scale if pull.slope is None else pull.slope)
-        columns = pull.columns.shape[1]
+        scale, slope = (0 if number is None else number.to(self.dtype).contiguous() for number in (pull.scale, pull.slope))
+        at = pull.at.to(self.dtype)
         with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
             triton_kernels.gradients[(len(places),)](
                 *_rows(z, places),
                 out,
                 *out.stride(),
                 *self._step(tempering),
-                *(number.to(self.dtype).contiguous() for number in numbers),
-                pull.columns.contiguous(),
-                pull.at.to(self.dtype).contiguous(),
-                columns,
+                *(number.to(self.dtype).contiguous() for number in (statistics.maximum, statistics.log_sum)),
+                scale,
+                slope,
+                at,
+                *at.stride(),
+                *_columns(pull.columns),
+                pull.scale is not None,
                 pull.slope is not None,
                 BLOCK=_block(z),
-                COLUMNS=triton.next_power_of_2(max(1, columns)),
                 num_warps=WARPS,
                 **self._registers,
             )
@@ -134,8 +137,17 @@ class TritonRows:
 
 
 def _rows(z: torch.Tensor, places: Places) -> tuple[Any, ...]:
-    """A matrix with its strides and its width, and which rows of it."""
-    return z, *z.stride(), z.shape[1], places.index
+    """A matrix with its strides and its width; which rows of it, as the first of neighbours or by index; and which count."""
+    key = places.key
+    among = (key.start, 0, False) if isinstance(key, slice) else (0, key, True)
+    mask = 0 if places.valid is None else places.valid.contiguous().view(torch.uint8)
+    return z, *z.stride(), z.shape[1], *among, mask, places.valid is not None
+
+
+def _columns(ids: torch.Tensor, start: int = 0) -> tuple[Any, ...]:
+    """Columns of rows, (rows, C), by their ids: where they lie, the id of the first column, and C, also as a power of two."""
+    count = ids.shape[1]
+    return ids, *ids.stride(), start, count, triton.next_power_of_2(max(1, count))
 
 
 def _block(z: torch.Tensor) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from drpo_torch.engines.kernel_error import NOT_TRIED, is_captured, warn_of
 from drpo_torch.engines.trial import agree
-from drpo_torch.vocabulary.softmax import ArrayRows, Places, Pull, Tempering
+from drpo_torch.vocabulary.softmax import ArrayRows, Places, Pull, Tempering, Wanted
 from drpo_torch.vocabulary.support import SupportRows
 from drpo_torch.vocabulary.triton_rows import BLOCK, TritonRows
 
@@ -76,11 +76,12 @@ def _found(
     rows: RowKernels, z: torch.Tensor, places: Places, step: Tempering, columns: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Statistics, and a gradient with a slope and one without."""
-    statistics = rows.statistics(z, places, step, entropy=True)
+    statistics, log_normalizer, log_prob = rows.softmaxes(z, places, step, Wanted(columns), entropy=True)
     entropy = statistics.entropy
     assert entropy is not None
     scale = torch.linspace(-1.0, 1.0, ROWS, dtype=entropy.dtype, device=z.device)
     found = {"maximum": statistics.maximum, "log-sum": statistics.log_sum, "entropy": entropy}
+    found |= {"log-normaliser": log_normalizer, "log-prob": log_prob}
     for name, slope in (("gradient", None), ("gradient of entropies", scale.square())):
         pull = Pull(columns, torch.stack((scale, scale.abs(), -scale), -1), scale - 1.0, slope)
         found[name] = torch.empty_like(z)

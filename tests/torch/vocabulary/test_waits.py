@@ -256,10 +256,10 @@ def assert_those_of_the_host(call, temperature, support, engine, as_on_a_gpu):
 
 
 FAULTS = {
-    "a maximum": ("statistics", "maximum = tl.max(most, 0)", "maximum = tl.min(most, 0)", "another .*maximum"),
-    "an entropy": ("statistics", "log_sum - weighted / total", "log_sum + weighted / total", "another plain entropy"),
+    "a maximum": ("softmaxes", "maximum = tl.max(most, 0)", "maximum = tl.min(most, 0)", "another .*maximum"),
+    "an entropy": ("softmaxes", "log_sum - weighted / total", "log_sum + weighted / total", "another plain entropy"),
     "the sampled token": ("gradients", "of_some, mask=here)", "y_some, mask=here)", "another plain gradient"),
-    "no program": ("statistics", "tl.program_id(0)", "tl.no_such_thing(0)", "fails with"),
+    "no program": ("softmaxes", "tl.program_id(0)", "tl.no_such_thing(0)", "fails with"),
 }
 
 
