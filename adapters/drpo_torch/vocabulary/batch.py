@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from drpo_core import UntraceableError, merge_diagnostics
+from drpo_core import UntraceableError
 from drpo_core.centering import check_centred
 from drpo_core.engines.trace import Trace
 from drpo_core.loss import policy_pass, reduction_of
@@ -209,7 +209,8 @@ class TokenBatch:
             self.full_term = FullTerm(given.objective, behavior, self.advantages, given.engine, self.row_dtype, shard)
         self.log_prob: torch.Tensor | None = None
         self.entropy: torch.Tensor | None = None
-        self.passes: list[PolicyLoss] = []
+        self._chunks: list[Found] = []
+        self._loss: PolicyLoss | None = None
 
     @property
     def needs_entropy(self) -> bool:
@@ -267,11 +268,43 @@ class TokenBatch:
 
     def step(self, found: Found) -> Pull:
         """∂(reduced loss)/∂logits of these tokens; keeps what `result` needs."""
+        if len(found.rows) == len(self.valid):
+            return self._of_all(found)
+        self._chunks.append(found)
+        return self._pass(found, diagnostics=False)[1]
+
+    def result(self) -> VocabularyLoss:
+        """All that has been learnt, without a backward pass; of chunks, from one pass over all tokens."""
+        if self._loss is None:
+            self._of_all(Found.joined(self._chunks) if self._chunks else self._nothing())
+        assert self._loss is not None
+        assert self.log_prob is not None
+        shape = self.given.mask.shape
+        entropy = None if self.entropy is None else self.entropy.reshape(shape)
+        return VocabularyLoss(self._loss.loss, self._loss.diagnostics, self.log_prob.reshape(shape), entropy)
+
+    def _of_all(self, found: Found) -> Pull:
+        """The pull of all tokens; keeps the loss."""
+        rows, count = found.rows, self.given.mask.numel()
+        # a log-prob a token, whose memory is not that of others too
+        self.log_prob = rows.spread(found.log_prob[:, 0].contiguous(), count)
+        if self.given.entropy and found.entropy is not None:
+            self.entropy = rows.spread(found.entropy, count)
+        self._loss, pull = self._pass(found, diagnostics=self.given.diagnostics)
+        return pull
+
+    def _nothing(self) -> Found:
+        """What is known of no tokens."""
+        none = self.valid[:0]
+        columns = self.columns(none)
+        empty = torch.empty(columns.shape, dtype=self.row_dtype, device=columns.device)
+        none_of = empty[:, 0]
+        return Found(none, columns, empty, none_of, none_of, none_of, Measured(none_of, none_of, none_of))
+
+    def _pass(self, found: Found, *, diagnostics: bool) -> tuple[PolicyLoss, Pull]:
+        """The loss of these tokens, without the gradient in it, and its pull."""
         rows, sampled = found.rows, found.log_prob[:, 0]
         key = rows.key
-        self.log_prob = self._kept(self.log_prob, sampled, rows)
-        if self.given.entropy and found.entropy is not None:
-            self.entropy = self._kept(self.entropy, found.entropy, rows)
         valid = torch.ones(len(rows), dtype=torch.bool, device=sampled.device) if rows.valid is None else rows.valid
         mode, coefficients = self._resolved(key, valid)
         scaled = mode.scaled(coefficients)
@@ -282,7 +315,7 @@ class TokenBatch:
             self.given.engine,
             dtype=self.dtype,
             gradient_dtype=self.row_dtype,
-            diagnostics=self.given.diagnostics,
+            diagnostics=diagnostics,
         )
         result = mode.added(result, coefficients, xp=namespace())
         slope: torch.Tensor = result.gradient
@@ -296,25 +329,7 @@ class TokenBatch:
         if self.given.centering is not None:
             value, pull = self._centred(pull, found, coefficients)
             result = result._replace(loss=result.loss + value)
-        self.passes.append(result)
-        return pull
-
-    def result(self) -> VocabularyLoss:
-        """All that has been learnt, without a backward pass."""
-        if not self.passes:
-            none = self.valid[:0]
-            columns = self.columns(none)
-            empty = torch.empty(columns.shape, dtype=self.row_dtype, device=columns.device)
-            none_of = empty[:, 0]
-            self.step(Found(none, columns, empty, none_of, none_of, none_of, Measured(none_of, none_of, none_of)))
-        loss, _, diagnostics = self.passes[0]
-        if len(self.passes) > 1:
-            losses, _, every = zip(*self.passes, strict=True)
-            loss, diagnostics = torch.stack(losses).sum(), merge_diagnostics(*every) if self.given.diagnostics else None
-        shape = self.given.mask.shape
-        log_prob, entropy = (None if found is None else found.reshape(shape) for found in (self.log_prob, self.entropy))
-        assert log_prob is not None
-        return VocabularyLoss(loss, diagnostics, log_prob, entropy)
+        return result, pull
 
     def _divergence(
         self, key: torch.Tensor | slice, columns: torch.Tensor, log_prob: torch.Tensor, full: torch.Tensor | None
@@ -402,16 +417,6 @@ class TokenBatch:
             penalty=None if mode.penalty is None else (picked(mode.penalty[0]), picked(mode.penalty[1])),
         )
         return mode, coefficients[key]
-
-    def _kept(self, kept: torch.Tensor | None, values: torch.Tensor, rows: Places) -> torch.Tensor:
-        """What is known of all tokens, with the values of some; 0 at those of which nothing is."""
-        count = self.given.mask.numel()
-        if len(rows) == count:
-            return values.contiguous()
-        if kept is None:
-            kept = torch.zeros(count, dtype=self.row_dtype, device=values.device)
-        kept[rows.key] = values
-        return kept
 
 
 def looks_at_one_token(objective: Objective) -> bool:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from drpo_core._checks import check_number
+from drpo_torch._host import is_waited_for
 from drpo_torch.vocabulary.engines import row_kernels
 from drpo_torch.vocabulary.most_probable import most_probable
 from drpo_torch.vocabulary.shards import part_pull
-from drpo_torch.vocabulary.softmax import Places, Pull, Softmaxes, Statistics
+from drpo_torch.vocabulary.softmax import Places, Pull, Softmaxes, Statistics, rows_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,10 +21,23 @@ if TYPE_CHECKING:
     from drpo_torch.vocabulary.most_probable import Candidates
     from drpo_torch.vocabulary.softmax import Tempering
 
-__all__ = ["Chunks", "Kept"]
+__all__ = ["Chunks", "Kept", "chunk_sizes"]
 
+# of the tokens, on a CPU
+_TOKENS = 256
 # rows of a chunk that are moved together
 _ROWS_MOVED = 16
+
+
+def chunk_sizes(
+    tokens: int | None, vocabulary: int | None, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """The tokens of a chunk, and how much of the `width` of the vocabulary is computed at a time, from what was asked for."""
+    if vocabulary is not None:
+        width = min(int(check_number("chunk_vocabulary", vocabulary, at_least=1, whole=True)), width)
+    if tokens is not None:
+        return int(check_number("chunk_tokens", tokens, at_least=1, whole=True)), width
+    return rows_at_once(width, dtype, device) if is_waited_for(device) else _TOKENS, width
 
 
 class Kept(NamedTuple):

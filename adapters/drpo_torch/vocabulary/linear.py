@@ -11,7 +11,7 @@ from drpo_torch._checks import check_untransformed
 from drpo_torch._host import is_waited_for, without_autocast
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
-from drpo_torch.vocabulary.chunks import Chunks
+from drpo_torch.vocabulary.chunks import Chunks, chunk_sizes
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values
 from drpo_torch.vocabulary.head import Head
@@ -59,7 +59,7 @@ def linear_policy_loss(
     logit_softcap: float | None = None,
     entropy: bool = False,
     entropy_coefficient: float = 0.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     chunk_vocabulary: int | None = None,
     vocabulary_group: dist.ProcessGroup | None = None,
     diagnostics: bool = True,
@@ -205,22 +205,21 @@ def linear_policy_loss(
     )
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
     tempering = arguments.check(hidden.shape[:-1], shard, hidden, cap)
-    chunk_tokens, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), shard.width
+    dtype = product_dtype(hidden, inputs.weight)
+    tokens_at_once, width = chunk_sizes(chunk_tokens, chunk_vocabulary, shard.width, dtype, hidden.device)
     if chunk_vocabulary is not None:
-        width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
         for record in (divergence, centering):
             if isinstance(record, (FullDivergence, FullCentering)):
                 kind = type(record).__name__
                 msg = f"chunk_vocabulary: expected None with a {kind}, which needs whole rows of logits, got {width}"
                 raise ValueError(msg)  # noqa: TRY004 -- both types are right, but not together
-    dtype = product_dtype(hidden, inputs.weight)
     module = loops(engine, products=products_like(hidden, dtype), **arguments.matrices())
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in inputs.named())
     with torch.no_grad():
         batch = TokenBatch(arguments, dtype, tempering, shard)
     with torch.no_grad(), without_autocast(hidden.device):
-        head = Head(inputs, dtype, shard, needed=needed, several=len(batch.valid) > chunk_tokens)
-        _Sweep(batch, head, module, (chunk_tokens, width)).run()
+        head = Head(inputs, dtype, shard, needed=needed, several=len(batch.valid) > tokens_at_once)
+        _Sweep(batch, head, module, (tokens_at_once, width)).run()
         result = batch.result()
     if not needed:
         return result

@@ -10,7 +10,7 @@ from drpo_core._checks import check_number
 from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
 from drpo_torch._host import is_waited_for, without_autocast
 from drpo_torch.autograd import refuse_second_derivative
-from drpo_torch.vocabulary.chunks import Chunks, Kept
+from drpo_torch.vocabulary.chunks import Chunks, Kept, chunk_sizes
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import (
     depends_on_values,
@@ -180,7 +180,7 @@ def linear_log_prob(
     vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     chunk_vocabulary: int | None = None,
     vocabulary_group: dist.ProcessGroup | None = None,
     engine: Engine = "auto",
@@ -210,7 +210,7 @@ def linear_log_prob(
     entropy
         Whether to compute the entropy −Σ_v π log π too.
     chunk_tokens
-        How many tokens' logits exist at once.
+        How many tokens' logits exist at once. None: 256 on the CPU, on a GPU those that a 64th of its memory holds.
     chunk_vocabulary
         How many of the vocabulary's logits exist at once; None for all.
     vocabulary_group, engine
@@ -266,12 +266,10 @@ def linear_log_prob(
     cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
     known: dict[str, Any] = {"leading": leading, "beside": hidden, "columns": shard.all_columns, "softcap": cap}
     tempering = shard.narrowed(row_map(temperature, support, tokens, mask, size=shard.vocabulary, **known))
-    size, width = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True)), shard.width
-    if chunk_vocabulary is not None:
-        width = min(int(check_number("chunk_vocabulary", chunk_vocabulary, at_least=1, whole=True)), width)
     dtype = product_dtype(hidden, inputs.weight)
+    chunk = chunk_sizes(chunk_tokens, chunk_vocabulary, shard.width, dtype, hidden.device)
     module = loops(engine, products=products_like(hidden, dtype))
-    sweep = _HeadSweep(rows, columns, tempering, module, dtype, (size, width), shard, entropy=entropy, top_k=top_k)
+    sweep = _HeadSweep(rows, columns, tempering, module, dtype, chunk, shard, entropy=entropy, top_k=top_k)
     found = _LinearLogProb.apply(*inputs, sweep)  # type: ignore[no-untyped-call]
     return _shaped(found, tokens.shape, given=top_k_ids is not None)
 
@@ -338,8 +336,8 @@ def _picked(cotangents: _Cotangents, rows: Places) -> _Cotangents:
 
 def _reached(rows: Places, cotangents: _Cotangents) -> tuple[Places, torch.Tensor | slice]:
     """Those of the rows that a cotangent reaches, and their numbers among these."""
-    reached = [cotangent.reshape(len(cotangent), -1) for cotangent in _picked(cotangents, rows) if cotangent is not None]
-    return rows.where_also(torch.stack([(cotangent != 0.0).any(-1) for cotangent in reached]).any(0))
+    reached = [c != 0.0 for c in _picked(cotangents, rows) if c is not None]
+    return rows.where_also(torch.stack([some if some.ndim == 1 else some.any(-1) for some in reached]).any(0))
 
 
 def _pull(columns: torch.Tensor, rows: Places, statistics: Statistics, tempering: Tempering, cotangents: _Cotangents) -> Pull:
