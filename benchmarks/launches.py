@@ -56,7 +56,8 @@ class Limit(NamedTuple):
 
 OF_TOKENS = Limit(4, "loss, gradient and diagnostics of each token")
 OF_LOGITS = Limit(6, "two row kernels, the per-token loss between them")
-OF_HEAD = Limit(6 + 5 * (TOKENS // CHUNK), "6, and 5 a chunk")
+OF_HEAD = Limit(11, "6, and 5 a chunk")
+OF_CHUNKS = Limit(6 + 5 * (TOKENS // CHUNK), OF_HEAD.about)
 OF_LOG_PROBS = Limit(2, "1 forward and 1 backward")
 
 
@@ -290,8 +291,13 @@ def of_vocabulary() -> Iterator[Case]:
     of_logits, of_head = (logits,), (*linear.values(),)
     yield Case("token_log_prob", first(call("token_log_prob", logits=logits, **log_prob)), of_logits, OF_LOG_PROBS)
     yield Case("linear_log_prob", first(call("linear_log_prob", **linear, **log_prob)), of_head, OF_HEAD)
+    chunks = {"chunk_tokens": CHUNK}
+    of_chunks = call("linear_log_prob", **linear, **log_prob, **chunks)
+    yield Case("linear_log_prob, 8 chunks", first(of_chunks), of_head, OF_CHUNKS)
     yield Case("logits_policy_loss", first(call("logits_policy_loss", objective, logits=logits, **loss)), of_logits, OF_LOGITS)
     yield Case("linear_policy_loss", first(call("linear_policy_loss", objective, **linear, **loss)), of_head, OF_HEAD)
+    of_chunks = call("linear_policy_loss", objective, **linear, **loss, **chunks)
+    yield Case("linear_policy_loss, 8 chunks", first(of_chunks), of_head, OF_CHUNKS)
     yield Case("full_divergences", call("full_divergences", logits=logits, behavior_logits=behavior), of_logits)
     yield Case("top_k_divergences", call("top_k_divergences", logits=logits, **top), of_logits)
 

@@ -36,12 +36,13 @@ def rows(modules):
     return {row["function"]: row for row in json.loads(json.dumps(launches.functions()))}
 
 
-def test_functions_of_log_probs_meet_their_limits(rows):
-    limited = {name: row for name, row in rows.items() if row["limit"] and row["per_token"]}
-    assert {"policy_loss", "policy_loss of GSPO", "policy_loss of a mode with everything"} <= limited.keys()
+def test_functions_meet_their_limits(rows):
+    limited = {name: row for name, row in rows.items() if row["limit"] and "chunks" not in name}
+    assert len(limited) > 7
     for name, row in limited.items():
-        assert row["operations"]["forward"].get("triton tokens") == 1, name
         assert 0 < row["launches"]["forward"] + row["launches"]["backward"] <= row["limit"]["launches"], name
+        kernels = {operation for operation in row["operations"]["forward"] if operation.startswith("triton")}
+        assert kernels >= ({"triton tokens"} if row["per_token"] else {"triton softmaxes"}), name
 
 
 def test_nothing_waits(rows):
@@ -108,7 +109,7 @@ def compiled():
 def test_every_operation_compiles_for_every_architecture(dtype, compiled):
     found = {(row["kernel"], row["architecture"]) for row in compiled[dtype] if row["registers"] > 0}
     of_rows = ARCHITECTURES if dtype == "float32" else {"sm_90"}
-    assert found == {*product(("tokens", "finish"), ARCHITECTURES), *product(("statistics", "gradients"), of_rows)}
+    assert found == {*product(("tokens", "finish"), ARCHITECTURES), *product(("softmaxes", "gradients"), of_rows)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -55,6 +55,8 @@ class Kept(NamedTuple):
     @classmethod
     def joined(cls, chunks: Sequence[Kept]) -> Kept:
         """Several chunks, in their order, as one."""
+        if len(chunks) == 1:
+            return chunks[0]
         rows, columns, whole, statistics, shares = zip(*chunks, strict=True)
         parts = [Statistics.joined(part) for part in zip(*statistics, strict=True)]
         every = None if shares[0] is None else torch.cat(shares, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -337,7 +338,8 @@ def _picked(cotangents: _Cotangents, rows: Places) -> _Cotangents:
 def _reached(rows: Places, cotangents: _Cotangents) -> tuple[Places, torch.Tensor | slice]:
     """Those of the rows that a cotangent reaches, and their numbers among these."""
     reached = [c != 0.0 for c in _picked(cotangents, rows) if c is not None]
-    return rows.where_also(torch.stack([some if some.ndim == 1 else some.any(-1) for some in reached]).any(0))
+    of_rows = [some.reshape(-1) if some.numel() == len(some) else some.any(-1) for some in reached]
+    return rows.where_also(reduce(torch.logical_or, of_rows))
 
 
 def _pull(columns: torch.Tensor, rows: Places, statistics: Statistics, tempering: Tempering, cotangents: _Cotangents) -> Pull:
