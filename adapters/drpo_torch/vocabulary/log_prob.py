@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from drpo_core._checks import check_number
-from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k_ids, check_untransformed
-from drpo_torch._host import is_waited_for, without_autocast
-from drpo_torch.autograd import refuse_second_derivative
-from drpo_torch.vocabulary.chunks import Chunks, Kept, chunk_sizes
-from drpo_torch.vocabulary.engines import loops, row_kernels
-from drpo_torch.vocabulary.graph import (
-    depends_on_values,
-    gradient_like,
-    may_be_overwritten,
-    refuse_transformed_cotangents,
-    rows_of,
-)
-from drpo_torch.vocabulary.head import Head, HeadInputs
-from drpo_torch.vocabulary.most_probable import most_probable
-from drpo_torch.vocabulary.recorded import product_dtype, products_like
-from drpo_torch.vocabulary.row_map import row_map
-from drpo_torch.vocabulary.shards import Shard, shard_of_head, shard_of_logits
-from drpo_torch.vocabulary.softmax import Places, Pull, Softmaxes, Statistics
+from drpo_torch.vocabulary import operators
+from drpo_torch.vocabulary.graph import depends_on_values
+from drpo_torch.vocabulary.head import HeadInputs
+from drpo_torch.vocabulary.softmax_functions import HeadSteps, OfHead, OfLogits, Wish, arguments_of_head, arguments_of_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import ModuleType
-
     import torch.distributed as dist
 
     from drpo_core.loss import Engine
-    from drpo_torch.vocabulary.softmax import Tempering
     from drpo_torch.vocabulary.support import Support
 
 __all__ = ["TokenLogProb", "linear_log_prob", "token_log_prob"]
@@ -54,7 +34,6 @@ class TokenLogProb(NamedTuple):
     top_k_ids: torch.Tensor | None
 
 
-@depends_on_values
 def token_log_prob(
     *,
     logits: torch.Tensor,
@@ -152,21 +131,12 @@ def token_log_prob(
     >>> found.top_k_ids, found.top_k_log_prob.exp().detach()
     (tensor([[0, 1]]), tensor([[0.5000, 0.3000]]))
     """
-    logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
-    check_untransformed("logits", logits)
-    leading = logits.shape[:-1]
-    columns, rows = _checked(tokens, mask, top_k_ids, leading, shard.vocabulary, logits)
-    top_k = _check_top_k(top_k, top_k_ids, shard.vocabulary)
-    known: dict[str, Any] = {"size": shard.vocabulary, "leading": leading, "beside": logits, "columns": shard.all_columns}
-    tempering = shard.narrowed(row_map(temperature, support, tokens, mask, **known))
-    flat = rows_of(logits)
-    overwrite = overwrite_logits and may_be_overwritten(flat)
-    module = loops(engine, logits=flat)
-    found = _TokenLogProb.apply(flat, columns, rows, tempering, entropy, top_k, overwrite, module, shard)  # type: ignore[no-untyped-call]
-    return _shaped(found, tokens.shape, given=top_k_ids is not None)
+    wish = Wish(tokens, mask, top_k_ids, top_k, temperature, support, vocabulary_size, entropy=entropy, engine=engine)
+    if torch.compiler.is_compiling() and vocabulary_group is None:
+        return _shaped(operators.of_logits(logits, wish), wish)
+    return _shaped(_of_logits(logits, wish, vocabulary_group, overwrite=overwrite_logits), wish)
 
 
-@depends_on_values
 def linear_log_prob(
     *,
     hidden: torch.Tensor,
@@ -258,65 +228,29 @@ def linear_log_prob(
     >>> weight.grad[:, 0]
     tensor([ 0.5168, -0.3052, -0.2116])
     """
-    inputs, shard = shard_of_head(hidden, weight, bias, vocabulary_group, vocabulary_size)
-    for name, tensor in inputs.named():
-        check_untransformed(name, tensor)
-    leading = hidden.shape[:-1]
-    columns, rows = _checked(tokens, mask, top_k_ids, leading, shard.vocabulary, hidden)
-    top_k = _check_top_k(top_k, top_k_ids, shard.vocabulary)
-    cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
-    known: dict[str, Any] = {"leading": leading, "beside": hidden, "columns": shard.all_columns, "softcap": cap}
-    tempering = shard.narrowed(row_map(temperature, support, tokens, mask, size=shard.vocabulary, **known))
-    dtype = product_dtype(hidden, inputs.weight)
-    chunk = chunk_sizes(chunk_tokens, chunk_vocabulary, shard.width, dtype, hidden.device)
-    module = loops(engine, products=products_like(hidden, dtype))
-    sweep = _HeadSweep(rows, columns, tempering, module, dtype, chunk, shard, entropy=entropy, top_k=top_k)
-    found = _LinearLogProb.apply(*inputs, sweep)  # type: ignore[no-untyped-call]
-    return _shaped(found, tokens.shape, given=top_k_ids is not None)
+    wish = Wish(tokens, mask, top_k_ids, top_k, temperature, support, vocabulary_size, entropy=entropy, engine=engine)
+    steps = HeadSteps(logit_softcap, chunk_tokens, chunk_vocabulary)
+    if torch.compiler.is_compiling() and vocabulary_group is None:
+        return _shaped(operators.of_head(HeadInputs(hidden, weight, bias), wish, steps), wish)
+    return _shaped(_of_head(HeadInputs(hidden, weight, bias), wish, steps, vocabulary_group), wish)
 
 
-def _checked(
-    tokens: torch.Tensor,
-    mask: torch.Tensor | None,
-    top_k_ids: torch.Tensor | None,
-    leading: Sequence[int],
-    vocabulary: int,
-    beside: torch.Tensor,
-) -> tuple[torch.Tensor, Places]:
-    """Ids whose log-probs are wanted, that of the sampled token first, (rows, 1 or 1 + K), and the tokens that count."""
-    check_untransformed("tokens", check_tensor("tokens", tokens, "integral", beside=beside))
-    check_shape("tokens", tokens, leading, "the tokens")
-    if mask is not None:
-        check_untransformed("mask", check_tensor("mask", mask, "bool", beside=beside))
-        check_shape("mask", mask, leading, "the tokens")
-    check_ids("tokens", tokens, vocabulary, valid=mask)
-    columns = tokens.reshape(-1, 1)
-    if top_k_ids is not None:
-        check_untransformed("top_k_ids", check_tensor("top_k_ids", top_k_ids, "integral", beside=beside))
-        check_top_k_ids("top_k_ids", top_k_ids, leading)
-        check_ids("top_k_ids", top_k_ids, vocabulary, valid=mask)
-        more = top_k_ids.reshape(len(columns), top_k_ids.shape[-1])
-        columns = torch.cat((columns.to(torch.int64), more.to(torch.int64)), dim=-1)
-    rows = Places.first(len(columns), columns.device) if mask is None else Places.where(mask.reshape(-1))
-    # where the mask is False they may be anything, such as −100
-    return columns.to(torch.int64), rows
+@depends_on_values
+def _of_logits(logits: torch.Tensor, wish: Wish, group: dist.ProcessGroup | None, *, overwrite: bool) -> tuple[Any, ...]:
+    return OfLogits.apply(*arguments_of_logits(logits, wish, group, overwrite=overwrite))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _check_top_k(top_k: object, top_k_ids: torch.Tensor | None, vocabulary: int) -> int | None:
-    """The number of most probable tokens that are wanted."""
-    if top_k is None:
-        return None
-    if top_k_ids is not None:
-        msg = f"top_k: expected None beside top_k_ids, got {top_k!r}; give the ids, or how many are to be found"
-        raise ValueError(msg)
-    return int(check_number("top_k", top_k, at_least=1, at_most=vocabulary, whole=True))
+@depends_on_values
+def _of_head(inputs: HeadInputs, wish: Wish, steps: HeadSteps, group: dist.ProcessGroup | None) -> tuple[Any, ...]:
+    return OfHead.apply(*arguments_of_head(inputs, wish, steps, group))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _shaped(found: tuple[Any, ...], shape: torch.Size, *, given: bool) -> TokenLogProb:
-    """The results of flat tokens at their places; those of K more tokens if some were `given`, or if there are some."""
+def _shaped(found: tuple[Any, ...], wish: Wish) -> TokenLogProb:
+    """The results of flat tokens at their places."""
+    shape, given = wish.tokens.shape, wish.top_k_ids is not None
     log_prob, entropy, log_normalizer, columns = found
     top_k = ids = None
-    if given or columns.shape[1] > 1:
+    if given or wish.top_k is not None:
         # results that share memory could not each be changed in place
         log_prob, top_k, ids = log_prob[:, 0].clone(), log_prob[:, 1:].clone(), columns[:, 1:].clone()
         if not given:
@@ -325,209 +259,3 @@ def _shaped(found: tuple[Any, ...], shape: torch.Size, *, given: bool) -> TokenL
         top_k, ids = (of_ids.reshape(*shape, of_ids.shape[-1]) for of_ids in (top_k, ids))
     entropy = None if entropy is None else entropy.reshape(shape)
     return TokenLogProb(log_prob.reshape(shape), entropy, log_normalizer.reshape(shape), top_k, ids)
-
-
-_Cotangents: TypeAlias = "tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]"
-"""Those of the log-probs (N, C), of the entropies and of the log-normalisers; None for 0."""
-
-
-def _picked(cotangents: _Cotangents, rows: Places) -> _Cotangents:
-    return tuple(None if cotangent is None else cotangent[rows.key] for cotangent in cotangents)  # type: ignore[return-value]
-
-
-def _reached(rows: Places, cotangents: _Cotangents) -> tuple[Places, torch.Tensor | slice]:
-    """Those of the rows that a cotangent reaches, and their numbers among these."""
-    reached = [c != 0.0 for c in _picked(cotangents, rows) if c is not None]
-    of_rows = [some.reshape(-1) if some.numel() == len(some) else some.any(-1) for some in reached]
-    return rows.where_also(reduce(torch.logical_or, of_rows))
-
-
-def _pull(columns: torch.Tensor, rows: Places, statistics: Statistics, tempering: Tempering, cotangents: _Cotangents) -> Pull:
-    """∂log π(c)/∂x = 1[c] − π, ∂log Z/∂x = π, ∂H/∂x = −π (log π + H), times cotangents."""
-    of_log_probs, of_entropy, of_normalizer = cotangents
-    if of_log_probs is None:
-        of_log_probs = torch.zeros(columns.shape, dtype=statistics.log_sum.dtype, device=columns.device)
-    elif tempering.support is not None:
-        # an id outside the support has a constant log π
-        of_log_probs = of_log_probs.masked_fill(~tempering.support.holds(rows.counted(columns, 0)), 0.0)
-    pull = Pull(columns, of_log_probs)
-    if of_normalizer is not None:
-        pull = pull._replace(scale=of_normalizer + pull.of_softmax)
-    if of_entropy is None or statistics.entropy is None:
-        return pull
-    return pull.with_entropy(of_entropy, statistics.log_sum, statistics.entropy)
-
-
-def _made(
-    ctx: Any,  # noqa: ANN401
-    found: Softmaxes,
-    ids: torch.Tensor,
-    rows: Places,
-    count: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The outputs, of `count` tokens: log-probs, entropies, log-normalisers and the columns, which have no gradient."""
-    entropy, columns = found.statistics.entropy, rows.spread(ids, count)
-    ctx.mark_non_differentiable(columns)
-    # what is not reached has no cotangent, rather than one of zeros
-    ctx.set_materialize_grads(False)
-    # kept for the backward pass too, it must not be changed in place
-    entropies = None if entropy is None else rows.spread(entropy, count).clone()
-    return rows.spread(found.log_prob, count), entropies, rows.spread(found.log_normalizer, count), columns
-
-
-class _TokenLogProb(torch.autograd.Function):
-    """From logits (N, V): log-probs of the columns (N, C), entropies and log-normalisers (N,), and the columns.
-
-    With `top_k`, columns of the most probable tokens follow those given.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        logits: torch.Tensor,
-        columns: torch.Tensor,
-        rows: Places,
-        tempering: Tempering,
-        entropy: bool,  # noqa: FBT001 -- Function.apply takes no keywords
-        top_k: int | None,
-        overwrite: bool,  # noqa: FBT001
-        module: ModuleType | None,
-        shard: Shard,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        of_rows, z, ids = tempering.at(rows.key), logits[:, : tempering.size], columns[rows.key]
-        kernels = row_kernels(module, z.shape[-1], z.dtype, z.device)
-        mine = kernels.softmaxes(z, rows, of_rows, shard.wanted(ids), entropy=entropy)
-        found, share = shard.merged(mine, rows, ids)
-        if top_k is not None:
-            first = most_probable(z, rows, of_rows, top_k, shard.start)
-            found, ids = shard.with_most_probable(first, top_k, found, ids, rows, of_rows)
-        outputs = _made(ctx, found, ids, rows, len(logits))
-        fields = [field for each in (found, mine) for field in each.statistics if field is not None]
-        ctx.save_for_backward(logits, outputs[-1], share, *fields)
-        ctx.rows, ctx.tempering, ctx.entropy, ctx.overwrite = rows, tempering, entropy, overwrite
-        ctx.module, ctx.shard = module, shard
-        return outputs
-
-    @staticmethod
-    def backward(
-        ctx: Any,  # noqa: ANN401
-        of_log_probs: torch.Tensor | None,
-        of_entropy: torch.Tensor | None,
-        of_normalizer: torch.Tensor | None,
-        _: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        cotangents = of_log_probs, of_entropy, of_normalizer
-        refuse_second_derivative()
-        refuse_transformed_cotangents(*cotangents)
-        if all(cotangent is None for cotangent in cotangents):
-            return (None,) * len(ctx.needs_input_grad)
-        logits, columns, share, *fields = ctx.saved_tensors
-        # a device's kernels see for themselves which rows nothing reaches
-        waited_for, half = is_waited_for(logits), len(fields) // 2
-        rows, alive = (ctx.rows, slice(None)) if waited_for else _reached(ctx.rows, cotangents)
-        whole, mine = (Statistics.of(some, entropy=ctx.entropy).at(alive) for some in (fields[:half], fields[half:]))
-        tempering, size = ctx.tempering.at(rows.key), ctx.tempering.size
-        every = _pull(columns[rows.key], rows, whole, tempering, _picked(cotangents, rows))
-        pull = ctx.shard.pull(every, mine, whole, None if share is None else share[alive])
-        gradient = logits.detach() if ctx.overwrite else gradient_like(logits)
-        z = logits[:, :size]
-        kernels = row_kernels(ctx.module, z.shape[-1], z.dtype, z.device)
-        kernels.gradients(z, rows, tempering, pull, statistics=mine, out=gradient[:, :size])
-        gradient[:, size:].zero_()
-        ctx.shard.clear_(gradient, rows, every, mine)
-        return gradient, None, None, None, None, None, None, None, None
-
-
-class _HeadSweep:
-    """All tokens through the head, chunk by chunk, in one pass or the other."""
-
-    def __init__(
-        self,
-        rows: Places,
-        columns: torch.Tensor,
-        tempering: Tempering,
-        module: ModuleType | None,
-        dtype: torch.dtype,
-        chunk: tuple[int, int],
-        shard: Shard,
-        *,
-        entropy: bool,
-        top_k: int | None,
-    ) -> None:
-        self.rows, self.columns, self.entropy, self._top_k, self._shard = rows, columns, entropy, top_k, shard
-        self.tempering, self._module, self._dtype, (self._size, self._width) = tempering, module, dtype, chunk
-
-    def chunks(self, head: Head, rows: Places) -> Chunks:
-        return Chunks(head, self.tempering, self._module, rows=min(self._size, len(rows)), width=self._width)
-
-    def head(self, inputs: HeadInputs, rows: Places, *, needed: bool) -> Head:
-        with without_autocast(inputs.hidden.device):
-            return Head(inputs, self._dtype, self._shard, needed=needed, several=len(rows) > self._size)
-
-    def forward(self, inputs: HeadInputs) -> tuple[Softmaxes, list[Statistics], torch.Tensor | None, torch.Tensor]:
-        """Softmaxes over all of the vocabulary, statistics of its parts and their shares, and the ids of the log-probs."""
-        head = self.head(inputs, self.rows, needed=False)
-        chunks = self.chunks(head, self.rows)
-        found = [
-            chunks.forward(rows, self.columns[rows.key], entropy=self.entropy, top_k=self._top_k)
-            for rows in (self.rows.chunks(self._size) if len(self.rows) else (self.rows,))
-        ]
-        softmaxes, kept = zip(*found, strict=True)
-        whole = Kept.joined(kept)
-        return Softmaxes.joined(softmaxes), whole.statistics, whole.shares, whole.columns
-
-    def backward(self, head: Head, kept: Kept, pull: Pull) -> None:
-        """Add up the head's gradients; everything is of the same rows."""
-        chunks = self.chunks(head, kept.rows)
-        for start in range(0, len(kept.rows), self._size):
-            some = slice(start, start + self._size)
-            chunks.backward(kept.at(kept.rows[some], some), pull.at_rows(some), recompute=True)
-        head.finish()
-
-
-class _LinearLogProb(torch.autograd.Function):
-    """From hidden states, weight and bias, the outputs of `_TokenLogProb`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        sweep: _HeadSweep,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        with without_autocast(hidden.device):
-            found, parts, shares, ids = sweep.forward(HeadInputs(hidden, weight, bias))
-        outputs = _made(ctx, found, ids, sweep.rows, len(sweep.columns))
-        fields = [field for part in (*parts, found.statistics) for field in part if field is not None]
-        ctx.save_for_backward(hidden, weight, bias, outputs[-1], shares, *fields)
-        ctx.sweep = sweep
-        return outputs
-
-    @staticmethod
-    def backward(
-        ctx: Any,  # noqa: ANN401
-        of_log_probs: torch.Tensor | None,
-        of_entropy: torch.Tensor | None,
-        of_normalizer: torch.Tensor | None,
-        _: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        cotangents = of_log_probs, of_entropy, of_normalizer
-        refuse_second_derivative()
-        refuse_transformed_cotangents(*cotangents)
-        if all(cotangent is None for cotangent in cotangents):
-            return (None,) * len(ctx.needs_input_grad)
-        hidden, weight, bias, columns, shares, *fields = ctx.saved_tensors
-        sweep = ctx.sweep
-        size = 4 if sweep.entropy else 3
-        every = [Statistics.of(fields[i : i + size], entropy=sweep.entropy) for i in range(0, len(fields), size)]
-        rows, alive = _reached(sweep.rows, cotangents)
-        *parts, whole = (statistics.at(alive) for statistics in every)
-        columns = columns[rows.key]
-        kept = Kept(rows, columns, whole, parts, None if shares is None else shares[:, alive])
-        pull = _pull(columns, rows, whole, sweep.tempering.at(rows.key), _picked(cotangents, rows))
-        with without_autocast(hidden.device):
-            head = sweep.head(HeadInputs(hidden, weight, bias), rows, needed=True)
-            sweep.backward(head, kept, pull)
-        gradients = zip(head.gradients, (hidden, weight, bias), strict=True)
-        return *(None if g is None else g.to(tensor.dtype) for g, tensor in gradients), None

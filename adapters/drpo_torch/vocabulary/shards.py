@@ -104,15 +104,11 @@ class Shard:
         statistics = mine.statistics
         fields = [statistics.maximum, statistics.log_sum, *(() if statistics.entropy is None else (statistics.entropy,))]
         every = self.gathered(torch.cat((torch.stack(fields, -1), mine.log_prob), -1))
-        some = torch.ones_like(statistics.total)
-        of_ranks = [
-            Softmaxes(
-                Statistics.of([*part[:, : len(fields)].unbind(-1), some], entropy=statistics.entropy is not None),
-                some,
-                part[:, len(fields) :],
-            )
-            for part in every
-        ]
+        of_ranks = []
+        for part in every:
+            of_rows = [*part[:, : len(fields)].unbind(-1), torch.ones_like(statistics.total)]
+            found = Statistics.of(of_rows, entropy=statistics.entropy is not None)
+            of_ranks.append(Softmaxes(found, found.maximum + found.log_sum, part[:, len(fields) :]))
         whole, shares = self.joined(of_ranks, rows, ids)
         return whole, None if shares is None else shares[self.rank]
 
