@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,14 @@ from drpo_torch._host import is_waited_for, without_autocast
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, Found, TokenBatch, VocabularyLoss, looks_at_one_token
 from drpo_torch.vocabulary.chunks import Chunks, chunk_sizes
+from drpo_torch.vocabulary.composed import composed, is_composable
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values
-from drpo_torch.vocabulary.head import Head
+from drpo_torch.vocabulary.head import Head, HeadInputs
+from drpo_torch.vocabulary.log_prob import linear_log_prob
 from drpo_torch.vocabulary.recorded import FullCentering, FullDivergence, product_dtype, products_like
 from drpo_torch.vocabulary.shards import shard_of_head
+from drpo_torch.vocabulary.softmax_functions import HeadSteps
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["linear_policy_loss"]
 
 
-@depends_on_values
 def linear_policy_loss(
     objective: Objective,
     *,
@@ -156,7 +159,8 @@ def linear_policy_loss(
 
     Notes
     -----
-    `torch.compile` of a model that calls it breaks the graph here: what is computed depends on the mask's values.
+    Under `torch.compile` it is `linear_log_prob`, as an operator, and the loss of that, which takes a fourth product. With a
+    `FullDivergence`, a centring, a top-K divergence in a support, or vocabulary-parallel, the graph breaks here.
 
     Examples
     --------
@@ -178,9 +182,6 @@ def linear_policy_loss(
     >>> weight.grad[:, 0]
     tensor([-0.5000,  0.3000,  0.2000])
     """
-    inputs, shard = shard_of_head(hidden, weight, bias, vocabulary_group, vocabulary_size)
-    for name, tensor in inputs.named():
-        check_untransformed(name, tensor)
     arguments = Arguments(
         objective=objective,
         tokens=tokens,
@@ -203,17 +204,35 @@ def linear_policy_loss(
         entropy_coefficient=check_number("entropy_coefficient", entropy_coefficient),
         engine=engine,
     )
-    cap = None if logit_softcap is None else check_number("logit_softcap", logit_softcap, above=0.0)
+    inputs, steps = HeadInputs(hidden, weight, bias), HeadSteps(logit_softcap, chunk_tokens, chunk_vocabulary)
+    if is_composable(arguments, vocabulary_group):
+        head: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "logit_softcap": logit_softcap}
+        head |= {"chunk_tokens": chunk_tokens, "chunk_vocabulary": chunk_vocabulary, "engine": engine}
+        step: dict[str, Any] = {"temperature": temperature, "support": support, "vocabulary_size": vocabulary_size}
+        return composed(arguments, partial(linear_log_prob, tokens=tokens, mask=mask, **head, **step))
+    return _looking_at_values(arguments, inputs, steps, vocabulary_group)
+
+
+@depends_on_values
+def _looking_at_values(
+    arguments: Arguments, inputs: HeadInputs, steps: HeadSteps, group: dist.ProcessGroup | None
+) -> VocabularyLoss:
+    """The loss with the gradients formed on the way."""
+    inputs, shard = shard_of_head(*inputs, group, arguments.vocabulary_size)
+    for name, tensor in inputs.named():
+        check_untransformed(name, tensor)
+    hidden = inputs.hidden
+    cap = None if steps.softcap is None else check_number("logit_softcap", steps.softcap, above=0.0)
     tempering = arguments.check(hidden.shape[:-1], shard, hidden, cap)
     dtype = product_dtype(hidden, inputs.weight)
-    tokens_at_once, width = chunk_sizes(chunk_tokens, chunk_vocabulary, shard.width, dtype, hidden.device)
-    if chunk_vocabulary is not None:
-        for record in (divergence, centering):
+    tokens_at_once, width = chunk_sizes(steps.chunk_tokens, steps.chunk_vocabulary, shard.width, dtype, hidden.device)
+    if steps.chunk_vocabulary is not None:
+        for record in (arguments.divergence, arguments.centering):
             if isinstance(record, (FullDivergence, FullCentering)):
                 kind = type(record).__name__
                 msg = f"chunk_vocabulary: expected None with a {kind}, which needs whole rows of logits, got {width}"
                 raise ValueError(msg)  # noqa: TRY004 -- both types are right, but not together
-    module = loops(engine, products=products_like(hidden, dtype), **arguments.matrices())
+    module = loops(arguments.engine, products=products_like(hidden, dtype), **arguments.matrices())
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in inputs.named())
     with torch.no_grad():
         batch = TokenBatch(arguments, dtype, tempering, shard)

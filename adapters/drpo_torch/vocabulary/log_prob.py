@@ -211,7 +211,7 @@ def linear_log_prob(
 
     Notes
     -----
-    `torch.compile` of a model that calls it breaks the graph here: what is computed depends on the mask's values. Under
+    `torch.compile` keeps it as an operator of the graph, except vocabulary-parallel, where the graph breaks. Under
     autocast the products are taken in its dtype, in both passes. ∂weight of several chunks of tokens adds up in float32 at
     least; one chunk of all tokens, with a `chunk_vocabulary`, needs no such sum.
 

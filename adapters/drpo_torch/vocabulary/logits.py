@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,10 @@ from drpo_core._checks import check_number
 from drpo_torch._checks import check_untransformed
 from drpo_torch.autograd import refuse_second_derivative, scaled
 from drpo_torch.vocabulary.batch import Arguments, TokenBatch, VocabularyLoss
+from drpo_torch.vocabulary.composed import composed, is_composable
 from drpo_torch.vocabulary.engines import loops, row_kernels
 from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, may_be_overwritten, rows_of
+from drpo_torch.vocabulary.log_prob import token_log_prob
 from drpo_torch.vocabulary.shards import shard_of_logits
 from drpo_torch.vocabulary.softmax import power_of_two_below
 
@@ -32,7 +35,6 @@ __all__ = ["logits_policy_loss"]
 _FLOAT16_BITS = 15
 
 
-@depends_on_values
 def logits_policy_loss(
     objective: Objective,
     *,
@@ -127,6 +129,12 @@ def logits_policy_loss(
     RuntimeError
         On a second derivative, forward-mode differentiation or a transform of torch.func: not implemented.
 
+    Notes
+    -----
+    Under `torch.compile` it is `token_log_prob`, as an operator, and the loss of that: the gradient then comes from a backward
+    pass, in memory of its own. With a `FullDivergence`, a centring, a top-K divergence in a support, or vocabulary-parallel,
+    the graph breaks here.
+
     See Also
     --------
     drpo_torch.linear_policy_loss : the same from hidden states, where the logits never exist as a whole.
@@ -149,8 +157,6 @@ def logits_policy_loss(
     >>> logits.grad
     tensor([[-0.5000,  0.3000,  0.2000]])
     """
-    logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
-    check_untransformed("logits", logits)
     arguments = Arguments(
         objective=objective,
         tokens=tokens,
@@ -173,16 +179,29 @@ def logits_policy_loss(
         entropy_coefficient=check_number("entropy_coefficient", entropy_coefficient),
         engine=engine,
     )
+    if is_composable(arguments, vocabulary_group):
+        step: dict[str, Any] = {"temperature": temperature, "support": support, "vocabulary_size": vocabulary_size}
+        return composed(arguments, partial(token_log_prob, logits=logits, tokens=tokens, mask=mask, engine=engine, **step))
+    return _looking_at_values(arguments, logits, vocabulary_group, overwrite=overwrite_logits)
+
+
+@depends_on_values
+def _looking_at_values(
+    arguments: Arguments, logits: torch.Tensor, group: dist.ProcessGroup | None, *, overwrite: bool
+) -> VocabularyLoss:
+    """The loss with its gradient formed on the way."""
+    logits, shard = shard_of_logits(logits, group, arguments.vocabulary_size)
+    check_untransformed("logits", logits)
     tempering = arguments.check(logits.shape[:-1], shard, logits)
     flat = rows_of(logits)
-    module = loops(engine, logits=flat, **arguments.matrices())
+    module = loops(arguments.engine, logits=flat, **arguments.matrices())
     with torch.no_grad():
         sweep = _Sweep(TokenBatch(arguments, logits.dtype, tempering, shard), module)
     if not (flat.requires_grad and torch.is_grad_enabled()):
         with torch.no_grad():
             sweep.run(flat.detach(), None)
             return sweep.result
-    loss = _LogitsPolicyLoss.apply(flat, sweep, overwrite_logits and may_be_overwritten(flat))  # type: ignore[no-untyped-call]
+    loss = _LogitsPolicyLoss.apply(flat, sweep, overwrite and may_be_overwritten(flat))  # type: ignore[no-untyped-call]
     return sweep.result._replace(loss=loss)
 
 

@@ -96,10 +96,10 @@ class _Call:
         log_prob, entropy, log_normalizer, columns = self.function.forward(context, *self.given)
         _, shares, *fields = context.saved_tensors[len(self.source) :]
         statistics = torch.stack([self.rows.spread(field, count) for field in fields if field is not None])
-        none = log_prob.new_empty(0)
-        shares = none if shares is None else self.rows.spread(shares.mT, count).mT.contiguous()
+        shares = log_prob.new_empty(0) if shares is None else self.rows.spread(shares.mT, count).mT.contiguous()
+        entropy = log_prob.new_empty(0) if entropy is None else entropy
         # an operator may not return what it was given
-        return [log_prob, none if entropy is None else entropy, log_normalizer, columns.clone(), statistics, shares]
+        return [log_prob, entropy, log_normalizer, columns.clone(), statistics, shares]
 
     def backward(self, cotangents: Sequence[torch.Tensor | None], kept: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         columns, statistics, shares = kept

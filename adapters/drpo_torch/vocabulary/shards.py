@@ -91,7 +91,7 @@ class Shard:
 
     def wanted(self, ids: torch.Tensor, part: slice | None = None) -> Wanted:
         """Ids of the vocabulary as what is wanted of some of this rank's columns, of all by default."""
-        alone = self.group is None and part is None
+        alone = part is None and self.width == self.vocabulary
         return Wanted(ids, self.start + (part.start if part else 0), math.nan if alone else -math.inf)
 
     def merged(self, mine: Softmaxes, rows: Places, ids: torch.Tensor) -> tuple[Softmaxes, torch.Tensor | None]:
