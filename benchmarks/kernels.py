@@ -29,15 +29,20 @@ __all__ = ["ARCHITECTURES", "Compiled", "compiled"]
 ARCHITECTURES = (80, 90, 100)
 """A100; H100 and H200; B200."""
 WARP = 32
+_ACCESSES = {"tt.load": "L", "tt.store": "S", "gpu.barrier": "B", "ttg.barrier": "B"}
 
 
 class Compiled(NamedTuple):
-    """Registers a thread, and bytes a thread stored and loaded where they do not suffice."""
+    """Registers a thread, and bytes a thread stored and loaded where they do not suffice.
+
+    `accesses`: a letter for each load (L), store (S) and barrier (B) of a program, in their order.
+    """
 
     kernel: str
     architecture: str
     registers: int
     spills: int
+    accesses: str
 
 
 def compiled(recordings: Iterable[Recording], architectures: Iterable[int] = ARCHITECTURES) -> list[Compiled]:
@@ -70,8 +75,9 @@ def _compiled(name: str, kernel: Any, arguments: tuple[Any, ...], options: dict[
     with TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope(), redirect_stdout(said):
         # an empty cache, because what was compiled before says nothing
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
-        compile_source(source, target=GPUTarget("cuda", architecture, WARP), options=parsed.__dict__)
-    return Compiled(name, f"sm_{architecture}", *_of_log(said.getvalue()))
+        made = compile_source(source, target=GPUTarget("cuda", architecture, WARP), options=parsed.__dict__)
+    accesses = "".join(_ACCESSES[name] for name in re.findall("|".join(map(re.escape, _ACCESSES)), made.asm["ttgir"]))
+    return Compiled(name, f"sm_{architecture}", *_of_log(said.getvalue()), accesses)
 
 
 def _of_log(log: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -112,6 +113,14 @@ def test_every_operation_compiles_for_every_architecture(dtype, compiled):
     assert found == {*product(("tokens", "finish"), ARCHITECTURES), *product(("softmaxes", "gradients"), of_rows)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_overwritten_when_all_warps_have_read_what_they_need(dtype, compiled):
+    """The few columns with more to them are read before the row's loop of loads and a store, and stored after it."""
+    accesses = {row["accesses"] for row in compiled[dtype] if row["kernel"] == "gradients"}
+    assert accesses
+    assert all(re.fullmatch("L+BL+SBS+", order) for order in accesses), accesses
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_register_is_spilt(dtype, compiled):
     assert {(row["kernel"], row["architecture"]): row["spills"] for row in compiled[dtype] if row["spills"]} == {}
