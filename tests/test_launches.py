@@ -52,6 +52,18 @@ def test_nothing_waits(rows):
     assert {name: row["of_waits"] for name, row in rows.items() if row["of_waits"]} == {}
 
 
+def test_nothing_is_refused_in_the_deterministic_mode(rows):
+    """Of what is asked of a GPU, no operation is one that torch says it throws for."""
+    _, refused = (torch.use_deterministic_algorithms.__doc__ or "").split(
+        "will throw a\n    :class:`RuntimeError` when ``mode=True``"
+    )
+    names = {name.lower().rstrip("_") for name in re.findall(r"(?:func|class):`torch\.(?:\w+\.)*(\w+)`", refused)}
+    assert {"histc", "cumsum"} <= names
+    used = {name.rstrip("_") for row in rows.values() for part in row["operations"].values() for name in part}
+    # of numbers that are not whole
+    assert used & names <= {"cumsum"}
+
+
 def test_the_page_shows_these_counts(rows, modules):
     launches, _ = modules
     page = (ROOT / "docs" / "explanation" / "gpu.md").read_text(encoding="utf-8").splitlines()

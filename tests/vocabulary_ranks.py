@@ -280,6 +280,7 @@ def errors(rank, groups, results):
         "ids": {"logits": logits, "tokens": tokens, "vocabulary_group": world},
         "group": {"logits": logits, "tokens": tokens, "vocabulary_group": "tensor"},
         "tokens": {"logits": logits[: 1 + rank % 2], "tokens": tokens[: 1 + rank % 2], "vocabulary_group": world},
+        "own tokens": {"logits": logits, "tokens": (tokens + rank % 2) % 3, "vocabulary_group": world},
         "columns": {"logits": logits[:, :0], "tokens": tokens, "vocabulary_group": world},
         "placement": {"logits": distribute_tensor(logits, mesh, [Replicate()]), "tokens": tokens},
         "two groups": {

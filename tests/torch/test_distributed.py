@@ -106,6 +106,7 @@ REFUSED = {
     "ids": r"ValueError: tokens: expected ids in \[0, 12\), got 12 at index \(1,\)",
     "group": "TypeError: vocabulary_group: expected a torch.distributed.ProcessGroup or None, got str",
     "tokens": r"ValueError: logits: expected the same tokens on each rank of vocabulary_group, got \[1, 2, 1, 2\] tokens",
+    "own tokens": "ValueError: tokens: expected the same on each rank of the group that divides the vocabulary, got others",
     "columns": "ValueError: logits: expected a vocabulary of 1 or more over the ranks of vocabulary_group, got none",
     "placement": r"ValueError: logits: expected a DTensor on a mesh of one dimension with the placement Shard\(-1\)",
     "two groups": "ValueError: vocabulary_group: expected None or the mesh's own group with logits a DTensor",

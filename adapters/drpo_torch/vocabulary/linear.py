@@ -218,7 +218,7 @@ def _looking_at_values(
     arguments: Arguments, inputs: HeadInputs, steps: HeadSteps, group: dist.ProcessGroup | None
 ) -> VocabularyLoss:
     """The loss with the gradients formed on the way."""
-    inputs, shard = shard_of_head(*inputs, group, arguments.vocabulary_size)
+    inputs, shard = shard_of_head(*inputs, group, arguments.vocabulary_size, arguments.tokens, arguments.mask)
     for name, tensor in inputs.named():
         check_untransformed(name, tensor)
     hidden = inputs.hidden

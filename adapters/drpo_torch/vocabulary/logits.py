@@ -190,7 +190,7 @@ def _looking_at_values(
     arguments: Arguments, logits: torch.Tensor, group: dist.ProcessGroup | None, *, overwrite: bool
 ) -> VocabularyLoss:
     """The loss with its gradient formed on the way."""
-    logits, shard = shard_of_logits(logits, group, arguments.vocabulary_size)
+    logits, shard = shard_of_logits(logits, group, arguments.vocabulary_size, arguments.tokens, arguments.mask)
     check_untransformed("logits", logits)
     tempering = arguments.check(logits.shape[:-1], shard, logits)
     flat = rows_of(logits)

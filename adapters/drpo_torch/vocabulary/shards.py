@@ -42,19 +42,30 @@ class Shard:
         tokens: int,
         device: torch.device,
         name: str,
+        ids: torch.Tensor | None = None,
     ) -> None:
-        """Where this rank's columns start: one collective of two numbers a rank. Ids from `size` on are padding.
+        """Where this rank's columns start: one collective of three numbers a rank. Padding begins at the id `size`.
 
-        `name` is that of the argument with the tokens. Of the rank's `columns`, the first `width` are no padding.
+        `name` is that of the argument with the tokens, whose `ids` may be known. Of the rank's `columns`, the first `width`
+        are no padding.
         """
         self.group, self.rank, self.columns = group, 0, columns
         widths = [columns]
         if group is not None:
             self.rank = dist.get_rank(group)
-            every = self.gathered(torch.tensor([columns, tokens], device=device)).tolist()
-            widths, counts = ([numbers[i] for numbers in every] for i in range(2))
+            numbers = torch.tensor([columns, tokens, 0], device=device)
+            if ids is not None:
+                # in another order they add up to something else
+                numbers[2] = (ids * torch.arange(1, len(ids) + 1, device=device)).sum()
+            widths, counts, sums = ([*of_ranks] for of_ranks in zip(*self.gathered(numbers).tolist(), strict=True))
             if len(set(counts)) > 1:
                 msg = f"{name}: expected the same tokens on each rank of vocabulary_group, got {counts} tokens"
+                raise ValueError(msg)
+            if len(set(sums)) > 1:
+                msg = (
+                    "tokens: expected the same on each rank of the group that divides the vocabulary, got others; a DTensor "
+                    "whose ranks have tokens of their own, such as a weight of FSDP, has to be gathered (full_tensor())"
+                )
                 raise ValueError(msg)
         self.start, self.all_columns, self.widest = sum(widths[: self.rank]), sum(widths), max(widths)
         if self.all_columns == 0:
@@ -241,11 +252,18 @@ def part_pull(pull: Pull, part: slice, share: torch.Tensor, statistics: Statisti
     return Pull(index, torch.where(inside, pull.at, 0.0), scale * share, slope, pull.everywhere)
 
 
-def shard_of_logits(logits: Any, group: object, size: int | None) -> tuple[torch.Tensor, Shard]:  # noqa: ANN401
-    """The logits (…, V) of this rank's part of the vocabulary, checked, and which part it is."""
+def shard_of_logits(
+    logits: Any,  # noqa: ANN401
+    group: object,
+    size: int | None,
+    tokens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Shard]:
+    """The logits (…, V) of this rank's part of the vocabulary, checked, and which part it is; tokens are the same on all."""
     logits, ranks = local_part("logits", logits, group, -1)
     check_logits(logits, may_be_empty=ranks is not None)
-    return logits, Shard(logits.shape[-1], ranks, size, math.prod(logits.shape[:-1]), logits.device, "logits")
+    count, ids = math.prod(logits.shape[:-1]), None if ranks is None else _counted_ids(tokens, mask, logits.device)
+    return logits, Shard(logits.shape[-1], ranks, size, count, logits.device, "logits", ids)
 
 
 def shard_of_head(
@@ -254,14 +272,26 @@ def shard_of_head(
     bias: Any,  # noqa: ANN401
     group: object,
     size: int | None,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> tuple[HeadInputs, Shard]:
     """Hidden states, and this rank's rows of the weight and the bias, checked, and which part of the vocabulary it is."""
     weight, ranks = local_part("weight", weight, group, 0)
     if bias is not None:
         bias, ranks = local_part("bias", bias, ranks, 0)
     check_head(hidden, weight, bias, may_be_empty=ranks is not None)
-    shard = Shard(len(weight), ranks, size, math.prod(hidden.shape[:-1]), hidden.device, "hidden")
+    count, ids = math.prod(hidden.shape[:-1]), None if ranks is None else _counted_ids(tokens, mask, hidden.device)
+    shard = Shard(len(weight), ranks, size, count, hidden.device, "hidden", ids)
     return HeadInputs(hidden, weight, bias), shard
+
+
+def _counted_ids(tokens: object, mask: object, device: torch.device) -> torch.Tensor | None:
+    """Flat ids, 0 where the mask is False; None of what is going to be refused."""
+    if not isinstance(tokens, torch.Tensor) or tokens.device != device or tokens.is_floating_point() or tokens.is_complex():
+        return None
+    if isinstance(mask, torch.Tensor) and mask.device == device and mask.dtype == torch.bool and mask.shape == tokens.shape:
+        tokens = torch.where(mask, tokens, 0)
+    return tokens.reshape(-1).to(torch.int64)
 
 
 def local_part(name: str, tensor: Any, group: object, dim: int) -> tuple[Any, dist.ProcessGroup | None]:  # noqa: ANN401

@@ -61,7 +61,7 @@ def arguments_of_logits(
     logits: torch.Tensor, wish: Wish, group: dist.ProcessGroup | None = None, *, overwrite: bool = False
 ) -> tuple[Any, ...]:
     """Those of `OfLogits`, checked."""
-    logits, shard = shard_of_logits(logits, group, wish.vocabulary_size)
+    logits, shard = shard_of_logits(logits, group, wish.vocabulary_size, wish.tokens, wish.mask)
     check_untransformed("logits", logits)
     leading = logits.shape[:-1]
     columns, rows = _checked(wish, leading, shard.vocabulary, logits)
@@ -78,7 +78,7 @@ def arguments_of_head(
     inputs: HeadInputs, wish: Wish, steps: HeadSteps, group: dist.ProcessGroup | None = None
 ) -> tuple[Any, ...]:
     """Those of `OfHead`, checked."""
-    inputs, shard = shard_of_head(*inputs, group, wish.vocabulary_size)
+    inputs, shard = shard_of_head(*inputs, group, wish.vocabulary_size, wish.tokens, wish.mask)
     for name, tensor in inputs.named():
         check_untransformed(name, tensor)
     hidden, leading = inputs.hidden, inputs.hidden.shape[:-1]

@@ -228,9 +228,13 @@ def test_the_numbers_of_triton_are_those_of_the_host(call, temperature, support,
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """A function after which the CPU is taken for a device, whose kernels have been tried."""
+    """A function after which the CPU is taken for a device, whose kernels have been tried.
+
+    In the deterministic mode, in which memory that is not written to holds NaN.
+    """
 
     def take():
+        torch.use_deterministic_algorithms(True)  # noqa: FBT003 -- torch's signature
         monkeypatch.setattr(_host, "HOST_DEVICES", set())
         monkeypatch.setattr(engines, "TRITON_DEVICES", {"cpu"})
         # what the trial would find is seen here
@@ -238,7 +242,8 @@ def as_on_a_gpu(monkeypatch):
         kinds = itertools.product([torch.device("cpu")], FLOATS)
         monkeypatch.setattr(triton_trial, "_findings", dict.fromkeys(kinds))
 
-    return take
+    yield take
+    torch.use_deterministic_algorithms(False)  # noqa: FBT003
 
 
 def assert_those_of_the_host(call, temperature, support, engine, as_on_a_gpu):
