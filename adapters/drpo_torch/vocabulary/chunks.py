@@ -92,7 +92,7 @@ class Chunks:
                 look(z, every)
             kernels, of_part = self._kernels[z.shape[1]], tempering.part(shard.of_whole(part))
             if top_k is not None:
-                found = most_probable(z, every, of_part, top_k, shard.start + part.start)
+                found = most_probable(self.module, z, every, of_part, top_k, shard.start + part.start)
                 first = found if first is None else first.beside(found, top_k)
             statistics.append(kernels.statistics(z, every, of_part, entropy=entropy, keep=z if keep else None))
         of_rank, shares = merged(statistics)

@@ -395,7 +395,7 @@ class _TokenLogProb(torch.autograd.Function):
         mine = kernels.statistics(z, rows, of_rows, entropy=entropy)
         found, share, picked = shard.merged(mine, shard.picked(z, rows, ids, of_rows), ids)
         if top_k is not None:
-            first = most_probable(z, rows, of_rows, top_k, shard.start)
+            first = most_probable(module, z, rows, of_rows, top_k, shard.start)
             ids, picked = shard.with_most_probable(first, top_k, ids, picked, of_rows)
         log_probs, columns = found.log_prob(picked), _spread(ids, rows, len(logits))
         ctx.mark_non_differentiable(columns)

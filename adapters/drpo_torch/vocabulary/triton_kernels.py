@@ -54,6 +54,50 @@ def _logits(
     return tl.where(inside, x, -float("inf")), z
 
 
+@triton.jit
+def row_of(rows, r, number: tl.constexpr):
+    """Where row r of some `Rows` begins, its temperature and its soft-cap."""
+    begin = tl.load(rows.places + r) * tl.cast(rows.row_stride, tl.int64)
+    temperature, cap = _exact(rows.temperature_of_all, number), tl.full((), 0.0, number)
+    if rows.temperature is not None:
+        temperature = tl.load(rows.temperature + r)
+    if rows.cap is not None:
+        cap = _exact(rows.cap, number)
+    return begin, temperature, cap
+
+
+@triton.jit
+def words_of(support, r):
+    """The words of row r of a support, if there is one, and whether the row has none of its own."""
+    words, whole = 0, False
+    if support is not None:
+        words = support.words + tl.load(support.rows + r) * support.stride
+        whole = tl.load(support.whole + r) != 0
+    return words, whole
+
+
+@triton.jit
+def tempered(rows, row, support, words, column, inside):
+    """The logits x of some columns of a row, −inf outside the support, and z, both in the working dtype."""
+    start = 0
+    if support is not None:
+        start = support.start
+    return _logits(
+        rows.z,
+        row[0],
+        tl.cast(rows.column_stride, tl.int64),
+        column,
+        inside,
+        row[1],
+        row[2],
+        words[0],
+        start,
+        words[1],
+        rows.cap is not None,
+        support is not None,
+    )
+
+
 @triton.jit(do_not_specialize=["temperature_of_all", "cap_of_all"])
 def statistics(
     z_at,
@@ -142,6 +186,17 @@ def statistics(
 
 
 @triton.jit
+def _steepness(z, temperature, cap, CAPPED: tl.constexpr):
+    """The derivative of x in z."""
+    steepness = 1.0 / temperature
+    if CAPPED:
+        # of z itself: 1 − tanh² has lost its digits where the logit is some times the cap
+        t = tl.exp(-2.0 * tl.abs(z / cap))
+        steepness = 4.0 * t / ((1.0 + t) * (1.0 + t)) / temperature
+    return steepness
+
+
+@triton.jit
 def _derivative(x, z, maximum, log_sum, scale, slope, temperature, cap, SLOPED: tl.constexpr, CAPPED: tl.constexpr):
     """The derivative in x, p (scale − slope (x − max x)), and ∂x/∂z."""
     d = tl.minimum(x - maximum, 0.0)
@@ -150,12 +205,7 @@ def _derivative(x, z, maximum, log_sum, scale, slope, temperature, cap, SLOPED: 
     if SLOPED:
         # where p is 0, −inf times it would be a NaN
         factor = scale - slope * tl.maximum(d, -1000.0)
-    steepness = 1.0 / temperature
-    if CAPPED:
-        # of z itself: 1 − tanh² has lost its digits where the logit is some times the cap
-        t = tl.exp(-2.0 * tl.abs(z / cap))
-        steepness = 4.0 * t / ((1.0 + t) * (1.0 + t)) / temperature
-    return tl.where(p == 0.0, 0.0, p * factor), steepness
+    return tl.where(p == 0.0, 0.0, p * factor), _steepness(z, temperature, cap, CAPPED)
 
 
 @triton.jit(do_not_specialize=["temperature_of_all", "cap_of_all"])

@@ -17,11 +17,13 @@ from torch.autograd.graph import increment_version
 from drpo_torch.engines.triton_loop import REGISTERS
 from drpo_torch.vocabulary import triton_kernels
 from drpo_torch.vocabulary.softmax import ArrayRows, Statistics, working_dtype
+from drpo_torch.vocabulary.triton_divergences import divergence_gradients, divergence_sums
+from drpo_torch.vocabulary.triton_most_probable import finds, most_probable
 
 if TYPE_CHECKING:
     from drpo_torch.vocabulary.softmax import Places, Pull, Tempering
 
-__all__ = ["TritonRows"]
+__all__ = ["TritonRows", "divergence_gradients", "divergence_sums", "finds", "most_probable"]
 
 BLOCK = 2048
 """Logits of a step."""
