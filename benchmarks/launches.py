@@ -345,8 +345,8 @@ def kernels_of(
             for dtype in dtypes:
                 with Recording(execute=False).entered() as recording:
                     call(dtype)
-                if name in ROWS:
-                    recording.kernels = [launch for launch in recording.kernels if launch[0].__name__ not in OF_TOKENS_ALONE]
+                elsewhere = ELSEWHERE.get(name, ())
+                recording.kernels = [launch for launch in recording.kernels if launch[0].__name__ not in elsewhere]
                 for kernel in compiled([recording], **options):
                     yield {"of": name, "dtype": dtype, **kernel._asdict()}
 
@@ -385,6 +385,26 @@ def _rows_of_a_head(dtype: str) -> object:
     return linear_policy_loss(DRPO(delta=0.15), **head, **_beside(), **step).loss
 
 
+def _pairs_of_rows(dtype: str) -> object:
+    """Full divergences with their gradient."""
+    import torch  # noqa: PLC0415
+    from drpo_torch import Support, full_divergences  # noqa: PLC0415
+
+    logits, behavior = (torch.randn((TOKENS, VOCABULARY)).to(getattr(torch, dtype)) for _ in range(2))
+    support = Support(bits=torch.full((TOKENS, -(-VOCABULARY // 32)), -1, dtype=torch.int32))
+    step = {"temperature": torch.full((TOKENS,), 0.7), "support": support}
+    found = full_divergences(logits=logits.requires_grad_(), behavior_logits=behavior, **step)
+    return torch.autograd.grad(found, logits, [torch.ones_like(each) for each in found])
+
+
+def _most_probable(dtype: str) -> object:
+    import torch  # noqa: PLC0415
+    from drpo_torch import token_log_prob  # noqa: PLC0415
+
+    logits = torch.randn((TOKENS, VOCABULARY)).to(getattr(torch, dtype))
+    return token_log_prob(logits=logits, tokens=_beside()["tokens"], top_k=TOP_K)
+
+
 def _beside() -> dict[str, torch.Tensor]:
     """The arguments of `TOKENS` tokens that go with logits."""
     import torch  # noqa: PLC0415
@@ -398,8 +418,11 @@ ROWS: dict[str, Callable[[str], object]] = {
     "rows of logits": _rows_of_logits,
     "the same, entropy": partial(_rows_of_logits, entropy_coefficient=0.01),
     "the same, soft-capped, tempered, in a support": _rows_of_a_head,
+    "rows of two policies, tempered, in a support": _pairs_of_rows,
+    "the 20 most probable": _most_probable,
 }
-OF_TOKENS_ALONE = ("tokens", "finish")
+"""What makes kernels over rows of logits."""
+ELSEWHERE = dict.fromkeys(ROWS, ("tokens", "finish")) | dict.fromkeys([*ROWS][-2:], ("softmaxes",))
 """Kernels that are in other rows of the table."""
 
 

@@ -58,9 +58,8 @@ def launched(dtype):
 
 def rows_of_logits(dtype):
     """The kernels over rows, with all that they may do; in float64 for one architecture, to save seconds."""
-    name = list(ROWS)[-1]
     options = {"architectures": (90,)} if dtype == "float64" else {}
-    return list(kernels_of({name: ROWS[name]}, (dtype,), **options))
+    return list(kernels_of({name: ROWS[name] for name in list(ROWS)[2:]}, (dtype,), **options))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class Chunks:
                 look(z, every)
             kernels, of_part = self._kernels[z.shape[1]], tempering.part(shard.of_whole(part))
             if top_k is not None:
-                these = most_probable(z, every, of_part, top_k, shard.start + part.start)
+                these = most_probable(self.module, z, every, of_part, top_k, shard.start + part.start)
                 first = these if first is None else first.beside(these, top_k)
             wanted = shard.wanted(columns, None if len(self.parts) == 1 else part)
             found.append(kernels.softmaxes(z, every, of_part, wanted, entropy=entropy, keep=z if keep else None))

@@ -14,23 +14,31 @@ from drpo_torch._host import is_waited_for
 from drpo_torch.autograd import has_memory, refuse_second_derivative
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.vocabulary.engines import loops
-from drpo_torch.vocabulary.graph import depends_on_values, refuse_transformed_cotangents, rows_of
+from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, refuse_transformed_cotangents, rows_of
 from drpo_torch.vocabulary.row_map import check_row_temperature, check_temperature, row_map
 from drpo_torch.vocabulary.shards import local_part, shard_of_logits
-from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Workspace, working_dtype
+from drpo_torch.vocabulary.softmax import LARGEST_LOG_RATIO, Places, Statistics, Workspace, working_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import ModuleType
 
     import torch.distributed as dist
 
     from drpo_core.loss import Engine
     from drpo_torch.vocabulary.shards import Shard
-    from drpo_torch.vocabulary.softmax import Statistics, Tempering
+    from drpo_torch.vocabulary.softmax import Tempering
     from drpo_torch.vocabulary.support import Support
 
-__all__ = ["Divergences", "TopK", "full_divergence_rows", "full_divergences", "top_k_divergences", "top_k_rows"]
+__all__ = [
+    "Divergences",
+    "FullDivergences",
+    "Side",
+    "TopK",
+    "full_divergence_rows",
+    "full_divergences",
+    "top_k_divergences",
+    "top_k_rows",
+]
 
 
 class Divergences(NamedTuple):
@@ -73,9 +81,9 @@ def full_divergences(
     vocabulary_group
         See `drpo_torch.token_log_prob`; both policies' logits are divided.
     engine
-        Of the forward pass. ``"arrays"``: torch's operations. ``"compiled"``: loops that numba compiles in a few seconds,
-        once a process; on the CPU, for rows that are contiguous, and not for float16. On a GPU, Triton's kernels find the
-        normalisers. ``"auto"``: the loops where they exist, otherwise torch's operations.
+        ``"arrays"``: torch's operations. ``"compiled"``: loops that are compiled in a few seconds, once a process: by numba
+        on the CPU, for the forward pass over rows that are contiguous, and not for float16; by Triton on a GPU, for both
+        passes over any rows. ``"auto"``: the loops where they exist, otherwise torch's operations.
 
     Returns
     -------
@@ -125,7 +133,7 @@ def full_divergences(
     temperings = tempering, behavior
     flat, behavior_flat = rows_of(logits), rows_of(behavior_logits.detach())
     module = loops(engine, logits=flat, behavior_logits=behavior_flat)
-    tv, kl = _FullDivergences.apply(flat, behavior_flat, temperings, module, shape[:-1], shard)  # type: ignore[no-untyped-call]
+    tv, kl = FullDivergences.apply(flat, behavior_flat, temperings, module, shape[:-1], shard)  # type: ignore[no-untyped-call]
     return Divergences(tv, kl)
 
 
@@ -269,11 +277,10 @@ def full_divergence_rows(
     π's own softmax is not needed. Both policies have the same support; each step is of these rows.
     """
     dtype = working_dtype(logits.dtype, behavior_logits.dtype)
-    # of which rows the better formula is, the host would have to ask
-    if shard.group is not None or is_waited_for(logits):
-        mine, recorded = (logits, places, tempering), (behavior_logits, behavior_places, behavior)
-        policy, of_behavior = (_Side(*side, shard.normalizers(module, *side, dtype)) for side in (mine, recorded))
-        return _of_ranks(policy, of_behavior, shard)
+    mine, recorded = (logits, places, tempering), (behavior_logits, behavior_places, behavior)
+    if _by_sums(module, logits, shard):
+        tv, kl, _ = _summed(module, *_sides(module, mine, recorded, shard), shard)
+        return Divergences(tv, kl)
     if module is not None:
         tv, kl, near = module.row_divergences(logits, places, tempering, behavior_logits, behavior_places, behavior)
         for row in (~near).nonzero():
@@ -309,7 +316,12 @@ def full_divergence_rows(
     return Divergences(tv, kl)
 
 
-class _Side(NamedTuple):
+def _by_sums(module: ModuleType | None, logits: torch.Tensor, shard: Shard) -> bool:
+    """Whether each policy's own normaliser is taken: of which rows another formula is better, the host would have to ask."""
+    return shard.group is not None or is_waited_for(logits) or hasattr(module, "divergence_sums")
+
+
+class Side(NamedTuple):
     """One of the two policies: this rank's part of its logits, and the statistics over all ranks."""
 
     logits: torch.Tensor
@@ -323,22 +335,41 @@ class _Side(NamedTuple):
         return x, self.whole.at(step).log_prob(x).exp_()
 
 
-def _of_ranks(policy: _Side, behavior: _Side, shard: Shard) -> Divergences:
-    """Full TV and KL where ranks hold parts of the vocabulary, from both policies' normalisers: sums over columns.
+def _sides(
+    module: ModuleType | None,
+    mine: tuple[torch.Tensor, Places, Tempering],
+    recorded: tuple[torch.Tensor, Places, Tempering],
+    shard: Shard,
+) -> tuple[Side, Side]:
+    """Both policies with their normalisers."""
+    dtype = working_dtype(mine[0].dtype, recorded[0].dtype)
+    policy, behavior = (Side(*side, shard.normalizers(module, *side, dtype)) for side in (mine, recorded))
+    return policy, behavior
+
+
+def _summed(module: ModuleType | None, policy: Side, behavior: Side, shard: Shard) -> torch.Tensor:
+    """Full TV and KL, and Σ π sign(π − μ), from both policies' normalisers: sums over the columns of all ranks, (3, rows).
 
     ℓ = x − y less the difference of the normalisers. What that is wrong by, KL has the square of only, as Σ μ (e^ℓ − 1) = 0.
     """
+    # only Triton has kernels of them
+    sums = getattr(module, "divergence_sums", _array_sums)
+    return shard.total(sums(policy, behavior))
+
+
+def _array_sums(policy: Side, behavior: Side) -> torch.Tensor:
+    """The sums over this rank's columns."""
     logits, count = policy.logits, len(policy.places)
-    dtype = working_dtype(logits.dtype, behavior.logits.dtype)
-    work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
-    sums = torch.empty((2, count), dtype=dtype, device=logits.device)
     pi, mu = policy.whole, behavior.whole
+    work, behavior_work = (Workspace(logits.shape[-1], pi.maximum.dtype, logits.device) for _ in range(2))
+    sums = torch.empty((3, count), dtype=pi.maximum.dtype, device=logits.device)
     shift = (pi.maximum - mu.maximum) + (pi.log_sum - mu.log_sum)
     for (step, x_buffer, _), (_, y_buffer, _) in zip(work.steps(count), behavior_work.steps(count), strict=True):
         (x, p), (y, q) = policy.take(work, step, x_buffer), behavior.take(behavior_work, step, y_buffer)
         ell = torch.sub(x, y, out=x_buffer).sub_(shift[step, None])
         sums[0, step], sums[1, step] = _sums(ell, p, q)
-    return Divergences(*shard.total(sums))
+        sums[2, step] = torch.sub(p, q, out=q).sign_().mul_(p).sum(-1)
+    return sums
 
 
 def _sums(ell: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -351,9 +382,11 @@ def _sums(ell: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Te
     return (excess.abs() * floored).sum(-1).mul_(0.5), excess.sub_(ell).mul_(floored).sum(-1)
 
 
-class _FullDivergences(torch.autograd.Function):
+class FullDivergences(torch.autograd.Function):
+    """From logits (N, V) of both policies, TV and KL, in a shape of N tokens."""
+
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102 -- torch's name
         ctx: Any,  # noqa: ANN401
         logits: torch.Tensor,
         behavior_logits: torch.Tensor,
@@ -362,12 +395,18 @@ class _FullDivergences(torch.autograd.Function):
         shape: torch.Size,
         shard: Shard,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(logits, behavior_logits)
-        ctx.temperings, ctx.shard = temperings, shard
         size = temperings[0].size
-        logits, behavior_logits = logits[:, :size], behavior_logits[:, :size]
+        mine, recorded = logits[:, :size], behavior_logits[:, :size]
         every = Places.first(len(logits), logits.device)
-        tv, kl = full_divergence_rows(module, logits, every, temperings[0], behavior_logits, every, temperings[1], shard)
+        pair = (mine, every, temperings[0]), (recorded, every, temperings[1])
+        if _by_sums(module, logits, shard):
+            sides = _sides(module, *pair, shard)
+            tv, kl, signed = _summed(module, *sides, shard)
+            kept = [*(field for side in sides for field in side.whole if field is not None), signed]
+        else:
+            (tv, kl), kept = full_divergence_rows(module, *pair[0], *pair[1], shard), []
+        ctx.save_for_backward(logits, behavior_logits, *kept)
+        ctx.places, ctx.temperings, ctx.module, ctx.shard = every, temperings, module, shard
         # no views: they could not be changed in place
         return tv.reshape(shape).clone(), kl.reshape(shape).clone()
 
@@ -376,41 +415,34 @@ class _FullDivergences(torch.autograd.Function):
         """∂KL/∂x = π − μ and ∂TV/∂x = ½ π (s − Σ π s), s = sign(π − μ)."""
         refuse_second_derivative()
         refuse_transformed_cotangents(*cotangents)
-        logits, behavior_logits = ctx.saved_tensors
+        logits, behavior_logits, *kept = ctx.saved_tensors
         tempering, behavior = ctx.temperings
         of_tv, of_kl = (c.reshape(-1) for c in cotangents)
+        mine, recorded = (matrix[:, : tempering.size] for matrix in (logits, behavior_logits))
+        if kept:
+            signed, wholes = kept.pop(), [Statistics.of(kept[i : i + 3], entropy=False) for i in (0, 3)]
+        if kept and hasattr(ctx.module, "divergence_gradients"):
+            gradient = gradient_like(logits)
+            sides = (Side(mine, ctx.places, tempering, wholes[0]), Side(recorded, ctx.places, behavior, wholes[1]))
+            ctx.module.divergence_gradients(*sides, signed, of_tv, of_kl, gradient[:, : tempering.size])
+            gradient[:, tempering.size :].zero_()
+            return gradient, None, None, None, None, None
         gradient = torch.zeros_like(logits)
-        into, logits, behavior_logits = (matrix[:, : tempering.size] for matrix in (gradient, logits, behavior_logits))
+        into = gradient[:, : tempering.size]
         # rows of no influence, such as masked ones, may hold anything
         rows = Places.where((of_tv != 0.0) | (of_kl != 0.0))
         of_tv, of_kl = of_tv[rows.key], of_kl[rows.key]
-        dtype = of_kl.dtype
-        shard: Shard = ctx.shard
-        whole = behavior_whole = None
-        if shard.group is not None:
-            whole = shard.normalizers(None, logits, rows, tempering.at(rows.key), dtype)
-            behavior_whole = shard.normalizers(None, behavior_logits, rows, behavior.at(rows.key), dtype)
-        work, behavior_work = (Workspace(logits.shape[-1], dtype, logits.device) for _ in range(2))
-
-        def steps() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-            """Neighbouring rows: their stored logits, π, π − μ and its sign."""
-            pairs = zip(work.steps(len(rows)), behavior_work.steps(len(rows)), strict=True)
-            for (step, x_buffer, p), (_, y_buffer, q) in pairs:
-                key = rows[step].key
-                stored, recorded = (of.take(z, key) for of, z in ((work, logits), (behavior_work, behavior_logits)))
-                shard.softmax(tempering.at(key)(stored, x_buffer), whole, step, out=p)
-                shard.softmax(behavior.at(key)(recorded, y_buffer), behavior_whole, step, out=q)
-                shift = torch.sub(p, q, out=q)
-                yield step, stored, p, shift, torch.sign(shift, out=x_buffer)
-
-        mean = None
-        if shard.group is not None:
-            mean = torch.zeros_like(of_tv)
-            for step, _, p, _, sign in steps():
-                mean[step] = (p * sign).sum(-1)
-            mean = shard.total(mean)
-        for step, stored, p, shift, sign in steps():
-            of_step, key = (p * sign).sum(-1) if mean is None else mean[step], rows[step].key
+        whole, behavior_whole = (each.at(rows.key) for each in wholes) if kept else (None, None)
+        work, behavior_work = (Workspace(mine.shape[-1], of_kl.dtype, logits.device) for _ in range(2))
+        pairs = zip(work.steps(len(rows)), behavior_work.steps(len(rows)), strict=True)
+        for (step, x_buffer, p), (_, y_buffer, q) in pairs:
+            key = rows[step].key
+            stored, stored_behavior = work.take(mine, key), behavior_work.take(recorded, key)
+            ctx.shard.softmax(tempering.at(key)(stored, x_buffer), whole, step, out=p)
+            ctx.shard.softmax(behavior.at(key)(stored_behavior, y_buffer), behavior_whole, step, out=q)
+            shift = torch.sub(p, q, out=q)
+            sign = torch.sign(shift, out=x_buffer)
+            of_step = signed[key] if kept else (p * sign).sum(-1)
             sign.sub_(of_step[:, None]).mul_(p).mul_(0.5 * of_tv[step, None])
             sign.addcmul_(shift, of_kl[step, None])
             into[key] = rows[step].counted(tempering.at(key).pull_back_(sign, stored)).to(gradient.dtype)

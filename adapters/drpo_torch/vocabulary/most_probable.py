@@ -14,6 +14,8 @@ from drpo_torch._host import is_waited_for
 from drpo_torch.vocabulary.softmax import rows_at_once, working_dtype
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from drpo_torch.vocabulary.softmax import Places, Tempering
 
 __all__ = ["Candidates", "most_probable"]
@@ -46,9 +48,14 @@ class Candidates(NamedTuple):
         return Candidates(pad(self.z, missing, value=-torch.inf), pad(self.ids, missing, value=beyond))
 
 
-def most_probable(z: torch.Tensor, places: Places, tempering: Tempering, count: int, start: int) -> Candidates:
+def most_probable(
+    module: ModuleType | None, z: torch.Tensor, places: Places, tempering: Tempering, count: int, start: int
+) -> Candidates:
     """The first of some columns of rows of z, from id `start` on; the tempering is that of these rows and columns."""
     count = min(count, z.shape[1])
+    # only Triton has a kernel of them
+    if module is not None and hasattr(module, "most_probable") and module.finds(z, count):
+        return Candidates(*module.most_probable(z, places, tempering, count, start))
     size = rows_at_once(z.shape[1], z.dtype, z.device)
     found = [Candidates(z.new_empty((0, count), dtype=working_dtype(z.dtype)), places.index.new_empty(0, count))]
     for first in range(0, len(places), size):

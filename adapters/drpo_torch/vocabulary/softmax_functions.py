@@ -206,7 +206,7 @@ class OfLogits(torch.autograd.Function):
         mine = kernels.softmaxes(z, rows, of_rows, shard.wanted(ids), entropy=entropy)
         found, share = shard.merged(mine, rows, ids)
         if top_k is not None:
-            first = most_probable(z, rows, of_rows, top_k, shard.start)
+            first = most_probable(module, z, rows, of_rows, top_k, shard.start)
             found, ids = shard.with_most_probable(first, top_k, found, ids, rows, of_rows)
         outputs = _made(ctx, found, ids, rows, len(logits))
         fields = [field for each in (found, mine) for field in each.statistics if field is not None]

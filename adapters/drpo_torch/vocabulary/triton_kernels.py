@@ -1,7 +1,7 @@
 """Triton kernels over rows of logits, one program a row: what `drpo_torch.vocabulary.triton_rows` runs.
 
-Names in capitals are known when a kernel is compiled. A name that ends in ``_at`` is an address; what there is not, such as
-the words of a support, is 0 there.
+`rows` and `support` are the `Rows` and `Words` of `drpo_torch.vocabulary.triton_arguments`. Names in capitals are known when a
+kernel is compiled. A name that ends in ``_at`` is an address. What there is not is None.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from drpo_core.engines.triton_source import FUNCTIONS
 from drpo_torch.engines.triton_loop import module_of
 
-__all__ = ["gradients", "softmaxes"]
+__all__ = ["gradients", "holds", "place_of", "row_of", "softmaxes", "steepness", "tempered", "words_of"]
 
 tanh = module_of(FUNCTIONS)["tanh"]
 
@@ -26,90 +26,79 @@ def _exact(value, number: tl.constexpr):
 
 
 @triton.jit
-def _row(r, first_row, index_at, INDEXED: tl.constexpr):
-    """The row of the matrix that is the r-th of those to be done."""
-    row = first_row + r
-    if INDEXED:
-        row = tl.load(index_at + r)
-    return row
+def place_of(rows, r):
+    """Which row of the matrix row r of some `Rows` is."""
+    place = tl.cast(rows.first, tl.int64) + r
+    if rows.places is not None:
+        place = tl.load(rows.places + r)
+    return place
 
 
 @triton.jit
-def _step(
-    r,
-    number: tl.constexpr,
-    temperature_at,
-    temperature_of_all,
-    cap_of_all,
-    PER_ROW: tl.constexpr,
-    SUPPORTED: tl.constexpr,
-    words_at,
-    words_stride,
-    support_rows_at,
-    whole_at,
-):
-    """A row's temperature, soft-cap, words of its support, and whether that is the whole vocabulary."""
-    temperature = _exact(temperature_of_all, number)
-    if PER_ROW:
-        temperature = tl.load(temperature_at + r)
-    word_row, whole = words_at, False
-    if SUPPORTED:
-        word_row = words_at + tl.load(support_rows_at + r) * words_stride
-        whole = tl.load(whole_at + r) != 0
-    return temperature, _exact(cap_of_all, number), word_row, whole
+def row_of(rows, r, number: tl.constexpr):
+    """Where row r of some `Rows` begins, its temperature and its soft-cap."""
+    begin = place_of(rows, r) * tl.cast(rows.row_stride, tl.int64)
+    temperature, cap = _exact(rows.temperature_of_all, number), tl.full((), 0.0, number)
+    if rows.temperature is not None:
+        temperature = tl.load(rows.temperature + r)
+    if rows.cap is not None:
+        cap = _exact(rows.cap, number)
+    return begin, temperature, cap
 
 
 @triton.jit
-def _logits(
-    z_at,
-    begin,
-    column_stride: tl.int64,
-    column,
-    inside,
-    temperature,
-    cap,
-    word_row,
-    words_start,
-    whole,
-    CAPPED: tl.constexpr,
-    SUPPORTED: tl.constexpr,
-):
+def words_of(support, r):
+    """The words of row r of a support, if there is one, and whether the row has none of its own."""
+    words, whole = 0, False
+    if support is not None:
+        words = support.words + tl.load(support.rows + r) * support.stride
+        whole = tl.load(support.whole + r) != 0
+    return words, whole
+
+
+@triton.jit
+def holds(support, words, column, inside):
+    """Whether columns are in a row's support."""
+    held = inside
+    if support is not None:
+        v = column + support.start
+        word = tl.load(words[0] + (v >> 5), mask=inside, other=0)
+        held = (((word >> (v & 31)) & 1) != 0) | words[1]
+    return held
+
+
+@triton.jit
+def tempered(rows, row, support, words, column, inside):
     """The logits x of some columns of a row, −inf outside the support, and z, both in the working dtype."""
-    z = tl.load(z_at + begin + column * column_stride, mask=inside, other=-float("inf")).to(temperature.dtype)
+    place = row[0] + column * tl.cast(rows.column_stride, tl.int64)
+    z = tl.load(rows.z + place, mask=inside, other=-float("inf")).to(row[1].dtype)
     x = z
-    if CAPPED:
-        x = cap * tanh(z / cap)
-    x = x / temperature
-    if SUPPORTED:
-        v = column + words_start
-        word = tl.load(word_row + (v >> 5), mask=inside, other=0)
-        x = tl.where((((word >> (v & 31)) & 1) != 0) | whole, x, -float("inf"))
+    if rows.cap is not None:
+        x = row[2] * tanh(z / row[2])
+    x = x / row[1]
+    if support is not None:
+        x = tl.where(holds(support, words, column, inside), x, -float("inf"))
     # a column beyond the row would be −cap
     return tl.where(inside, x, -float("inf")), z
 
 
-@triton.jit(do_not_specialize=["temperature_of_all", "cap_of_all", "elsewhere"])
+@triton.jit
+def steepness(rows, row, z):
+    """The derivative of x in z."""
+    steep = 1.0 / row[1]
+    if rows.cap is not None:
+        # of z itself: 1 − tanh² has lost its digits where the logit is some times the cap
+        t = tl.exp(-2.0 * tl.abs(z / row[2]))
+        steep = 4.0 * t / ((1.0 + t) * (1.0 + t)) / row[1]
+    return steep
+
+
+@triton.jit(do_not_specialize=["elsewhere"])
 def softmaxes(
-    z_at,
-    row_stride: tl.int64,
-    column_stride: tl.int64,
-    width,
-    first_row,
-    index_at,
-    INDEXED: tl.constexpr,
+    rows,
+    support,
     valid_at,
-    MASKED: tl.constexpr,
-    temperature_at,
-    temperature_of_all,
-    cap_of_all,
-    PER_ROW: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SUPPORTED: tl.constexpr,
-    words_at,
-    words_stride,
-    support_rows_at,
-    whole_at,
-    words_start,
+    width,
     ids_at,
     ids_stride: tl.int64,
     id_stride: tl.int64,
@@ -119,7 +108,7 @@ def softmaxes(
     elsewhere,
     log_prob_at,
     found_at,
-    rows,
+    count,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -130,45 +119,18 @@ def softmaxes(
     r = tl.program_id(0).to(tl.int64)
     number = found_at.dtype.element_ty
     counts = True
-    if MASKED:
+    if valid_at is not None:
         counts = tl.load(valid_at + r) != 0
     c = tl.arange(0, IDS)
     wanted = c < ids
     if counts:
-        begin = _row(r, first_row, index_at, INDEXED) * row_stride
-        temperature, cap, word_row, whole = _step(
-            r,
-            number,
-            temperature_at,
-            temperature_of_all,
-            cap_of_all,
-            PER_ROW,
-            SUPPORTED,
-            words_at,
-            words_stride,
-            support_rows_at,
-            whole_at,
-        )
-        lane = tl.arange(0, BLOCK)
+        row, words, lane = row_of(rows, r, number), words_of(support, r), tl.arange(0, BLOCK)
         # each lane has a maximum of its own, and sums of exponentials that are relative to it
         most = tl.full((BLOCK,), -float("inf"), number)
         total, weighted = tl.zeros((BLOCK,), number), tl.zeros((BLOCK,), number)
         for start in range(0, width, BLOCK):
             column = start + lane
-            x, _ = _logits(
-                z_at,
-                begin,
-                column_stride,
-                column,
-                column < width,
-                temperature,
-                cap,
-                word_row,
-                words_start,
-                whole,
-                CAPPED,
-                SUPPORTED,
-            )
+            x, _ = tempered(rows, row, support, words, column, column < width)
             higher = tl.maximum(most, x)
             # NaN where nothing is finite yet
             fall = tl.where(most == higher, 0.0, most - higher)
@@ -194,28 +156,25 @@ def softmaxes(
         total = tl.where(total == 0.0, float("nan"), total)
         log_sum = tl.log(total)
         tl.store(found_at + r, maximum)
-        tl.store(found_at + rows + r, log_sum)
-        tl.store(found_at + 2 * rows + r, total)
-        tl.store(found_at + 3 * rows + r, maximum + log_sum)
+        tl.store(found_at + count + r, log_sum)
+        tl.store(found_at + 2 * count + r, total)
+        tl.store(found_at + 3 * count + r, maximum + log_sum)
         if ENTROPY:
-            tl.store(found_at + 4 * rows + r, log_sum - weighted / total)
+            tl.store(found_at + 4 * count + r, log_sum - weighted / total)
         some = tl.load(ids_at + r * ids_stride + c * id_stride, mask=wanted, other=0) - first_id
         here = wanted & (some >= 0) & (some < width)
-        x_some, _ = _logits(
-            z_at, begin, column_stride, some, here, temperature, cap, word_row, words_start, whole, CAPPED, SUPPORTED
-        )
+        x_some, _ = tempered(rows, row, support, words, some, here)
         # two tanh of one argument may differ in their last bit
         log_prob = tl.minimum(x_some - maximum, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_sum
-        log_prob = tl.where(here, log_prob, elsewhere)
-        tl.store(log_prob_at + r * ids + c, log_prob, mask=wanted)
+        tl.store(log_prob_at + r * ids + c, tl.where(here, log_prob, elsewhere), mask=wanted)
     else:
         for field in tl.static_range(5 if ENTROPY else 4):
-            tl.store(found_at + field * rows + r, tl.zeros((), number))
+            tl.store(found_at + field * count + r, tl.zeros((), number))
         tl.store(log_prob_at + r * ids + c, tl.zeros((IDS,), number), mask=wanted)
 
 
 @triton.jit
-def _derivative(x, z, maximum, log_sum, scale, slope, temperature, cap, SLOPED: tl.constexpr, CAPPED: tl.constexpr):
+def _derivative(rows, row, x, z, maximum, log_sum, scale, slope, SLOPED: tl.constexpr):
     """The derivative in x, p (scale − slope (x − max x)), and ∂x/∂z."""
     d = tl.minimum(x - maximum, 0.0)
     p = tl.exp(d - log_sum)
@@ -223,39 +182,18 @@ def _derivative(x, z, maximum, log_sum, scale, slope, temperature, cap, SLOPED: 
     if SLOPED:
         # where p is 0, −inf times it would be a NaN
         factor = scale - slope * tl.maximum(d, -1000.0)
-    steepness = 1.0 / temperature
-    if CAPPED:
-        # of z itself: 1 − tanh² has lost its digits where the logit is some times the cap
-        t = tl.exp(-2.0 * tl.abs(z / cap))
-        steepness = 4.0 * t / ((1.0 + t) * (1.0 + t)) / temperature
-    return tl.where(p == 0.0, 0.0, p * factor), steepness
+    return tl.where(p == 0.0, 0.0, p * factor), steepness(rows, row, z)
 
 
-@triton.jit(do_not_specialize=["temperature_of_all", "cap_of_all"])
+@triton.jit
 def gradients(
-    z_at,
-    row_stride: tl.int64,
-    column_stride: tl.int64,
-    width,
-    first_row,
-    index_at,
-    INDEXED: tl.constexpr,
+    rows,
+    support,
     valid_at,
-    MASKED: tl.constexpr,
+    width,
     out_at,
     out_row_stride: tl.int64,
     out_column_stride: tl.int64,
-    temperature_at,
-    temperature_of_all,
-    cap_of_all,
-    PER_ROW: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SUPPORTED: tl.constexpr,
-    words_at,
-    words_stride,
-    support_rows_at,
-    whole_at,
-    words_start,
     maximum_at,
     log_sum_at,
     scale_at,
@@ -269,71 +207,50 @@ def gradients(
     first_id,
     columns,
     COLUMNS: tl.constexpr,
-    SCALED: tl.constexpr,
-    SLOPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """∂/∂z of each row: (p (scale − slope (x − max x)) + `at` some columns) ∂x/∂z; 0 of a row that does not count."""
     r = tl.program_id(0).to(tl.int64)
     number = maximum_at.dtype.element_ty
-    row = _row(r, first_row, index_at, INDEXED)
-    begin, into = row * row_stride, row * out_row_stride
+    into = place_of(rows, r) * out_row_stride
     c = tl.arange(0, COLUMNS)
     wanted = c < columns
-    if MASKED:
+    if valid_at is not None:
         wanted = wanted & (tl.load(valid_at + r + 0 * c) != 0)
     at = tl.load(at_at + r * at_stride + c * at_column_stride, mask=wanted, other=0.0)
     lane = tl.arange(0, BLOCK)
     scale, slope = -tl.sum(at, 0), tl.zeros((), number)
     moves = tl.sum((at != 0.0).to(tl.int32), 0) > 0
-    if SCALED:
+    if scale_at is not None:
         scale = tl.load(scale_at + r)
         moves = moves | (scale != 0.0)
-    if SLOPED:
+    if slope_at is not None:
         slope = tl.load(slope_at + r)
         moves = moves | (slope != 0.0)
-    if MASKED:
+    if valid_at is not None:
         moves = moves & (tl.load(valid_at + r) != 0)
     if moves:
+        row, words = row_of(rows, r, number), words_of(support, r)
         maximum, log_sum = tl.load(maximum_at + r), tl.load(log_sum_at + r)
-        temperature, cap, word_row, whole = _step(
-            r,
-            number,
-            temperature_at,
-            temperature_of_all,
-            cap_of_all,
-            PER_ROW,
-            SUPPORTED,
-            words_at,
-            words_stride,
-            support_rows_at,
-            whole_at,
-        )
         # the few columns with more to them, before the row is overwritten; those of other parts are not here
         some = tl.load(columns_at + r * columns_stride + c * id_stride, mask=wanted, other=-1) - first_id
         here = wanted & (some >= 0) & (some < width)
-        x_some, z_some = _logits(
-            z_at, begin, column_stride, some, here, temperature, cap, word_row, words_start, whole, CAPPED, SUPPORTED
-        )
+        x_some, z_some = tempered(rows, row, support, words, some, here)
         # a column may come several times: each of them gets all that is at it
         same = (some[:, None] == some[None, :]) & here[None, :]
         more = tl.sum(tl.where(same, at[None, :], 0.0), 1)
-        y_some, steep = _derivative(x_some, z_some, maximum, log_sum, scale, slope, temperature, cap, SLOPED, CAPPED)
-        of_some = (y_some + more) * steep
-        if SUPPORTED:
-            v = some + words_start
-            word = tl.load(word_row + (v >> 5), mask=here, other=0)
-            of_some = tl.where((((word >> (v & 31)) & 1) != 0) | whole, of_some, 0.0)
+        y_some, steep = _derivative(rows, row, x_some, z_some, maximum, log_sum, scale, slope, slope_at is not None)
+        # outside the support z may be a NaN
+        of_some = tl.where(holds(support, words, some, here), (y_some + more) * steep, 0.0)
         # `out` may be z: no warp may write before all have read
         tl.debug_barrier()
         for start in range(0, width, BLOCK):
             column = start + lane
             inside = column < width
-            x, z = _logits(
-                z_at, begin, column_stride, column, inside, temperature, cap, word_row, words_start, whole, CAPPED, SUPPORTED
-            )
-            y, steepness = _derivative(x, z, maximum, log_sum, scale, slope, temperature, cap, SLOPED, CAPPED)
-            tl.store(out_at + into + column * out_column_stride, y * steepness, mask=inside)
+            x, z = tempered(rows, row, support, words, column, inside)
+            y, steep = _derivative(rows, row, x, z, maximum, log_sum, scale, slope, slope_at is not None)
+            of_z = tl.where(holds(support, words, column, inside), y * steep, 0.0)
+            tl.store(out_at + into + column * out_column_stride, of_z, mask=inside)
         tl.debug_barrier()
         tl.store(out_at + into + some * out_column_stride, of_some, mask=here)
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import triton
 from torch.autograd.graph import increment_version
@@ -17,11 +16,14 @@ from torch.autograd.graph import increment_version
 from drpo_torch.engines.triton_loop import REGISTERS
 from drpo_torch.vocabulary import triton_kernels
 from drpo_torch.vocabulary.softmax import ArrayRows, Softmaxes, Statistics, working_dtype
+from drpo_torch.vocabulary.triton_arguments import Rows, Words, block
+from drpo_torch.vocabulary.triton_divergences import divergence_gradients, divergence_sums
+from drpo_torch.vocabulary.triton_most_probable import finds, most_probable
 
 if TYPE_CHECKING:
     from drpo_torch.vocabulary.softmax import Places, Pull, Tempering, Wanted
 
-__all__ = ["TritonRows"]
+__all__ = ["TritonRows", "divergence_gradients", "divergence_sums", "finds", "most_probable"]
 
 BLOCK = 2048
 """Logits of a step."""
@@ -50,23 +52,21 @@ class TritonRows:
         keep: torch.Tensor | None = None,  # noqa: ARG002 -- a softmax taken again costs no more than one that is read
     ) -> Softmaxes:
         """See `RowKernels`."""
-        fields = 5 if entropy else 4
-        found = torch.empty((fields, len(places)), dtype=self.dtype, device=z.device)
+        count = len(places)
+        found = torch.empty((5 if entropy else 4, count), dtype=self.dtype, device=z.device)
         log_prob = torch.empty(wanted.ids.shape, dtype=self.dtype, device=z.device)
-        if len(places):
+        if count:
+            columns = _columns(wanted.ids, wanted.start)
             with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
-                triton_kernels.softmaxes[(len(places),)](
-                    *_rows(z, places),
-                    *self._step(tempering),
-                    *_columns(wanted.ids, wanted.start),
+                triton_kernels.softmaxes[(count,)](
+                    *self._rows(z, places, tempering),
+                    *columns,
                     wanted.elsewhere,
                     log_prob,
                     found,
-                    len(places),
+                    count,
                     entropy,
-                    BLOCK=_block(z),
-                    num_warps=WARPS,
-                    **self._registers,
+                    **self._options(z),
                 )
         maximum, log_sum, total, log_normalizer, *entropies = found.unbind()
         return Softmaxes(Statistics(maximum, log_sum, entropies[0] if entropy else None, total), log_normalizer, log_prob)
@@ -89,69 +89,38 @@ class TritonRows:
             return
         if not len(places):
             return
-        scale, slope = (0 if number is None else number.to(self.dtype).contiguous() for number in (pull.scale, pull.slope))
-        at = pull.at.to(self.dtype)
+        scale, slope = (None if field is None else field.to(self.dtype).contiguous() for field in (pull.scale, pull.slope))
+        of_rows = (field.to(self.dtype).contiguous() for field in (statistics.maximum, statistics.log_sum))
+        at, columns = pull.at.to(self.dtype), _columns(pull.columns)
         with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
             triton_kernels.gradients[(len(places),)](
-                *_rows(z, places),
+                *self._rows(z, places, tempering),
                 out,
                 *out.stride(),
-                *self._step(tempering),
-                *(number.to(self.dtype).contiguous() for number in (statistics.maximum, statistics.log_sum)),
+                *of_rows,
                 scale,
                 slope,
                 at,
                 *at.stride(),
-                *_columns(pull.columns),
-                pull.scale is not None,
-                pull.slope is not None,
-                BLOCK=_block(z),
-                num_warps=WARPS,
-                **self._registers,
+                *columns,
+                **self._options(z),
             )
         # autograd must learn of what no operation of torch's has written
         if not out.is_inference():
             increment_version(out)
 
-    def _step(self, tempering: Tempering) -> tuple[Any, ...]:
-        """Temperature, soft-cap and support, as the kernels take them: what there is not, as 0."""
-        support, temperature = tempering.support, tempering.temperature
-        per_row = isinstance(temperature, torch.Tensor)
-        of_rows = temperature.to(self.dtype).contiguous() if isinstance(temperature, torch.Tensor) else 0
-        words: tuple[Any, ...] = (0, 0, 0, 0, 0)
-        if support is not None and support.words is not None:
-            words = (support.words, support.words.stride(0), support.rows, support.whole, support.columns.start)
-        return (
-            of_rows,
-            self._exact(1.0 if per_row else float(temperature)),
-            self._exact(float(tempering.softcap or 0.0)),
-            per_row,
-            tempering.softcap is not None,
-            support is not None,
-            *words,
-        )
+    def _rows(self, z: torch.Tensor, places: Places, tempering: Tempering) -> tuple[Any, ...]:
+        """Which rows there are, their supports, which of them count, and their width."""
+        return Rows.of(z, places, tempering, self.dtype), Words.of(tempering), places.valid, z.shape[1]
 
-    def _exact(self, value: float) -> float | int:
-        """The number, or its bits, as the kernels take it."""
-        return int(np.float64(value).view(np.int64)) if self.dtype == torch.float64 else value
-
-
-def _rows(z: torch.Tensor, places: Places) -> tuple[Any, ...]:
-    """A matrix with its strides and its width; which rows of it, as the first of neighbours or by index; and which count."""
-    key = places.key
-    among = (key.start, 0, False) if isinstance(key, slice) else (0, key, True)
-    mask = 0 if places.valid is None else places.valid.contiguous().view(torch.uint8)
-    return z, *z.stride(), z.shape[1], *among, mask, places.valid is not None
+    def _options(self, z: torch.Tensor) -> dict[str, Any]:
+        return {"BLOCK": block(z.shape[1], BLOCK), "num_warps": WARPS, **self._registers}
 
 
 def _columns(ids: torch.Tensor, start: int = 0) -> tuple[Any, ...]:
     """Columns of rows, (rows, C), by their ids: where they lie, the id of the first column, and C, also as a power of two."""
     count = ids.shape[1]
     return ids, *ids.stride(), start, count, triton.next_power_of_2(max(1, count))
-
-
-def _block(z: torch.Tensor) -> int:
-    return min(BLOCK, int(triton.next_power_of_2(max(16, z.shape[1]))))
 
 
 ROWS = TritonRows

@@ -8,11 +8,17 @@ import torch
 
 from drpo_torch.engines.kernel_error import NOT_TRIED, is_captured, warn_of
 from drpo_torch.engines.trial import agree
+from drpo_torch.vocabulary import triton_rows
+from drpo_torch.vocabulary.divergences import FullDivergences
+from drpo_torch.vocabulary.most_probable import most_probable
+from drpo_torch.vocabulary.shards import Shard
 from drpo_torch.vocabulary.softmax import ArrayRows, Places, Pull, Tempering, Wanted
 from drpo_torch.vocabulary.support import SupportRows
 from drpo_torch.vocabulary.triton_rows import BLOCK, TritonRows
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from drpo_torch.vocabulary.softmax import RowKernels
 
 __all__ = ["finding"]
@@ -61,9 +67,13 @@ def _differences(device: torch.device, dtype: torch.dtype) -> list[str]:
     }
     columns = (uniform(ROWS, 3) * VOCABULARY).to(torch.int64)
     columns[:, 2] = columns[:, 1]
+    recorded = (z.float() + uniform(*z.shape)).to(dtype)
     wrong = []
     for name, step in steps.items():
-        ours, theirs = (_found(rows, z, places, step, columns) for rows in _both(dtype, device))
+        ours, theirs = (
+            _found(rows, z, places, step, columns) | _of_pair(module, z, recorded, step) | _first(module, z, step)
+            for module, rows in zip((triton_rows, None), _both(dtype, device), strict=True)
+        )
         wrong += [f"{name} {part}" for part, array in theirs.items() if not agree(ours[part], array, array.dtype)]
     return wrong
 
@@ -90,3 +100,22 @@ def _found(
         found[f"{name} in place"] = same = z.clone()
         rows.gradients(same, places, step, pull, statistics=statistics, out=same)
     return found
+
+
+def _of_pair(module: ModuleType | None, z: torch.Tensor, recorded: torch.Tensor, step: Tempering) -> dict[str, torch.Tensor]:
+    """Divergences from other logits, and their gradient."""
+    shard = Shard(VOCABULARY, None, None, ROWS, z.device, "logits")
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        step = step._replace(size=VOCABULARY)
+        found = FullDivergences.apply(leaf, recorded, (step, step), module, (ROWS,), shard)  # type: ignore[no-untyped-call]
+        cotangents = [torch.linspace(-1.0, end, ROWS, dtype=found[0].dtype, device=z.device) for end in (1.0, 2.0)]
+        (gradient,) = torch.autograd.grad(found, leaf, cotangents)
+    return {"TV": found[0].detach(), "KL": found[1].detach(), "gradient of divergences": gradient}
+
+
+def _first(module: ModuleType | None, z: torch.Tensor, step: Tempering) -> dict[str, torch.Tensor]:
+    """The most probable tokens of a row."""
+    some = slice(1, 2)
+    found = most_probable(module, z[some], Places.first(1, z.device), step.at(some), 2, 0)
+    return {"logits of the most probable tokens": found.z, "most probable tokens": found.ids.to(found.z.dtype)}

@@ -27,7 +27,16 @@ from drpo_torch import (
 )
 from drpo_torch.engines import trial
 from drpo_torch.engines.triton_loop import module_of
-from drpo_torch.vocabulary import triton_kernels, triton_trial
+from drpo_torch.vocabulary import (
+    triton_divergence_kernels,
+    triton_kernels,
+    triton_most_probable_kernels,
+    triton_rows,
+    triton_trial,
+)
+from drpo_torch.vocabulary.most_probable import most_probable
+from drpo_torch.vocabulary.softmax import Places, Tempering
+from drpo_torch.vocabulary.support import SupportRows
 from vocabulary_functions import FLOATS
 from whole_modes import EVERYTHING
 
@@ -257,23 +266,74 @@ def assert_those_of_the_host(call, temperature, support, engine, as_on_a_gpu):
         assert gradient.isfinite().all(), name
 
 
+# --- the most probable tokens, which the kernel does not take in float64 ---
+
+
+@pytest.mark.parametrize(("dtype", "cap", "kept"), [(torch.float32, None, 0.3), (torch.bfloat16, 5.0, 1.0)], ids=str)
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_the_most_probable_tokens_are_those_of_arrays(dtype, cap, kept):
+    """With ties, zeros of both signs, −inf, a NaN, strides, supports; more columns than a step has."""
+    vocabulary, count = 1061, 3
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, vocabulary, generator=generator).mul_(3.0).round_().to(dtype)
+    z[0, 5:] = -torch.inf
+    z[1], z[1, ::2], z[2, 1030] = 0.0, -0.0, NAN
+    bits = Support.from_mask(torch.rand(5, vocabulary, generator=generator) < kept)
+    support = SupportRows.of(bits, vocabulary, torch.ones(5, dtype=torch.bool))
+    support.whole[3] = True
+    valid = torch.arange(5) != 4
+    places, step = Places.first(5, z.device, valid), Tempering(0.7, cap, support, vocabulary)
+    z = z.T.contiguous().T
+    found, expected = (most_probable(module, z, places, step, count, 7) for module in (triton_rows, None))
+    assert torch.equal(found.ids[valid], expected.ids[valid])
+    torch.testing.assert_close(found.z[valid], expected.z[valid], rtol=0.0, atol=0.0, equal_nan=True)
+    assert not found.z[4].any()
+
+
 # --- kernels that do not hold ---
 
 
 FAULTS = {
-    "a maximum": ("softmaxes", "maximum = tl.max(most, 0)", "maximum = tl.min(most, 0)", "another .*maximum"),
-    "an entropy": ("softmaxes", "log_sum - weighted / total", "log_sum + weighted / total", "another plain entropy"),
-    "the sampled token": ("gradients", "of_some, mask=here)", "y_some, mask=here)", "another plain gradient"),
-    "no program": ("softmaxes", "tl.program_id(0)", "tl.no_such_thing(0)", "fails with"),
+    "a maximum": (triton_kernels, "softmaxes", "maximum = tl.max(most, 0)", "maximum = tl.min(most, 0)", "another .*maximum"),
+    "an entropy": (
+        triton_kernels,
+        "softmaxes",
+        "log_sum - weighted / total",
+        "log_sum + weighted / total",
+        "another plain entropy",
+    ),
+    "the sampled token": (triton_kernels, "gradients", "of_some, mask=here)", "y_some, mask=here)", "another plain gradient"),
+    "no program": (triton_kernels, "softmaxes", "tl.program_id(0)", "tl.no_such_thing(0)", "fails with"),
+    "a divergence": (
+        triton_divergence_kernels,
+        "divergences",
+        "(e - ell) * floored",
+        "(e + ell) * floored",
+        "another plain KL",
+    ),
+    "its gradient": (
+        triton_divergence_kernels,
+        "divergence_gradients",
+        "(sign - signed)",
+        "sign",
+        "another plain gradient of divergences",
+    ),
+    "the most probable": (
+        triton_most_probable_kernels,
+        "most_probable",
+        "tl.maximum(best, ",
+        "tl.minimum(best, ",
+        "another plain .*most probable",
+    ),
 }
 
 
-@pytest.mark.parametrize(("kernel", "old", "new", "finding"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("module", "kernel", "old", "new", "finding"), FAULTS.values(), ids=FAULTS)
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_rows_of_a_kernel_that_does_not_hold_are_done_by_arrays(kernel, old, new, finding, monkeypatch):
-    source = Path(triton_kernels.__file__).read_text()
+def test_rows_of_a_kernel_that_does_not_hold_are_done_by_arrays(module, kernel, old, new, finding, monkeypatch):
+    source = Path(module.__file__).read_text()
     assert old in source
-    monkeypatch.setattr(triton_kernels, kernel, module_of(source.replace(old, new))[kernel])
+    monkeypatch.setattr(module, kernel, module_of(source.replace(old, new))[kernel])
     monkeypatch.setattr(triton_trial, "_findings", {})
     monkeypatch.setattr(engines, "TRITON_DEVICES", {"cpu"})
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
