@@ -239,9 +239,9 @@ def gradients(
         # a column may come several times: each of them gets all that is at it
         same = (some[:, None] == some[None, :]) & here[None, :]
         more = tl.sum(tl.where(same, at[None, :], 0.0), 1)
-        y_some, steep = _derivative(rows, row, x_some, z_some, maximum, log_sum, scale, slope, slope_at is not None)
+        y_some, steep_some = _derivative(rows, row, x_some, z_some, maximum, log_sum, scale, slope, slope_at is not None)
         # outside the support z may be a NaN
-        of_some = tl.where(holds(support, words, some, here), (y_some + more) * steep, 0.0)
+        of_some = tl.where(holds(support, words, some, here), (y_some + more) * steep_some, 0.0)
         # `out` may be z: no warp may write before all have read
         tl.debug_barrier()
         for start in range(0, width, BLOCK):

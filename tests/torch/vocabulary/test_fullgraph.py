@@ -58,6 +58,12 @@ CALLS |= {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    """How often one function may be compiled anew is limited."""
+    torch._dynamo.reset()  # noqa: SLF001
+
+
 def flat(found):
     """The tensors among results, those of diagnostics too."""
     fields = []
