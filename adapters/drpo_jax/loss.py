@@ -369,7 +369,10 @@ def _in_chunks(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool) 
 
 
 _SUM = (jax.lax.add, 0.0)
-_EXTREMES = {Maximum: (jax.lax.max, -jnp.inf), Minimum: (jax.lax.min, jnp.inf)}
+_EXTREMES: dict[type, tuple[Callable[..., jax.Array], float]] = {
+    Maximum: (jax.lax.max, -jnp.inf),
+    Minimum: (jax.lax.min, jnp.inf),
+}
 """How the first fields of statistics are combined, and what combining with has no effect."""
 
 
