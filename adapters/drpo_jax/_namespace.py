@@ -1,4 +1,4 @@
-"""The namespace of the formulas: jax.numpy, with two functions that XLA compiles to much faster code on a CPU."""
+"""The namespaces of the formulas: jax.numpy, with functions of which XLA makes faster code on a CPU, or elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from drpo_core import _series
 if TYPE_CHECKING:
     from drpo_core._arrays import Namespace
 
-__all__ = ["xp"]
+__all__ = ["unreduced", "xp"]
 
 _BYTES = 64
 """How many conditions are added up in a byte: fewer than 128, so that the sum can't overflow."""
@@ -40,4 +40,27 @@ class _Namespace:
         return jnp.sum(ones, dtype=jnp.int32)
 
 
+class _Unreduced:
+    """jax.numpy, where what would be summed, counted or compared over all tokens stays the figure of each."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 -- whatever jax.numpy has
+        return getattr(jnp, name)
+
+    @staticmethod
+    def sum(x: jax.Array) -> jax.Array:
+        """The terms of the sum."""
+        return x
+
+    @staticmethod
+    def max(x: jax.Array) -> jax.Array:
+        """The candidates."""
+        return x
+
+    @staticmethod
+    def count_nonzero(condition: jax.Array) -> jax.Array:
+        """The conditions."""
+        return condition
+
+
 xp: Namespace = _Namespace()
+unreduced: Namespace = _Unreduced()

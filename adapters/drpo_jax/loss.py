@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 from drpo_core import token_loss_and_gradient
 from drpo_core._sequences import Sequences
-from drpo_core.diagnostics import combine_diagnostics
+from drpo_core.diagnostics import Maximum, Minimum, combine_diagnostics, map_diagnostics
 from drpo_core.loss import PolicyLoss, is_elementwise, policy_pass, reduction_of
 from drpo_core.modes.mode import Mode, penalty_gradient, resolve
 from drpo_core.objectives.protocol import check_objective
 from drpo_core.reduction import reduction_coefficients
 from drpo_core.tokens import check_tokens
 from drpo_jax._checks import check_jax_arrays, working_dtype
-from drpo_jax._namespace import xp
+from drpo_jax._namespace import unreduced, xp
 from drpo_jax._sharding import is_explicitly_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from drpo_core import Objective, TokenLoss
     from drpo_core._sequences import Across
@@ -364,8 +364,39 @@ def _in_chunks(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool) 
         gradient = run(*arrays, diagnostics=False).gradient
         return PolicyLoss(jnp.sum(losses), gradient, combine_diagnostics(statistics, xp=jnp) if diagnostics else None)
 
-    elsewhere = partial(run, diagnostics=diagnostics)
-    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)  # type: ignore[no-any-return]
+    together = partial(_in_one_reduction, run, diagnostics=diagnostics)
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=together)  # type: ignore[no-any-return]
+
+
+_SUM = (jax.lax.add, 0.0)
+_EXTREMES: dict[type, tuple[Callable[..., jax.Array], float]] = {
+    Maximum: (jax.lax.max, -jnp.inf),
+    Minimum: (jax.lax.min, jnp.inf),
+}
+"""How the first fields of statistics are combined, and what combining with has no effect."""
+
+
+def _in_one_reduction(run: Callable[..., PolicyLoss], *arrays: Any, diagnostics: bool) -> PolicyLoss:  # noqa: ANN401
+    """``run(*arrays, diagnostics=diagnostics)``, a pass over tokens, whose sums and extremes are one reduction.
+
+    Of many reductions of the same tokens, XLA's compiler for GPUs makes many kernels, and writes to memory what they share.
+    """
+    loss, gradient, statistics = run(*arrays, diagnostics=diagnostics, xp=unreduced)
+    # by identity, because statistics have counts in common
+    found = {id(loss): (loss, *_SUM)}
+    for statistic in (statistics or {}).values():
+        first, *others = statistic
+        found[id(first)] = (first, *_EXTREMES.get(type(statistic), _SUM))
+        found |= {id(field): (field, *_SUM) for field in others}
+    figures, operations, starts = zip(*found.values(), strict=True)
+
+    def combined(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> list[jax.Array]:
+        return [operation(a, b) for operation, a, b in zip(operations, one, other, strict=True)]
+
+    initial = tuple(jnp.asarray(start, figure.dtype) for figure, start in zip(figures, starts, strict=True))
+    totals = dict(zip(found, jax.lax.reduce(figures, initial, combined, tuple(range(loss.ndim))), strict=True))
+    reduced = None if statistics is None else map_diagnostics(lambda field: totals[id(field)], statistics)
+    return PolicyLoss(totals[id(loss)], gradient, reduced)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -195,9 +195,15 @@ def test_chunks_add_up_to_the_whole(objective, shape):
 @pytest.mark.usefixtures("small_chunks")
 @each_kind
 @pytest.mark.parametrize("shape", [(4, 6), (21,)])
-def test_diagnostics_of_chunks_add_up(objective, shape):
+@pytest.mark.parametrize("chosen", ["cpu", "default"])
+def test_diagnostics_of_large_batches(objective, shape, chosen, monkeypatch):
+    """In chunks on a CPU, and elsewhere as one reduction."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **branches: branches[chosen](*arrays))
     data = batch(shape)
-    data["advantages"] = data["advantages"].at[..., 2].set(0.0).at[..., 3].set(jnp.nan)
+    data["advantages"] = data["advantages"].at[..., 2].set(0.0)
+    value = jax.jit(lambda data: policy_loss(objective, **data)[0])(data)
+    np.testing.assert_allclose(value, core(objective, data).loss.sum() / float(data["mask"].sum()), rtol=1e-12)
+    data["advantages"] = data["advantages"].at[..., 3].set(jnp.nan)
     _, statistics = jax.jit(functools.partial(policy_loss, objective))(**data)
     expected = token_diagnostics(objective, **data)
     assert jax.tree.structure(statistics) == jax.tree.structure(expected)

@@ -233,8 +233,9 @@ def full_divergences(
 ) -> Divergences:
     """TV = ½ Σ_v abs(π(v) − μ(v)) and KL(μ‖π) = Σ_v μ(v) log(μ(v)/π(v)) of two policies; μ is constant.
 
-    Under `jit`, no log-softmax is stored. The backward pass recomputes what it needs from the logits. A token whose
-    temperature is not finite and positive, or whose support has an id outside the vocabulary, gets NaN.
+    The backward pass recomputes what it needs from the logits. Both passes have arrays of the logits' shape in memory, which
+    `docs/explanation/gpu.md` counts. A token whose temperature is not finite and positive, or whose support has an id
+    outside the vocabulary, gets NaN.
 
     Parameters
     ----------
