@@ -11,8 +11,8 @@ from drpo_core.reduction import reduction_coefficients
 from drpo_torch.engines._namespace import namespace
 from drpo_torch.loss import policy_loss
 from drpo_torch.vocabulary.batch import VocabularyLoss
-from drpo_torch.vocabulary.divergences import TopK, top_k_rows
-from drpo_torch.vocabulary.recorded import TopKDivergence
+from drpo_torch.vocabulary.divergences import TopK, full_divergences, top_k_rows
+from drpo_torch.vocabulary.recorded import FullDivergence, TopKDivergence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,20 +23,22 @@ if TYPE_CHECKING:
 __all__ = ["composed", "is_composable"]
 
 
-def is_composable(given: Arguments, group: object) -> bool:
+def is_composable(given: Arguments, group: object, logits: torch.Tensor | None = None) -> bool:
     """Whether the loss is a function of log-probs, that is traced now."""
     if not torch.compiler.is_compiling() or group is not None or given.centering is not None:
         return False
+    record = given.divergence
     return (
-        given.divergence is None
-        or isinstance(given.divergence, torch.Tensor)
+        record is None
+        or isinstance(record, torch.Tensor)
+        or (isinstance(record, FullDivergence) and isinstance(record.behavior, torch.Tensor) and logits is not None)
         # ids outside a support are found by looking
-        or (isinstance(given.divergence, TopKDivergence) and given.support is None)
+        or (isinstance(record, TopKDivergence) and given.support is None)
     )
 
 
-def composed(given: Arguments, log_probs: Callable[..., TokenLogProb]) -> VocabularyLoss:
-    """The loss of the log-probs that a function of `top_k_ids` and `entropy` gives."""
+def composed(given: Arguments, log_probs: Callable[..., TokenLogProb], logits: torch.Tensor | None = None) -> VocabularyLoss:
+    """The loss of the log-probs that a function of `top_k_ids` and `entropy` gives; logits are for a `FullDivergence`."""
     record = given.divergence
     top_k_ids = record.ids if isinstance(record, TopKDivergence) else None
     found = log_probs(top_k_ids=top_k_ids, entropy=given.entropy or given.entropy_coefficient != 0.0)
@@ -45,6 +47,11 @@ def composed(given: Arguments, log_probs: Callable[..., TokenLogProb]) -> Vocabu
         policy = TopK(log_prob.detach(), found.top_k_log_prob.detach())
         behavior = TopK(given.behavior_log_prob.detach(), record.behavior_log_prob.detach())
         divergence = getattr(top_k_rows(given.tokens, record.ids, policy, behavior), record.kind)
+    if isinstance(record, FullDivergence) and isinstance(record.behavior, torch.Tensor) and logits is not None:
+        step = {"support": given.support, "vocabulary_size": given.vocabulary_size, "engine": given.engine}
+        pair: dict[str, Any] = {"logits": logits.detach(), "behavior_logits": record.behavior, **step}
+        both = full_divergences(**pair, temperature=given.temperature, behavior_temperature=record.temperature)
+        divergence = getattr(both, record.kind)
     options: dict[str, Any] = {
         "normalizer": given.normalizer,
         "token_weights": given.token_weights,

@@ -13,6 +13,7 @@ from drpo_torch._checks import check_ids, check_shape, check_tensor, check_top_k
 from drpo_torch._host import is_waited_for
 from drpo_torch.autograd import has_memory, refuse_second_derivative
 from drpo_torch.engines._namespace import namespace
+from drpo_torch.vocabulary.divergence_operator import of_two_policies
 from drpo_torch.vocabulary.engines import loops
 from drpo_torch.vocabulary.graph import depends_on_values, gradient_like, refuse_transformed_cotangents, rows_of
 from drpo_torch.vocabulary.row_map import check_row_temperature, check_temperature, row_map
@@ -34,6 +35,7 @@ __all__ = [
     "FullDivergences",
     "Side",
     "TopK",
+    "arguments_of_divergences",
     "full_divergence_rows",
     "full_divergences",
     "top_k_divergences",
@@ -48,7 +50,6 @@ class Divergences(NamedTuple):
     kl: torch.Tensor
 
 
-@depends_on_values
 def full_divergences(
     *,
     logits: torch.Tensor,
@@ -116,6 +117,28 @@ def full_divergences(
     >>> round(tv.item(), 5), round(kl.item(), 5)
     (0.1, 0.03238)
     """
+    given = (logits, behavior_logits, temperature, behavior_temperature, support, vocabulary_size, engine)
+    if torch.compiler.is_compiling() and vocabulary_group is None:
+        return Divergences(*of_two_policies(*given))
+    return Divergences(*_looking_at_values(*given, vocabulary_group))
+
+
+@depends_on_values
+def _looking_at_values(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+    return FullDivergences.apply(*arguments_of_divergences(*given))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def arguments_of_divergences(
+    logits: torch.Tensor,
+    behavior_logits: torch.Tensor,
+    temperature: float | torch.Tensor,
+    behavior_temperature: float | torch.Tensor | None,
+    support: Support | None,
+    vocabulary_size: int | None,
+    engine: Engine,
+    vocabulary_group: dist.ProcessGroup | None = None,
+) -> tuple[Any, ...]:
+    """Those of `FullDivergences`, checked."""
     behavior_logits, vocabulary_group = local_part("behavior_logits", behavior_logits, vocabulary_group, -1)
     logits, shard = shard_of_logits(logits, vocabulary_group, vocabulary_size)
     check_untransformed("logits", logits)
@@ -133,8 +156,7 @@ def full_divergences(
     temperings = tempering, behavior
     flat, behavior_flat = rows_of(logits), rows_of(behavior_logits.detach())
     module = loops(engine, logits=flat, behavior_logits=behavior_flat)
-    tv, kl = FullDivergences.apply(flat, behavior_flat, temperings, module, shape[:-1], shard)  # type: ignore[no-untyped-call]
-    return Divergences(tv, kl)
+    return flat, behavior_flat, temperings, module, shape[:-1], shard
 
 
 def top_k_divergences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,21 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     R = TypeVar("R")
 
-__all__ = ["depends_on_values", "gradient_like", "may_be_overwritten", "refuse_transformed_cotangents", "rows_of"]
+__all__ = ["Context", "depends_on_values", "gradient_like", "may_be_overwritten", "refuse_transformed_cotangents", "rows_of"]
+
+
+class Context(SimpleNamespace):
+    """What a `torch.autograd.Function` keeps for its backward pass, inside an operator, where there is no autograd."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        """Keep tensors."""
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: torch.Tensor) -> None:
+        """Nothing to do."""
+
+    def set_materialize_grads(self, _: bool) -> None:  # noqa: FBT001 -- autograd's signature
+        """Nothing to do."""
 
 
 def depends_on_values(function: Callable[P, R]) -> Callable[P, R]:

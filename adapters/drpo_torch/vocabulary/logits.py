@@ -132,8 +132,8 @@ def logits_policy_loss(
     Notes
     -----
     Under `torch.compile` it is `token_log_prob`, as an operator, and the loss of that: the gradient then comes from a backward
-    pass, in memory of its own. With a `FullDivergence`, a centring, a top-K divergence in a support, or vocabulary-parallel,
-    the graph breaks here.
+    pass, in memory of its own. With a centring, a `LinearHead` of the behaviour policy, a top-K divergence in a support, or
+    vocabulary-parallel, the graph breaks here.
 
     See Also
     --------
@@ -179,9 +179,11 @@ def logits_policy_loss(
         entropy_coefficient=check_number("entropy_coefficient", entropy_coefficient),
         engine=engine,
     )
-    if is_composable(arguments, vocabulary_group):
+    if is_composable(arguments, vocabulary_group, logits):
         step: dict[str, Any] = {"temperature": temperature, "support": support, "vocabulary_size": vocabulary_size}
-        return composed(arguments, partial(token_log_prob, logits=logits, tokens=tokens, mask=mask, engine=engine, **step))
+        return composed(
+            arguments, partial(token_log_prob, logits=logits, tokens=tokens, mask=mask, engine=engine, **step), logits
+        )
     return _looking_at_values(arguments, logits, vocabulary_group, overwrite=overwrite_logits)
 
 

@@ -6,12 +6,12 @@ without it, by the same loops.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from drpo_torch._checks import check_logits
+from drpo_torch.vocabulary.graph import Context
 from drpo_torch.vocabulary.head import HeadInputs
 from drpo_torch.vocabulary.recorded import check_head, product_dtype
 from drpo_torch.vocabulary.row_map import check_vocabulary_size
@@ -92,7 +92,7 @@ class _Call:
         self.rows: Places = of_rows if isinstance(of_rows, Places) else of_rows.rows
 
     def forward(self) -> list[torch.Tensor]:
-        context, count = _Context(), self.wish.tokens.numel()
+        context, count = Context(), self.wish.tokens.numel()
         log_prob, entropy, log_normalizer, columns = self.function.forward(context, *self.given)
         _, shares, *fields = context.saved_tensors[len(self.source) :]
         statistics = torch.stack([self.rows.spread(field, count) for field in fields if field is not None])
@@ -105,23 +105,10 @@ class _Call:
         columns, statistics, shares = kept
         key = self.rows.key
         of_rows = None if not shares.numel() else shares[:, key]
-        context = _Context(needs_input_grad=self.given, given=self.given[3:])
+        context = Context(needs_input_grad=self.given, given=self.given[3:])
         context.save_for_backward(*self.source, columns, of_rows, *statistics[:, key].unbind())
         of_log_prob, of_entropy, of_normalizer = cotangents
         return [*self.function.backward(context, of_log_prob, of_entropy, of_normalizer, None)[: len(self.source)]]
-
-
-class _Context(SimpleNamespace):
-    """What a function keeps for its backward pass, where there is no autograd."""
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *_: torch.Tensor) -> None:
-        pass
-
-    def set_materialize_grads(self, _: bool) -> None:  # noqa: FBT001 -- autograd's signature
-        pass
 
 
 @torch.library.custom_op("drpo_torch::log_probs", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor[]")

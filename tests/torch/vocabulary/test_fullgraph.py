@@ -4,8 +4,10 @@ import pytest
 import torch
 from drpo_torch import (
     FullCentering,
+    FullDivergence,
     Support,
     TopKDivergence,
+    full_divergences,
     linear_log_prob,
     linear_policy_loss,
     logits_policy_loss,
@@ -28,6 +30,7 @@ LOGITS = {"logits": normal(*N, V)}
 MASK = torch.rand(N, generator=GENERATOR) < 0.7
 IDS = normal(*N, V).topk(K).indices
 TOKENS = IDS[..., 0].masked_fill(~MASK, -100)
+BEHAVIOR = normal(*N, V)
 TEMPERATURE = 0.5 + torch.rand(N, generator=GENERATOR, dtype=torch.float64)
 KEPT = torch.rand((*N, V), generator=GENERATOR) < 0.5
 SUPPORT = Support.from_mask(KEPT.scatter(-1, IDS, True))  # noqa: FBT003 -- torch's signature
@@ -51,6 +54,13 @@ CALLS = {
 }
 CALLS["linear_log_prob all"] = linear_log_prob, (), HEAD, {"tokens": TOKENS, "mask": MASK, **LOG_PROBS["all"], **CHUNKS}
 CALLS["linear_log_prob whole"] = linear_log_prob, (), HEAD, {"tokens": TOKENS.clamp(min=0)}
+CALLS["logits_policy_loss full"] = (
+    logits_policy_loss,
+    (DPPO(delta=0.15, divergence="per_token"),),
+    LOGITS,
+    BATCH | {"divergence": FullDivergence(kind="kl", behavior=BEHAVIOR, temperature=TEMPERATURE), "support": SUPPORT},
+)
+CALLS["full_divergences"] = full_divergences, (), LOGITS, {"behavior_logits": BEHAVIOR, "temperature": TEMPERATURE}
 CALLS |= {
     f"{function.__name__} {name}": (function, (objective,), leaves, BATCH | given)
     for function, leaves in ((logits_policy_loss, LOGITS), (linear_policy_loss, HEAD))
