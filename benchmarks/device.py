@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Recording"]
 
@@ -55,6 +56,7 @@ class Recording:
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.kernels: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.memory = Memory()
 
     def copy(self) -> Recording:
         """What it has counted by now."""
@@ -108,6 +110,25 @@ class Recording:
         yield mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
 
 
+class Memory:
+    """Bytes of the tensors that operations have made and that are still there, and the most that there were."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def note(self, made: Iterable[torch.Tensor], given: Iterable[torch.Tensor]) -> None:
+        """What an operation has made, less what it was given."""
+        known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in given}
+        self._live = {key: (reference, size) for key, (reference, size) in self._live.items() if not reference.expired()}
+        for tensor in made:
+            reference = StorageWeakRef(tensor.untyped_storage())
+            if reference.cdata not in known:
+                self._live[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+
+
 class _Device(TorchFunctionMode):
     """Says that tensors are the device's, and puts on the host what is asked for there."""
 
@@ -141,6 +162,7 @@ class _Operations(TorchDispatchMode):
         if name in WAITS or (name in INDEXED and _has_truths(args[1])) or function.name() == "aten::repeat_interleave.Tensor":
             self._recording.waits[name] += 1
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self._recording.memory.note(written, (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)))
         nothing = bool(written) and all(tensor.numel() == 0 for tensor in written)
         if not (function.is_view or nothing or name in VIEWS | ALLOCATIONS | ON_THE_HOST):
             self._recording.launches[name] += 1

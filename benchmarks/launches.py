@@ -138,6 +138,9 @@ def _recorded(case: Case, forward: Recording) -> tuple[Recording, Recording, Rec
         results = [result for result in case.forward() if result is not None and result.requires_grad]
     # a step of a training run has its own cotangent, such as 1/accumulation steps
     cotangents = [torch.ones_like(result) for result in results]
+    # arguments of kernels would keep what is done with
+    forward.kernels.clear()
+    backward.memory = forward.memory
     with backward.entered():
         torch.autograd.grad(results, case.of, cotangents)
     return forward, reduction, backward
@@ -177,6 +180,8 @@ def _row(case: Case, forward: Recording, reduction: Recording, backward: Recordi
         "per_token": case.per_token,
         "launches": {name: recording.launches.total() for name, recording in parts.items()},
         "waits": {name: recording.waits.total() for name, recording in parts.items()},
+        # beside one array of the logits' size
+        "memory": None if case.per_token else forward.memory.peak / (2 * TOKENS * VOCABULARY),
         "limit": None if case.limit is None else case.limit._asdict(),
         "operations": {name: dict(recording.launches.most_common()) for name, recording in parts.items()},
         "of_waits": dict((forward.waits + reduction.waits + backward.waits).most_common()),
@@ -459,13 +464,14 @@ def _all() -> dict[str, Any]:
 
 def table_of_functions(rows: Iterable[dict[str, Any]]) -> str:
     """A line a function."""
-    head = ("function", "forward", "reduction", "backward", "limit", "waits")
+    head = ("function", "forward", "reduction", "backward", "limit", "waits", "memory")
     lines = [
         (
             row["function"],
             *(row["launches"][part] for part in ("forward", "reduction", "backward")),
             f"limit {row['limit']['launches']}" if row["limit"] else "–",
             sum(row["waits"].values()),
+            "–" if row["memory"] is None else f"{row['memory']:.2f}",
         )
         for row in rows
     ]

@@ -52,6 +52,16 @@ def test_nothing_waits(rows):
     assert {name: row["of_waits"] for name, row in rows.items() if row["of_waits"]} == {}
 
 
+def test_beside_the_logits_there_is_no_more_than_their_gradient(rows):
+    """Nor, of a head, more than a chunk of logits; the rest is a few numbers a token and weight."""
+    of_logits = {name: row["memory"] for name, row in rows.items() if not row["per_token"] and "chunks" not in name}
+    # torch's backward of gather is in place where no mode watches it
+    assert 2.0 <= of_logits.pop("top_k_divergences") < 2.1
+    assert {name: memory for name, memory in of_logits.items() if not 1.0 <= memory < 1.1} == {}
+    of_chunks = {name: row["memory"] for name, row in rows.items() if "chunks" in name}
+    assert {name: memory for name, memory in of_chunks.items() if not 1 / 8 <= memory < 1 / 8 + 0.1} == {}
+
+
 def test_nothing_is_refused_in_the_deterministic_mode(rows):
     """Of what is asked of a GPU, no operation is one that torch says it throws for."""
     _, refused = (torch.use_deterministic_algorithms.__doc__ or "").split(

@@ -246,12 +246,11 @@ def top_k_divergences(
     dtype = working_dtype(logits.dtype, log_normalizer.dtype)
     # a temperature does not decide the dtype
     divisor = temperature.detach().to(dtype)[..., None] if isinstance(temperature, torch.Tensor) else tempering.temperature
-
-    def log_prob(ids: torch.Tensor) -> torch.Tensor:
-        return shard.gather(logits, ids).to(dtype) / divisor - log_normalizer[..., None]
-
     tokens, top_k_ids = tokens.to(torch.int64), top_k_ids.to(torch.int64)
-    policy = TopK(log_prob(tokens[..., None])[..., 0], log_prob(top_k_ids))
+    # at once, because the gradient of each gather has the size of the logits
+    every = shard.gather(logits, torch.cat((tokens[..., None], top_k_ids), -1))
+    log_prob = every.to(dtype) / divisor - log_normalizer[..., None]
+    policy = TopK(log_prob[..., 0], log_prob[..., 1:])
     behavior = TopK(behavior_log_prob.detach(), top_k.detach())
     if tempering.support is not None:
         outside = ~tempering.support.holds(top_k_ids.reshape(-1, top_k_ids.shape[-1])).reshape(top_k_ids.shape)
