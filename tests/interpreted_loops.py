@@ -1,4 +1,4 @@
-"""A compiled loop run by Python instead."""
+"""A compiled loop run by Python instead: everywhere, or where there are few tokens."""
 
 import functools
 import operator
@@ -6,6 +6,9 @@ import operator
 import numpy as np
 
 from drpo_core.engines import ordering
+
+MANY = 500
+"""Tokens that Python takes a tenth of a second for."""
 
 
 @functools.cache
@@ -37,3 +40,16 @@ def interpreted(source, _, constants, dtype):
             namespace["loop"](*arguments)
 
     return loop
+
+
+def interpreted_over_few(compiled):
+    """For `_compile` too: interpreted over a few hundred tokens, where compiling takes longer; else what `compiled` makes."""
+
+    @functools.cache
+    def made(*program):
+        def loop(*arguments):
+            (compiled if arguments[0].size > MANY else interpreted)(*program)(*arguments)
+
+        return loop
+
+    return made

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 
+import interpreted_loops
 import pytest
 import torch.distributed as dist
+
+from drpo_core.engines import numba_loop, recording
 
 _RAN: Counter[str] = Counter()
 _LEFT_OUT: Counter[str] = Counter()
@@ -19,6 +22,15 @@ def _one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def interpreted_over_few():
+    """Loops over few tokens are interpreted: a cell of twelve takes a second to compile. Large batches run compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numba_loop, "_compile", interpreted_loops.interpreted_over_few(numba_loop._compile))  # noqa: SLF001
+        patch.setattr(recording, "_programs", {})
+        yield
 
 
 @pytest.fixture

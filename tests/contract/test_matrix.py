@@ -1,7 +1,7 @@
 """Every public function: every pair of choices on two of its axes, a sample of the full product, every refusal.
 
 All of it takes minutes and is in the report, `python -m contract`. Here is every refusal and, of what is not compiled for
-each cell, every eighth.
+each cell, every eighth; numba's loops over the few tokens of a cell are interpreted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from contract import failures, matrix
 from contract.cells import product
 from contract.reasons import REFUSED, left_out, refusals
 from contract.subjects import ARRAYS, SUBJECTS, axes_of
+
+pytestmark = pytest.mark.usefixtures("interpreted_over_few")
 
 PARTS = 3
 """Tests a subject, so that workers share it."""

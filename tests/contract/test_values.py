@@ -20,6 +20,9 @@ from contract.world import VOCABULARY
 
 import drpo_core
 
+# a call is compared with another, or refused: however XLA compiles it
+pytestmark = pytest.mark.usefixtures("interpreted_over_few", "quick_compilation")
+
 NUMBER_PLACES, ARRAY_PLACES, CHOICE_PLACES = list(numbers()), list(array_places()), list(choice_places())
 
 
