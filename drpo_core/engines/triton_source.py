@@ -60,7 +60,7 @@ def kernels(trace: Trace, gradient: Symbol, outputs: Sequence[Symbol], dtype: np
 def tokens(
     {_lines(4, (f"{name}_at, {name}_row: tl.int64, {name}_column: tl.int64," for name in inputs))}
     gradient_at, gradient_row: tl.int64, sums_at, maxima_at,
-    {_lines(4, (_argument(symbol, dtype) for symbol in uniforms))}
+    {" ".join(_argument(symbol, dtype) for symbol in uniforms)}
     rows, width, parts, span, items, programs, BLOCK: tl.constexpr,
 ):
     {_lines(4, _known(trace, uniforms, dtype, "(1,)"))}
@@ -83,7 +83,7 @@ def tokens(
 @triton.jit(do_not_specialize={names})
 def finish(
     sums_at, maxima_at, results_at,
-    {_lines(4, (_argument(symbol, wide) for symbol in uniforms))}
+    {" ".join(_argument(symbol, wide) for symbol in uniforms)}
     programs, BLOCK: tl.constexpr,
 ):
     {_lines(4, _known(trace, uniforms, wide, "()"))}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from whole_modes import EVERYTHING, distinct, needs_arrays
 from drpo_core import DRPO, SlowEngineWarning, UntraceableError, loss, token_mean
 from drpo_core.engines import recording, triton_source
 from drpo_core.reduction import prompt_mean
+from drpo_core.testing import from_adapter, parametrize_with_checks
 
 pytestmark = [
     pytest.mark.usefixtures("on_triton"),
@@ -231,10 +233,25 @@ def test_without_triton(monkeypatch):
         evaluated(SUBJECT, data, "compiled")
 
 
+@pytest.mark.usefixtures("no_trial")
+@pytest.mark.parametrize("objective", [*FULL, MEASURED], ids=label)
+def test_diagnostics_do_not_decide_the_loss(objective):
+    """Without them an objective may have no threshold, and so no argument, at all."""
+    data = {name: tensor for name, tensor in batch((2, 5)).items() if name != "divergence" or objective is MEASURED}
+    found = [policy_loss(objective, **data, engine="compiled", diagnostics=some) for some in (True, False)]
+    assert found[1][1] is None
+    torch.testing.assert_close(found[0][0], found[1][0])
+
+
 # --- the kit ---
 
 
-def on_triton_policy_loss(log_prob, behavior_log_prob, advantages, mask):
-    """As a user's own function: nothing in it says which engine runs."""
-    tensors = {"log_prob": log_prob, "behavior_log_prob": behavior_log_prob, "advantages": advantages, "mask": mask}
-    return policy_loss(SUBJECT, **tensors, engine="compiled", diagnostics=False)[0]
+@pytest.mark.usefixtures("no_trial")
+@parametrize_with_checks(
+    [from_adapter(SUBJECT, "torch", reduction="token_mean", cost=50.0)],
+    settings=os.environ.get("DRPO_PROFILE", "ci"),
+)
+def test_every_property(check, ran):
+    """In one case each, because the interpreter takes its time; `DRPO_PROFILE=nightly` has more."""
+    check()
+    assert ran
