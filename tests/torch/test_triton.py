@@ -167,6 +167,7 @@ FAULTS = {
     "a sum": ("tl.sum(tl.load(sums_at", "0.5 * tl.sum(tl.load(sums_at", "gives another .*loss"),
     "the gradient": ("tl.store(gradient_at + row", "tl.store(gradient_at + 0 * row", "gives another gradient"),
     "not a program": ("tl.program_id(0)", "tl.no_such_thing(0)", "fails with"),
+    "not a source": ("program = ", "program := ", "fails with SyntaxError"),
 }
 
 

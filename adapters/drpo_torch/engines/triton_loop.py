@@ -7,7 +7,7 @@ in their own dtype, with the strides that they have. Which kernels run, and over
 from __future__ import annotations
 
 import linecache
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,12 +82,16 @@ class Program:
             outputs += [field for statistic in result.diagnostics.values() for field in statistic]
         self._outputs = len(outputs)
         self._made = kernels(trace, result.gradient, outputs, dtype)
-        module = module_of(self._made.source)
-        self._kernels = module["tokens"], module["finish"]
         self._trace, self._before = trace, trace.statements(result.gradient).uniform
         # a training run has one threshold, or a new one at each step
         self._known = lru_cache(maxsize=4)(self._prepare)
         self.trials: dict[Any, str | None] = {}
+
+    @cached_property
+    def _kernels(self) -> tuple[Any, Any]:
+        """Made at the first run, which is a trial."""
+        module = module_of(self._made.source)
+        return module["tokens"], module["finish"]
 
     def run(
         self,
