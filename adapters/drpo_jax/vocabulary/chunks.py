@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
+from drpo_core._checks import check_number
 from drpo_jax._checks import working_dtype
 
 if TYPE_CHECKING:
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
 
     from drpo_jax.vocabulary.shards import Shard
 
-__all__ = ["Gradients", "HeadSums", "Needed", "before_softcap", "over_chunks", "primals"]
+__all__ = ["Gradients", "HeadSums", "Needed", "before_softcap", "chunk_size", "over_chunks", "primals"]
 
 _WEIGHT_ROWS = 8192
 """Rows of ∂weight that a chunk adds to at a time: a product of the whole size would be a second ∂weight."""
 
 _Sums = TypeVar("_Sums")
+
+
+def chunk_size(tokens: int | None) -> int:
+    """The tokens of a chunk: so many that a GPU waits for its products, and a CPU has them in its cache."""
+    if tokens is not None:
+        return int(check_number("chunk_tokens", tokens, at_least=1, whole=True))
+    return 256 if jax.default_backend() == "cpu" else 2048
 
 
 def over_chunks(

@@ -22,7 +22,7 @@ from drpo_jax._checks import check_head, check_jax_arrays, check_tokens, working
 from drpo_jax._namespace import xp
 from drpo_jax._sharding import in_auto_mode, varying_like
 from drpo_jax.vocabulary.centering import TopKCentering, check_centering, outcomes_of
-from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
+from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, chunk_size, over_chunks, primals
 from drpo_jax.vocabulary.divergences import (
     LinearHead,
     broken_tokens,
@@ -75,7 +75,7 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
     entropy: bool = False,
     entropy_coefficient: float = 0.0,
     diagnostics: bool = True,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     vocabulary_axis: Axis | None = None,
 ) -> VocabularyLoss:
     """Policy loss of tokens from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
@@ -133,7 +133,8 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
     diagnostics
         Also compute `drpo_core.token_diagnostics`, in the pass that gives the loss.
     chunk_tokens
-        How many tokens' logits exist at once. An objective of your own is shown the tokens of one chunk.
+        How many tokens' logits exist at once. None: 256 where JAX's default backend is the CPU, 2,048 elsewhere. An objective
+        of your own is shown the tokens of one chunk.
     vocabulary_axis
         Vocabulary-parallel, inside `jax.shard_map`: the mesh axis, or axes, along which the rows of the weight and the bias
         are divided. Its devices have the same of everything else, and get the same results and all of ∂hidden. See
@@ -176,7 +177,7 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
     if logit_softcap is not None:
         logit_softcap = check_number("logit_softcap", logit_softcap, above=0.0)
     entropy_coefficient = check_number("entropy_coefficient", entropy_coefficient)
-    chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
+    size = chunk_size(chunk_tokens)
     check_objective(objective)
     check_head(hidden, weight, bias)
     leading, vocabulary, of = hidden.shape[:-1], weight.shape[0], "hidden without its last axis"
@@ -205,7 +206,7 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
             support=support,
             vocabulary_size=vocabulary_size,
             logit_softcap=logit_softcap,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=size,
             vocabulary_axis=vocabulary_axis,
             diagnostics=False,
         )
@@ -219,7 +220,7 @@ def linear_policy_loss(  # noqa: PLR0915 -- its arguments are checked one after 
         factors = reduction_coefficients(reduction, mask, dtype=dtype, **options, xp=xp)
     penalty = None if mode.penalty is None else [jnp.where(mode.counted, coefficients * part, 0.0) for part in mode.penalty]
     batch["anchor_log_prob"], coefficients = mode.anchor_log_prob, mode.scaled(coefficients)
-    chunk = min(chunk_tokens, max(1, mask.size))
+    chunk = min(size, max(1, mask.size))
     step = _Step(objective, mode.objective, dtype, logit_softcap, entropy, entropy_coefficient, diagnostics, chunk, shard)
 
     def run(

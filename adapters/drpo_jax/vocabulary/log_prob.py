@@ -21,7 +21,7 @@ from drpo_jax._checks import (
     working_dtype,
 )
 from drpo_jax._sharding import in_auto_mode, varying_like
-from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, over_chunks, primals
+from drpo_jax.vocabulary.chunks import Gradients, HeadSums, Needed, before_softcap, chunk_size, over_chunks, primals
 from drpo_jax.vocabulary.divergences import LinearHead
 from drpo_jax.vocabulary.most_probable import most_probable
 from drpo_jax.vocabulary.row_map import RowMap, Rows
@@ -168,7 +168,7 @@ def linear_log_prob(
     vocabulary_size: int | None = None,
     logit_softcap: float | None = None,
     entropy: bool = False,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     vocabulary_axis: Axis | None = None,
 ) -> TokenLogProb:
     """Log-prob log π of each sampled token from hidden states and the LM head, π = softmax(cap·tanh((h Wᵀ + b)/cap) / T).
@@ -200,7 +200,7 @@ def linear_log_prob(
     entropy
         Also compute the entropy −Σ_v π(v) log π(v).
     chunk_tokens
-        How many tokens' logits exist at once.
+        How many tokens' logits exist at once. None: 256 where JAX's default backend is the CPU, 2,048 elsewhere.
     vocabulary_axis
         See `drpo_jax.linear_policy_loss`.
 
@@ -238,7 +238,7 @@ def linear_log_prob(
     """
     if logit_softcap is not None:
         logit_softcap = check_number("logit_softcap", logit_softcap, above=0.0)
-    chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, at_least=1, whole=True))
+    size = chunk_size(chunk_tokens)
     check_head(hidden, weight, bias)
     leading, of = hidden.shape[:-1], "hidden without its last axis"
     _check_columns(tokens, mask, top_k_ids, leading, of)
@@ -247,7 +247,7 @@ def linear_log_prob(
     shard = Shard.of(vocabulary_axis, {"weight": weight, "bias": bias}, replicated)
     row_map = RowMap.of(temperature, support, vocabulary_size, leading=leading, of=of, width=weight.shape[0], shard=shard)
     top_k = _check_top_k(top_k, top_k_ids, row_map.vocabulary)
-    head = _Head(logit_softcap, entropy, top_k, min(chunk_tokens, max(1, tokens.size)), shard)
+    head = _Head(logit_softcap, entropy, top_k, min(size, max(1, tokens.size)), shard)
 
     def run(
         hidden: jax.Array,
