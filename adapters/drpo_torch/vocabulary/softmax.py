@@ -383,26 +383,30 @@ class Places:
 
 
 class Workspace:
-    """Two buffers of a few rows, for x and its softmax."""
+    """Two buffers of a few rows, for x and its softmax: of no more rows than there are."""
 
     def __init__(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = rows_at_once(vocabulary, dtype, device)
-        self.x, self.p = torch.empty((2, self.rows, vocabulary), dtype=dtype, device=device)
+        self.buffers = torch.empty((2, 0, vocabulary), dtype=dtype, device=device)
         self._stored: torch.Tensor | None = None
 
     def take(self, matrix: torch.Tensor, key: slice | torch.Tensor) -> torch.Tensor:
         """Rows of a matrix: a view if they are neighbours, else copies in a buffer of their dtype, for one step."""
         if isinstance(key, slice):
             return matrix[key]
-        if self._stored is None:
-            self._stored = torch.empty(self.x.shape, dtype=matrix.dtype, device=self.x.device)
+        if self._stored is None or len(self._stored) < len(key):
+            self._stored = torch.empty(self.buffers.shape[1:], dtype=matrix.dtype, device=self.buffers.device)
         return torch.index_select(matrix, 0, key, out=self._stored[: len(key)])
 
     def steps(self, count: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Slices that cover `count` rows, each with buffers of its shape."""
+        rows = min(self.rows, count)
+        if self.buffers.shape[1] < rows:
+            self.buffers = self.buffers.new_empty((2, rows, self.buffers.shape[-1]))
+        x, p = self.buffers
         for start in range(0, count, self.rows):
             step = slice(start, min(start + self.rows, count))
-            yield step, self.x[: step.stop - start], self.p[: step.stop - start]
+            yield step, x[: step.stop - start], p[: step.stop - start]
 
 
 class RowKernels(Protocol):
@@ -469,7 +473,7 @@ class ArrayRows:
         """See `RowKernels`."""
         # before a softmax takes the place of the logits
         logits = wanted.logits(z, places, tempering)
-        count, like = len(places), self.work.x
+        count, like = len(places), self.work.buffers
         maxima, log_sums, totals = (torch.empty(count, dtype=like.dtype, device=like.device) for _ in range(3))
         entropies = torch.empty_like(maxima) if entropy else None
         for step, buffer, p_buffer in self.work.steps(count):
