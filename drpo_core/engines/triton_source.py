@@ -74,7 +74,7 @@ def tokens(
         for start in range(begin, end, BLOCK):
             {_lines(12, _loaded(inputs, dtype))}
             {_lines(12, statements.per_token)}
-            tl.store(gradient_at + row * gradient_row + column, {gradient.name}, mask=inside)
+            tl.store(gradient_at + row * gradient_row + column, narrowed({gradient.name}, gradient_at), mask=inside)
             {_lines(12, map(_reduced, reductions))}
     {_lines(4, (f"tl.store(sums_at + {i} * programs + program, tl.sum(lanes_{s.name}, 0))" for i, s in enumerate(sums)))}
     {_lines(4, (f"tl.store(maxima_at + {i} * programs + program, tl.max(lanes_{s.name}, 0))" for i, s in enumerate(maxima)))}
@@ -219,6 +219,14 @@ def sqrt(x):
 @triton.jit
 def select(condition, x, y):
     return tl.where(condition, x, y)
+
+
+@triton.jit
+def narrowed(x, at):
+    # to 16 bits, which nothing takes float64 to at once
+    if x.dtype == tl.float64 and at.dtype.element_ty.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit

@@ -56,6 +56,13 @@ class Engine(StrEnum):
     COMPILED = "compiled"
 
 
+class Device(StrEnum):
+    """What the adapter of torch takes CPU tensors for; see `device`."""
+
+    CPU = "cpu"
+    GPU = "taken for a gpu"
+
+
 class Shape(StrEnum):
     """How many tokens there are, and in how many axes."""
 

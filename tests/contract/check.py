@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from contract import axes, uses
+from contract import axes, device, uses
 from contract.arrays import bits, dtype_of, exact, flatten, memory, statistics
 from contract.axes import Ambient, DType, Library, Masked, Regime, Shape, Use
 from contract.calls import Call, call_of
@@ -34,7 +34,8 @@ def check(subject: str, cell: Cell) -> str:
     try:
         with warnings.catch_warnings():
             _only_ours()
-            result = _run(subject, cell, call)
+            with device.around(cell):
+                result = _run(subject, cell, call)
     except Exception as error:
         _check_refusal(error, may)
         return "refused"
@@ -287,7 +288,8 @@ def _check_masked(subject: str, cell: Cell, result: uses.Result) -> None:
         return
     with warnings.catch_warnings():
         _only_ours()
-        spoilt = _run(subject, cell, call_of(subject, cell, spoilt=True))
+        with device.around(cell):
+            spoilt = _run(subject, cell, call_of(subject, cell, spoilt=True))
     for kind, ours, theirs in (("", result.outputs, spoilt.outputs), ("gradient of ", result.gradients, spoilt.gradients)):
         for name, array in ours.items():
             same = bits(array) == bits(theirs[name])

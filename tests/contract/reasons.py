@@ -9,7 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from contract import axes, names
-from contract.axes import Ambient, Divided, DType, Engine, Given, Library, Measured, Recorded, Regime, Shape, Storage, Use
+from contract.axes import (
+    Ambient,
+    Device,
+    Divided,
+    DType,
+    Engine,
+    Given,
+    Library,
+    Measured,
+    Recorded,
+    Regime,
+    Shape,
+    Storage,
+    Use,
+)
 from contract.subjects import ARRAYS, OF_DIAGNOSTICS, OF_MODES, PER_TOKEN, SUBJECTS, is_vocabulary
 
 from drpo_core.modes import Mode
@@ -256,6 +270,14 @@ LEFT_OUT: tuple[tuple[Callable[[str, Cell], bool], str], ...] = (
     (
         lambda s, c: _last_axis(s) and (c["shape"], c["storage"]) == (Shape.NUMBER, Storage.EXPANDED),
         "expanding the only axis makes all of a vocabulary the same token",
+    ),
+    (
+        lambda s, c: c.get("device") is Device.GPU and c["shape"] is Shape.LARGE and is_vocabulary(s),
+        "a program a row of logits, interpreted: thousands of rows take minutes",
+    ),
+    (
+        lambda _, c: c["use"] is Use.COMPILE and c.get("device") is Device.GPU,
+        "under torch.compile, every engine is the same array expression",
     ),
     (
         lambda _, c: c["use"] is Use.COMPILE and c["ambient"] is not Ambient.PLAIN,

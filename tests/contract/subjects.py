@@ -420,6 +420,21 @@ def _jax_all_reduced(function: Callable[..., Any], objective: Any, **arrays: Any
     return jax.tree.map(lambda a: a[0], reduced)
 
 
+ON_DEVICES = {
+    f"drpo_torch.{name}"
+    for name in (
+        "token_loss",
+        "policy_loss",
+        "token_log_prob",
+        "linear_log_prob",
+        "logits_policy_loss",
+        "linear_policy_loss",
+        "full_divergences",
+        "top_k_divergences",
+    )
+}
+"""What does on a GPU something else than on a CPU."""
+
 OF_DIAGNOSTICS = {
     *(f"drpo_core.{name}" for name in ("token_diagnostics", "merge_diagnostics", "summarize", "diagnostics.map_diagnostics")),
     *(f"drpo_{library}.distributed.all_reduce_diagnostics" for library in ("torch", "jax")),
@@ -555,4 +570,6 @@ def _environment(subject: str) -> dict[str, tuple[Any, ...]]:
     }
     if "mask" in parameters_of(subject):
         environment["masked"] = tuple(axes.Masked)
+    if subject in ON_DEVICES:
+        environment["device"] = tuple(axes.Device)
     return environment

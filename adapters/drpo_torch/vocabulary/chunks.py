@@ -161,7 +161,7 @@ class Chunks:
         """Move the rows of logits that are alive to the first places, in this order."""
         z = self._view(rows, self.parts[0])
         # those before the first gap stay; on a device, to count them would be to wait
-        stay = int((alive == torch.arange(len(alive))).sum()) if alive.device.type == "cpu" else 0
+        stay = int((alive == torch.arange(len(alive), device=alive.device)).sum()) if alive.device.type == "cpu" else 0
         for start in range(stay, len(alive), _ROWS_MOVED):
             # a row moves to the front, over rows that have moved already: several may be read before any is written
             moved = z[alive[start : start + _ROWS_MOVED]]

@@ -306,7 +306,9 @@ class Places:
         valid: torch.Tensor | None = None,
         index: torch.Tensor | None = None,
     ) -> None:
-        self.on_host, self.device, self.valid, self._index = on_host, device, valid, index
+        self.on_host, self.device, self._index = on_host, device, index
+        # as kernels read it
+        self.valid = None if valid is None else valid.contiguous()
 
     @classmethod
     def first(cls, count: int, device: torch.device, valid: torch.Tensor | None = None) -> Places:

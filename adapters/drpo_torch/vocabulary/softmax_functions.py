@@ -172,7 +172,8 @@ def _made(
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """The outputs, of `count` tokens: log-probs, entropies, log-normalisers and the columns, which have no gradient."""
-    entropy, columns = found.statistics.entropy, rows.spread(ids, count)
+    # a result only if there are several
+    entropy, columns = found.statistics.entropy, rows.spread(ids if ids.shape[1] == 1 else rows.counted(ids, 0), count)
     ctx.mark_non_differentiable(columns)
     # what is not reached has no cotangent, rather than one of zeros
     ctx.set_materialize_grads(False)

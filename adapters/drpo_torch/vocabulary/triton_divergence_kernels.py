@@ -16,7 +16,7 @@ from drpo_torch.vocabulary.triton_kernels import place_of, row_of, steepness, te
 
 __all__ = ["divergence_gradients", "divergences"]
 
-expm1 = module_of(FUNCTIONS)["expm1"]
+expm1, narrowed = (module_of(FUNCTIONS)[name] for name in ("expm1", "narrowed"))
 LARGEST = tl.constexpr(LARGEST_LOG_RATIO)
 # μ is floored at π e^−60, which keeps every product finite
 FLOOR = tl.constexpr(2.718281828459045**-LARGEST_LOG_RATIO)
@@ -115,7 +115,7 @@ def divergence_gradients(
             of_x = of_tv * p * (sign - signed) + of_kl * (p - q)
             # outside the support z may be a NaN
             of_z = tl.where(of_x == 0.0, 0.0, of_x * steepness(policy, of_policy, z))
-            tl.store(out_at + into + column * out_column_stride, of_z, mask=column < width)
+            tl.store(out_at + into + column * out_column_stride, narrowed(of_z, out_at), mask=column < width)
     else:
         for start in range(0, width, BLOCK):
             column = start + lane

@@ -55,7 +55,11 @@ def _pair(policy: Side, behavior: Side) -> tuple[Any, ...]:
     """Both policies with their statistics, and the support that they have in common."""
     dtype = policy.whole.maximum.dtype
     sides = (
-        (Rows.of(side.logits, side.places, side.tempering, dtype), side.whole.maximum, side.whole.log_sum)
+        (
+            Rows.of(side.logits, side.places, side.tempering, dtype),
+            side.whole.maximum.contiguous(),
+            side.whole.log_sum.contiguous(),
+        )
         for side in (policy, behavior)
     )
     mine, recorded = sides

@@ -14,7 +14,7 @@ from drpo_torch.engines.triton_loop import module_of
 
 __all__ = ["gradients", "holds", "place_of", "row_of", "softmaxes", "steepness", "tempered", "words_of"]
 
-tanh = module_of(FUNCTIONS)["tanh"]
+tanh, narrowed = (module_of(FUNCTIONS)[name] for name in ("tanh", "narrowed"))
 
 
 @triton.jit
@@ -250,9 +250,9 @@ def gradients(
             x, z = tempered(rows, row, support, words, column, inside)
             y, steep = _derivative(rows, row, x, z, maximum, log_sum, scale, slope, slope_at is not None)
             of_z = tl.where(holds(support, words, column, inside), y * steep, 0.0)
-            tl.store(out_at + into + column * out_column_stride, of_z, mask=inside)
+            tl.store(out_at + into + column * out_column_stride, narrowed(of_z, out_at), mask=inside)
         tl.debug_barrier()
-        tl.store(out_at + into + some * out_column_stride, of_some, mask=here)
+        tl.store(out_at + into + some * out_column_stride, narrowed(of_some, out_at), mask=here)
     else:
         for start in range(0, width, BLOCK):
             column = start + lane

@@ -302,7 +302,13 @@ FAULTS = {
         "log_sum + weighted / total",
         "another plain entropy",
     ),
-    "the sampled token": (triton_kernels, "gradients", "of_some, mask=here)", "y_some, mask=here)", "another plain gradient"),
+    "the sampled token": (
+        triton_kernels,
+        "gradients",
+        "narrowed(of_some, out_at)",
+        "narrowed(y_some, out_at)",
+        "another plain gradient",
+    ),
     "no program": (triton_kernels, "softmaxes", "tl.program_id(0)", "tl.no_such_thing(0)", "fails with"),
     "a divergence": (
         triton_divergence_kernels,
