@@ -212,7 +212,8 @@ def modules():
 def test_no_exported_name_is_undocumented():
     symbols = {f"{m.__name__}.{name}": getattr(m, name) for m in modules() for name in getattr(m, "__all__", ())}
     callables = {name: symbol for name, symbol in symbols.items() if callable(symbol) and get_origin(symbol) is None}
-    undocumented = [name for name, symbol in callables.items() if not inspect.getdoc(symbol)]
+    # Triton's interpreter keeps a kernel's function, and with it what is said of it, to itself
+    undocumented = [name for name, symbol in callables.items() if not inspect.getdoc(getattr(symbol, "fn", symbol))]
     assert undocumented == []
 
 
